@@ -2,7 +2,7 @@
 
 Rectified flow on procedural pictures, AdamW with a cosine schedule, EMA. Seeded; every `--save-every` steps the
 state goes to `OUT/state.safetensors` (atomically) and a rerun of the same command continues from it. The EMA
-weights are written to `OUT/model` in diffusers' folder format. Two CPU cores do about 4 steps of batch 32 a second.
+weights are written to `OUT/model` in diffusers' folder format. Two CPU cores do about 2 steps of batch 32 a second.
 """
 
 from __future__ import annotations

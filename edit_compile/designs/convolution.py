@@ -1,0 +1,78 @@
+"""The trainable modules that EDiT adds: ConvFusion before the query's Linear, the compressor after the key's and value's.
+
+Both act on image tokens (B, N, C), row-major on a grid of h x w = N. The grid comes as the *shape* of a tensor,
+which torch.compile keeps symbolic where integers held by a module would recompile at every resolution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+MOST_GROUPS = 32
+
+
+def to_picture(x_BNC: Tensor, grid_hw: Tensor) -> Tensor:
+    """Tokens (B, N, C) as (B, C, h, w): a view, channels last in memory.
+
+    Raises:
+        ValueError: the grid does not have N positions.
+    """
+    h, w = grid_hw.shape
+    if h * w != x_BNC.shape[1]:
+        raise ValueError(f"{x_BNC.shape[1]} image tokens do not fill a grid of {h} x {w} = {h * w}")
+    return x_BNC.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+
+
+def to_tokens(x_BChw: Tensor) -> Tensor:
+    """A picture (B, C, h, w) as tokens (B, h*w, C)."""
+    return x_BChw.flatten(2).transpose(1, 2)
+
+
+def group_count(channels: int) -> int:
+    """The largest number of groups up to 32 that divides the channels."""
+    return next(g for g in range(min(MOST_GROUPS, channels), 0, -1) if channels % g == 0)
+
+
+class ConvFusion(nn.Module):
+    """X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X)))) (EDiT): local context for the query.
+
+    The 3x3 reduces the channels `reduction` times, the 1x1 restores them; with `identity` it starts at zero, so
+    that an untrained query equals the teacher's.
+    """
+
+    def __init__(self, channels: int, reduction: int, *, identity: bool = True) -> None:
+        super().__init__()
+        if reduction < 1 or channels % reduction:
+            raise ValueError(f"reduction={reduction} does not divide the {channels} channels of this site")
+        hidden = channels // reduction
+        self.reduce = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.norm = nn.GroupNorm(group_count(hidden), hidden)
+        self.activation = nn.LeakyReLU(0.01)
+        self.restore = nn.Conv2d(hidden, channels, 1)
+        if identity:
+            for parameter in self.restore.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, x_BNC: Tensor, grid_hw: Tensor) -> Tensor:
+        hidden = self.activation(self.norm(self.reduce(to_picture(x_BNC, grid_hw))))
+        return x_BNC + to_tokens(self.restore(hidden))
+
+
+class SpatialCompressor(nn.Module):
+    """DepthwiseConv3x3, stride 2 (EDiT): a quarter of the keys or values; an odd grid gives ceil(h/2) x ceil(w/2).
+
+    With `identity` the kernels start as centre taps, which sample the teacher's own keys and values.
+    """
+
+    def __init__(self, channels: int, *, stride: int = 2, identity: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels)
+        if identity:
+            for parameter in self.conv.parameters():
+                nn.init.zeros_(parameter)
+            with torch.no_grad():
+                self.conv.weight[:, :, 1, 1] = 1
+
+    def forward(self, x_BNC: Tensor, grid_hw: Tensor) -> Tensor:
+        return to_tokens(self.conv(to_picture(x_BNC, grid_hw)))
