@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: test demo lint clean
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,7 +1,52 @@
-"""edit_compile rewrites the softmax attention of diffusion transformers to linear compressed attention."""
+"""edit_compile rewrites the softmax attention of diffusion transformers to linear compressed attention.
 
+student = edit_compile.linearize(model)
+"""
+
+from edit_compile.adapters.record import record
+from edit_compile.api import compile, linearize, plan, plan_of, teacher
+from edit_compile.config import LinearizeConfig
+from edit_compile.errors import (
+    AuditError,
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    EditCompileError,
+    GridError,
+    ModelNotFoundError,
+    NoExampleInputsError,
+    PlanError,
+    RewriteError,
+)
+from edit_compile.grid import grid
+from edit_compile.plans import Plan, SitePlan
 from edit_compile.tokens import Grid, Segment, TokenKind, TokenLayout
 
 __version__ = "0.1.0"
 
-__all__ = ["Grid", "Segment", "TokenKind", "TokenLayout"]
+__all__ = [
+    "AuditError",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "EditCompileError",
+    "Grid",
+    "GridError",
+    "LinearizeConfig",
+    "ModelNotFoundError",
+    "NoExampleInputsError",
+    "Plan",
+    "PlanError",
+    "RewriteError",
+    "Segment",
+    "SitePlan",
+    "TokenKind",
+    "TokenLayout",
+    "compile",
+    "grid",
+    "linearize",
+    "plan",
+    "plan_of",
+    "record",
+    "teacher",
+]

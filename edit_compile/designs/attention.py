@@ -5,6 +5,7 @@ Shape suffixes: B batch, H heads, N queries, M (compressed) image keys, P prompt
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 SMALLEST_DENOMINATOR = 1e-6
@@ -26,3 +27,27 @@ def linear_attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> tuple[Te
     mean_BHD1 = k_BHMD.mean(-2).unsqueeze(-1)
     denominator_BHN1 = q_BHND @ mean_BHD1
     return (q_BHND @ summary_BHDD) / denominator_BHN1.clamp(min=SMALLEST_DENOMINATOR), denominator_BHN1
+
+
+def log_weights(k_BHMD: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys under a mask by key, (..., 1, M). What a mask adds to a logit multiplies a key of linear attention."""
+    if mask is None:
+        return k_BHMD
+    weights = mask if mask.dtype == torch.bool else mask.exp()
+    return k_BHMD * weights.transpose(-1, -2).to(k_BHMD.dtype)
+
+
+def matching_heads(q_BHND: Tensor, k_BGMD: Tensor) -> Tensor:
+    """Keys or values with a head for every query head: each of G groups serves H / G heads (grouped-query attention)."""
+    heads, groups = q_BHND.shape[1], k_BGMD.shape[1]
+    return k_BGMD if heads == groups else k_BGMD.repeat_interleave(heads // groups, 1)
+
+
+def attention_with_normaliser(q_BHND: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32."""
+    scores_BHNP = (q_BHND * scale) @ k_BHPD.transpose(-1, -2)
+    if mask is not None:
+        scores_BHNP = scores_BHNP.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores_BHNP + mask
+    normaliser_BHN1 = scores_BHNP.float().logsumexp(-1, keepdim=True)
+    weights_BHNP = (scores_BHNP - normaliser_BHN1).exp().to(v_BHPD.dtype)
+    return weights_BHNP @ v_BHPD, normaliser_BHN1

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edit_compile.errors import ConfigError
+
 MOST_GROUPS = 32
 
 
@@ -44,7 +46,7 @@ class ConvFusion(nn.Module):
     def __init__(self, channels: int, reduction: int, *, identity: bool = True) -> None:
         super().__init__()
         if reduction < 1 or channels % reduction:
-            raise ValueError(f"reduction={reduction} does not divide the {channels} channels of this site")
+            raise ConfigError(f"reduction={reduction} does not divide the {channels} channels of this site")
         hidden = channels // reduction
         self.reduce = nn.Conv2d(channels, hidden, 3, padding=1)
         self.norm = nn.GroupNorm(group_count(hidden), hidden)

@@ -1,0 +1,1 @@
+"""Model families: the only package that knows any by name."""

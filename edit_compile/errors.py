@@ -1,0 +1,43 @@
+"""The errors users can meet. All are `EditCompileError`s; each also is the builtin a caller would expect to catch."""
+
+from __future__ import annotations
+
+
+class EditCompileError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class CaptureError(EditCompileError, RuntimeError):
+    """A module could not be captured into a graph."""
+
+
+class PlanError(EditCompileError, ValueError):
+    """No plan can be made of this model and configuration, or a plan does not fit its model."""
+
+
+class RewriteError(EditCompileError, RuntimeError):
+    """A planned site could not be rewritten."""
+
+
+class AuditError(EditCompileError, RuntimeError):
+    """The converted model is not what its plan says."""
+
+
+class GridError(EditCompileError, ValueError):
+    """The image tokens' grid is unknown, or does not fit their number."""
+
+
+class CheckpointError(EditCompileError, RuntimeError):
+    """A checkpoint cannot be read, or does not fit its base model."""
+
+
+class ConfigError(EditCompileError, ValueError):
+    """An option is unknown or has an impossible value."""
+
+
+class NoExampleInputsError(EditCompileError, ValueError):
+    """No adapter knows example inputs for this model."""
+
+
+class ModelNotFoundError(EditCompileError, FileNotFoundError):
+    """A model's name or folder leads nowhere."""

@@ -1,0 +1,1 @@
+"""The passes: plain functions over one graph. `analyse` runs them in order over a whole model."""

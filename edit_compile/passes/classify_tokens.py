@@ -1,0 +1,92 @@
+"""Token kinds and the image grid, by structure: what carries the model's output is IMAGE, other inputs are TEXT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from edit_compile.capture import Capture
+from edit_compile.passes.axes import Axis, Piece, Value, flow_axes, fresh, hint, shape_of
+from edit_compile.tokens import Grid, Segment, TokenKind, TokenLayout
+
+MOST_ID_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A captured graph's axes, and which of its inputs are pictures."""
+
+    axes: Mapping[fx.Node, Value]
+    pictures: frozenset[str]
+
+    def kind(self, piece: Piece) -> TokenKind:
+        sources = piece.all_sources
+        if sources & self.pictures:
+            return TokenKind.IMAGE
+        return TokenKind.TEXT if sources else TokenKind.OTHER
+
+    def layout(self, axis: Axis) -> tuple[TokenLayout, tuple[int, ...]]:
+        """The axis' segments, neighbours of one kind joined, and their sizes in the example."""
+        segments: list[Segment] = []
+        sizes: list[int] = []
+        for piece in axis:
+            kind = self.kind(piece)
+            if segments and segments[-1].kind is kind:
+                segments[-1] = Segment(kind, f"{segments[-1].length} + {piece.expr}")
+                sizes[-1] += piece.size
+            else:
+                segments.append(Segment(kind, piece.expr))
+                sizes.append(piece.size)
+        return TokenLayout(tuple(segments)), tuple(sizes)
+
+    def grid(self, axis: Axis) -> Grid | None:
+        """The dimensions of the input picture that were flattened into the axis' image tokens."""
+        pieces = [p for p in axis if self.kind(p) is TokenKind.IMAGE]
+        if len(pieces) != 1 or len(pieces[0].factors) < 2:
+            return None
+        if any(len(factor) != 1 or self.kind(factor[0]) is not TokenKind.IMAGE for factor in pieces[0].factors):
+            return None
+        return Grid(tuple(factor[0].expr for factor in pieces[0].factors))
+
+
+def classify_tokens(captured: Capture) -> Tokens:
+    """Follow every axis of the graph from its inputs, and tell pictures from other inputs."""
+
+    def seed(node: fx.Node) -> Any:
+        shape = shape_of(node)
+        if captured.source(node).kind != "input" or shape is None:
+            return None
+        return tuple(fresh(size, node.name) if hint(size) > 1 or d else fresh(size) for d, size in enumerate(shape))
+
+    axes = flow_axes(captured.graph, seed)
+    return Tokens(axes, _pictures(captured, axes))
+
+
+def _pictures(captured: Capture, axes: Mapping[fx.Node, Value]) -> frozenset[str]:
+    """The inputs whose positions the output's positions are: a denoiser's output has the shape of its noisy input."""
+    inputs = {n.name: n for n in captured.graph.nodes if n.op == "placeholder" and captured.source(n).kind == "input" and shape_of(n)}
+    carried: set[str] = set()
+    for output in captured.graph.output_node().all_input_nodes:
+        if isinstance(axes.get(output), tuple):
+            carried |= {s for axis in axes[output][1:] for piece in axis for s in piece.all_sources}
+    if carried:
+        return frozenset(carried)
+    ranks = {name: len(shape_of(n) or ()) for name, n in inputs.items() if n.meta["val"].is_floating_point()}
+    most = max(ranks.values(), default=0)
+    return frozenset(name for name, rank in ranks.items() if rank == most and rank >= 3)
+
+
+def position_ids(captured: Capture, tokens: Tokens, length: int) -> str | None:
+    """The input that holds the image tokens' positions: (N, D) or (B, N, D) with few columns, feeding no Linear."""
+    for node in captured.graph.nodes:
+        if node.op != "placeholder" or node.name not in tokens.pictures:
+            continue
+        shape = shape_of(node)
+        by_token = shape is not None and len(shape) in (2, 3) and hint(shape[-2]) == length and 2 <= hint(shape[-1]) <= MOST_ID_COLUMNS
+        if by_token and not any(user.target is torch.ops.aten.linear.default for user in node.users):
+            return captured.source(node).name
+    return None

@@ -1,0 +1,49 @@
+"""Example inputs as data: shapes, dtypes and constants, enough to capture a model again on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edit_compile.errors import PlanError
+
+
+def describe(value: Any) -> Any:
+    """A JSON description of (nested) arguments.
+
+    Raises:
+        PlanError: a value cannot be described.
+    """
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {"dict": {str(k): describe(v) for k, v in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [describe(v) for v in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise PlanError(f"example inputs may hold tensors, numbers, strings, lists and dicts, not {type(value).__name__}")
+
+
+def meta_from(description: Any) -> Any:
+    """The arguments again, tensors on the meta device.
+
+    Raises:
+        PlanError: not a description.
+    """
+    try:
+        ((kind, content), *rest) = description.items()
+        if kind == "tensor":
+            return torch.empty(content, dtype=getattr(torch, rest[0][1]), device="meta")
+        if kind == "dict":
+            return {k: meta_from(v) for k, v in content.items()}
+        if kind in ("list", "tuple"):
+            items = [meta_from(v) for v in content]
+            return items if kind == "list" else tuple(items)
+        if kind == "value":
+            return content
+    except (AttributeError, ValueError, TypeError, IndexError):
+        pass
+    raise PlanError(f"not a description of example inputs: {str(description)[:80]}")
