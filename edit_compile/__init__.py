@@ -5,6 +5,7 @@ student = edit_compile.linearize(model)
 
 from edit_compile.adapters.record import record
 from edit_compile.api import compile, linearize, plan, plan_of, teacher
+from edit_compile.checkpoint import load, load_pipeline, save
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import (
     AuditError,
@@ -45,8 +46,11 @@ __all__ = [
     "compile",
     "grid",
     "linearize",
+    "load",
+    "load_pipeline",
     "plan",
     "plan_of",
     "record",
+    "save",
     "teacher",
 ]
