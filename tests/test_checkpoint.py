@@ -14,15 +14,15 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-import toy
-from families import FAMILIES
-from pipelines import pixart_pipeline
 from torch import nn
 
 import edit_compile as ec
+import toy
 from edit_compile.checkpoint import MANIFEST, fingerprint, load, load_pipeline, save
 from edit_compile.errors import CheckpointError
 from edit_compile.sites import converted_sites
+from families import FAMILIES
+from pipelines import pixart_pipeline
 
 
 def trained(student: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,0 +1,102 @@
+"""The command line: `edit-compile inspect` and `edit-compile convert`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from edit_compile.config import LinearizeConfig
+from edit_compile.errors import EditCompileError
+
+UNTRAINED = "The pictures of a converted model are wrong until it is distilled."
+
+
+def _choices(option: str) -> click.Choice[Any]:
+    return click.Choice(list(LinearizeConfig.model_fields[option].annotation.__args__))  # type: ignore[union-attr]
+
+
+def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that make a LinearizeConfig, with its defaults."""
+    default = LinearizeConfig()
+    options = [
+        click.option("--model", required=True, help="hub id, folder, config.json, demo/NAME, arch/NAME or timm/NAME"),
+        click.option("--design", type=_choices("design"), default=default.design, show_default=True),
+        click.option("--reduction", type=click.IntRange(min=1), default=default.reduction, show_default=True),
+        click.option("--eta", type=_choices("eta"), default=default.eta, show_default=True),
+        click.option("--text-keys", type=_choices("text_keys"), default=default.text_keys, show_default=True),
+        click.option("--include", multiple=True, default=default.include, help="glob over module paths; repeatable"),
+        click.option("--exclude", multiple=True, help="glob over module paths; repeatable"),
+        click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else"),
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+def _errors_in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except EditCompileError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+    return wrapped
+
+
+@click.group()
+@click.version_option(package_name="edit_compile")
+def main() -> None:
+    """Compile the softmax attention of diffusion transformers to linear compressed attention."""
+
+
+@main.command()
+@_conversion_options
+@_errors_in_one_line
+def inspect(model: str, as_json: bool, **options: Any) -> None:
+    """Show what would be done to a model, site by site, and why. Needs no weights."""
+    from edit_compile.adapters.models import load_model
+    from edit_compile.api import plan
+
+    loaded = load_model(model, structure_only=True)
+    _show(plan(loaded.model, LinearizeConfig(**options)), as_json, {"source": loaded.source})
+
+
+@main.command()
+@_conversion_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the checkpoint")
+@_errors_in_one_line
+def convert(model: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Convert a model and save the checkpoint: what was added, and the plan."""
+    from edit_compile.adapters.models import load_model
+    from edit_compile.api import linearize, plan_of
+    from edit_compile.checkpoint import save
+
+    config = LinearizeConfig(**options)
+    loaded = load_model(model)
+    if not loaded.has_weights:
+        raise EditCompileError(f"{model} is structure only, without weights to convert; `edit-compile inspect` shows its plan")
+    student = linearize(loaded.model, config)
+    save(student, output, base=loaded.pipeline or loaded.source)
+    added = sum(p.numel() for name, p in student.named_parameters() if ".edit." in name)
+    _show(plan_of(student), as_json, {"source": loaded.source, "output": str(output), "parameters_added": added})
+    click.echo(f"{added:,} parameters added, saved to {output}. {UNTRAINED}", err=True)
+
+
+def _show(plan: Any, as_json: bool, more: dict[str, Any]) -> None:
+    from edit_compile.report import plan_summary, plan_table
+
+    if as_json:
+        click.echo(json.dumps({**more, **plan_summary(plan)}, indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(plan))
+
+
+if __name__ == "__main__":
+    main()
