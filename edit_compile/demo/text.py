@@ -1,4 +1,8 @@
-"""The demo models' text encoder: a fixed, seeded table of word vectors, so that nothing has to be trained or downloaded."""
+"""The demo models' text encoder: fixed and seeded, so that nothing has to be trained or downloaded.
+
+What a trained encoder gives a diffusion transformer, each word in its context, is here the word's own vector,
+its position's, and the sum of its neighbours' vectors.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from edit_compile.demo import shapes
 
 TEXT_LENGTH = 32
-TEXT_CHANNELS = 64
+_WORD_CHANNELS, _POSITION_CHANNELS = 48, 32
+TEXT_CHANNELS = 2 * _WORD_CHANNELS + _POSITION_CHANNELS
+_NEIGHBOURS = 4
 PADDING = "."
 _TEMPLATE_WORDS = ("a", "picture", "with", "background", "showing", "in", "the", "part", "and", "of", "nothing", "else")
 VOCABULARY = (
@@ -25,10 +32,10 @@ VOCABULARY = (
 
 
 def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions to (tokens, pooled, mask): (B, 32, 64), (B, 64) and (B, 32) of 1 for words and 0 for padding.
+    """Captions to (tokens, pooled, mask): (B, 32, 128), (B, 128) and (B, 32) of 1 for words and 0 for padding.
 
-    The first half of a token is its word's vector, the second half its position's (sinusoidal). The empty
-    caption, all padding, is the unconditional one.
+    A token is its word's vector, the sum of the vectors of the words at most four places away, and its position's
+    sinusoids. The empty caption, all padding, is the unconditional one.
 
     Raises:
         ValueError: a caption has a word outside `VOCABULARY`, or too many words.
@@ -44,13 +51,15 @@ def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
             raise ValueError(f"the demo models read {TEXT_LENGTH} words at most, {text!r} has {len(words)}")
         rows.append([index[word] for word in words] + [0] * (TEXT_LENGTH - len(words)))
     ids = torch.tensor(rows)
-    half = TEXT_CHANNELS // 2
-    table = torch.randn(len(VOCABULARY), half, generator=torch.Generator().manual_seed(0))
-    words_BTE = table[ids]
-    positions_BTE = _sinusoids(TEXT_LENGTH, half).expand(len(rows), -1, -1)
     mask = (ids != 0).float()
-    pooled = torch.cat([(words_BTE * mask[..., None]).sum(1), (words_BTE * positions_BTE * mask[..., None]).sum(1)], -1)
-    return torch.cat([words_BTE, positions_BTE], -1), pooled / TEXT_LENGTH**0.5, mask
+    table = torch.randn(len(VOCABULARY), _WORD_CHANNELS, generator=torch.Generator().manual_seed(0))
+    words_BTE = table[ids]
+    window = torch.ones(_WORD_CHANNELS, 1, 2 * _NEIGHBOURS + 1)
+    spoken_BET = (words_BTE * mask[..., None]).mT
+    context_BTE = functional.conv1d(spoken_BET, window, padding=_NEIGHBOURS, groups=_WORD_CHANNELS).mT
+    positions_BTE = _sinusoids(TEXT_LENGTH, _POSITION_CHANNELS).expand(len(rows), -1, -1)
+    tokens = torch.cat([words_BTE, context_BTE / _NEIGHBOURS**0.5, positions_BTE], -1)
+    return tokens, (tokens * mask[..., None]).sum(1) / TEXT_LENGTH**0.5, mask
 
 
 def _sinusoids(length: int, channels: int) -> Tensor:
