@@ -4,7 +4,7 @@ student = edit_compile.linearize(model)
 """
 
 from edit_compile.adapters.record import record
-from edit_compile.api import compile, linearize, plan, plan_of, teacher
+from edit_compile.api import audit, compile, linearize, plan, plan_of, teacher
 from edit_compile.checkpoint import load, load_pipeline, save
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import (
@@ -43,6 +43,7 @@ __all__ = [
     "SitePlan",
     "TokenKind",
     "TokenLayout",
+    "audit",
     "compile",
     "grid",
     "linearize",

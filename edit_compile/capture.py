@@ -145,11 +145,15 @@ def _all_dynamic(leaf: Any) -> Any:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor the module holds, plain attributes included."""
+    """Every tensor the module holds, also in plain attributes and in modules that are plain attributes."""
     yield from module.parameters()
     yield from module.buffers()
     for submodule in module.modules():
-        yield from (leaf for leaf in pytree.tree_leaves(vars(submodule)) if isinstance(leaf, Tensor))
+        for leaf in pytree.tree_leaves(vars(submodule)):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif isinstance(leaf, nn.Module):
+                yield from _tensors_of(leaf)
 
 
 def _meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:

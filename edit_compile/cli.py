@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from edit_compile.config import LinearizeConfig
+from edit_compile.designs import design_names
 from edit_compile.errors import EditCompileError
 
 UNTRAINED = "The pictures of a converted model are wrong until it is distilled."
@@ -27,7 +28,7 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default = LinearizeConfig()
     options = [
         click.option("--model", required=True, help="hub id, folder, config.json, demo/NAME, arch/NAME or timm/NAME"),
-        click.option("--design", type=_choices("design"), default=default.design, show_default=True),
+        click.option("--design", type=click.Choice(["auto", *design_names()]), default=default.design, show_default=True),
         click.option("--reduction", type=click.IntRange(min=1), default=default.reduction, show_default=True),
         click.option("--eta", type=_choices("eta"), default=default.eta, show_default=True),
         click.option("--text-keys", type=_choices("text_keys"), default=default.text_keys, show_default=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from edit_compile.errors import ConfigError
 
@@ -13,7 +13,8 @@ class LinearizeConfig(BaseModel):
     """How attention is rewritten. The defaults are the paper's where it states one; see the README for the others.
 
     Attributes:
-        design: "auto" takes "edit" where attention is between image tokens alone and "mm-edit" where others take part.
+        design: a registered design's name; "auto" takes "edit" where attention is between image tokens alone and "mm-edit"
+            where others take part.
         reduction: by how much ConvFusion's 3x3 convolution reduces the channels.
         query: "conv-fusion" (EDiT) or "plain", the model's own projection.
         key, value: "compressor" (EDiT), "conv-fusion" or "plain"; both compressed or neither, so that they stay paired.
@@ -26,7 +27,7 @@ class LinearizeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    design: Literal["auto", "edit", "mm-edit"] = "auto"
+    design: str = "auto"
     reduction: PositiveInt = 4
     query: Literal["conv-fusion", "plain"] = "conv-fusion"
     key: Literal["compressor", "conv-fusion", "plain"] = "compressor"
@@ -36,6 +37,15 @@ class LinearizeConfig(BaseModel):
     identity: bool = True
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+
+    @field_validator("design")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        from edit_compile.designs import design_names  # the designs are configured by this class
+
+        if name not in ("auto", *design_names()):
+            raise ValueError(f"no such design; there are: auto, {', '.join(design_names())}")
+        return name
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -50,4 +60,5 @@ def _in_words(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown option {name!r}; there are: {', '.join(LinearizeConfig.model_fields)}"
-    return f"{name}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.config import LinearizeConfig
-from edit_compile.designs import build
+from edit_compile.designs import find_design
 from edit_compile.grid import RUNTIME, Runtime
 from edit_compile.passes.rewrite import ADDED, Additions
 
@@ -58,7 +58,7 @@ def install(model: nn.Module, path: str, site: SiteForward, config: LinearizeCon
     if key not in classes:
         classes[key] = type(f"Linear{type(module).__name__}", (ConvertedSite, type(module)), {"forward": site.forward})
     own.__class__ = classes[key]
-    design = build(site.additions, config)
+    design = find_design(site.additions.design).build(site.additions, config)
     tensor = next(_floats(module), None)
     setattr(own, ADDED, design.to(device=tensor.device, dtype=tensor.dtype) if tensor is not None else design)
     own.requires_grad_(True)

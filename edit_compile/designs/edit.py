@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs.attention import linear_attention, log_weights, matching_heads
 from edit_compile.designs.convolution import ConvFusion, SpatialCompressor
+from edit_compile.designs.registry import Design
+
+if TYPE_CHECKING:
+    from edit_compile.passes.rewrite import Additions
 
 
 def projection_module(kind: str, channels: int, config: LinearizeConfig) -> nn.Module | None:
@@ -36,3 +42,10 @@ class Edit(nn.Module):
         k_BHMD, v_BHMD = matching_heads(q_BHND, k_BHMD), matching_heads(q_BHND, v_BHMD)
         y_BHND, _ = linear_attention(q_BHND.relu(), log_weights(k_BHMD.relu(), mask), v_BHMD)
         return y_BHND
+
+
+def _build(additions: Additions, config: LinearizeConfig) -> Edit:
+    return Edit(config, additions.channels)
+
+
+EDIT = Design("edit", joint=False, build=_build)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,11 @@ from torch import Tensor, nn
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs.attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
 from edit_compile.designs.edit import projection_module
+from edit_compile.designs.registry import Design
 from edit_compile.designs.segments import image_span
+
+if TYPE_CHECKING:
+    from edit_compile.passes.rewrite import Additions
 
 START_LOG_WEIGHT = -2.0
 
@@ -114,3 +120,18 @@ def _others(x: Tensor, dim: int, start: int, rest: int) -> Tensor:
 
 def _image_and_others(x: Tensor, dim: int, start: int, rest: int) -> tuple[Tensor, Tensor]:
     return x.narrow(dim, start, x.shape[dim] - start - rest), _others(x, dim, start, rest)
+
+
+def _build(additions: Additions, config: LinearizeConfig) -> MMEdit:
+    return MMEdit(
+        config,
+        additions.channels,
+        heads=additions.heads,
+        head_channels=additions.head_channels,
+        scale=additions.scale,
+        before=additions.before,
+        after=additions.after,
+    )
+
+
+MM_EDIT = Design("mm-edit", joint=True, build=_build)

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import fx
 
 from edit_compile.config import LinearizeConfig
+from edit_compile.designs import find_design
 from edit_compile.errors import PlanError
 from edit_compile.passes.axes import Axis, axis_size, hint, shape_of
 from edit_compile.passes.classify_tokens import Tokens
@@ -63,13 +64,15 @@ def _decision(
         return "keep", obstacle
     if not _selected(attention.path, config):
         return "keep", "left out by include and exclude"
-    design = "edit" if key.only(TokenKind.IMAGE) else "mm-edit"
-    if config.design not in ("auto", design):
-        return "keep", f"design={config.design!r} is for {_FITS[config.design]}"
-    return design, "attention between image tokens" if design == "edit" else "image tokens and others attend jointly"
+    joint = not key.only(TokenKind.IMAGE)
+    design = find_design(_AUTOMATIC[joint] if config.design == "auto" else config.design)
+    if design.joint != joint:
+        return "keep", f"design={design.name!r} is for {_FITS[design.joint]}"
+    return design.name, "image tokens and others attend jointly" if joint else "attention between image tokens"
 
 
-_FITS = {"edit": "attention between image tokens alone", "mm-edit": "joint attention of image tokens and others"}
+_AUTOMATIC = {False: "edit", True: "mm-edit"}
+_FITS = {False: "attention between image tokens alone", True: "joint attention of image tokens and others"}
 
 
 def _selected(path: str, config: LinearizeConfig) -> bool:

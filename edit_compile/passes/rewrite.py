@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from edit_compile.capture import Capture
 from edit_compile.config import LinearizeConfig
+from edit_compile.designs import find_design
 from edit_compile.designs.segments import cut_image, sample_axis
 from edit_compile.errors import RewriteError
 from edit_compile.passes.axes import Axis, Piece, Value, axis_size, flow_axes, hint, shape_of
@@ -161,7 +162,7 @@ class _Rewriter:
         attention = self.attention
         before, after = place(self.axes[attention.query][-2])
         scale, shape = attention.scale, shape_of(attention.query) or ()
-        joint = self.site.action == "mm-edit"
+        joint = find_design(self.site.action).joint
         with self.graph.inserting_before(attention.node):
             query = self._query_lane()
             key = self._key_lane("key", attention.key)

@@ -1,0 +1,70 @@
+"""From a model to its plan: capture, the passes, a trial of every rewrite, and where the image's grid comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from edit_compile.capture import Capture, capture
+from edit_compile.config import LinearizeConfig
+from edit_compile.conversion import SiteRewriter
+from edit_compile.errors import PlanError, RewriteError
+from edit_compile.passes import Analysis, analyse
+from edit_compile.passes.classify_tokens import position_ids
+from edit_compile.plans import Given, Plan, PositionIds, SitePlan, SizesOfInputs
+from edit_compile.specs import describe
+from edit_compile.tokens import TokenKind
+
+
+def make_plan(model: nn.Module, config: LinearizeConfig, inputs: Mapping[str, Any]) -> tuple[Plan, SiteRewriter]:
+    """The plan, and the rewriter that has tried it: a site whose rewrite fails is kept, and the failure is the reason.
+
+    Raises:
+        PlanError: the model has no attention; says what was looked at.
+    """
+    analysis = analyse(capture(model, inputs), config)
+    if not analysis.sites:
+        kinds = sorted({type(m).__name__ for m in model.modules()})
+        looked_at = f"none of its {len(analysis.captured.graph.nodes)} operations is one"
+        raise PlanError(f"{type(model).__name__} has no attention: {looked_at} ({', '.join(kinds[:8])})")
+    rewriter = SiteRewriter(model, inputs, config)
+    rewriter.prepare(site for site in analysis.sites if site.rewritten)
+    sites = tuple(_tried(site, rewriter) for site in analysis.sites)
+    grid = _grid_source(analysis, sites, set(inputs))
+    return Plan(model=type(model).__name__, config=config, sites=sites, grid=grid, inputs=describe(inputs)), rewriter
+
+
+def _tried(site: SitePlan, rewriter: SiteRewriter) -> SitePlan:
+    if not site.rewritten:
+        return site
+    result = rewriter.forward_for(site)
+    return site.model_copy(update={"action": "keep", "reason": str(result)}) if isinstance(result, RewriteError) else site
+
+
+def _grid_source(analysis: Analysis, sites: tuple[SitePlan, ...], arguments: set[str]) -> SizesOfInputs | PositionIds | Given:
+    site = next((site for site in sites if site.rewritten), None)
+    if site is None:
+        return Given()
+    if site.grid is not None:
+        needed = {name for expression in site.grid.sizes for name in re.findall(r"[A-Za-z_]\w*", expression)}
+        symbols = {name: where for name, where in _symbols(analysis.captured).items() if name in needed and where[0] in arguments}
+        return SizesOfInputs(expressions=site.grid.sizes, symbols=symbols) if set(symbols) == needed else Given()
+    length = site.query_sizes[next(i for i, s in enumerate(site.query_layout.segments) if s.kind is TokenKind.IMAGE)]
+    ids = position_ids(analysis.captured, analysis.classified, length)
+    return PositionIds(input=ids) if ids is not None and ids in arguments else Given()
+
+
+def _symbols(captured: Capture) -> dict[str, tuple[str, int]]:
+    """Where the value of a size symbol can be read: an input and its dimension."""
+    found: dict[str, tuple[str, int]] = {}
+    for node in captured.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and captured.source(node).kind == "input" and isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and str(size.node.expr).isidentifier():
+                    found.setdefault(str(size.node.expr), (captured.source(node).name, dim))
+    return found
