@@ -125,12 +125,17 @@ def load_pipeline(folder: str | Path, base: Any = None, **options: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     if base is None:
-        base = _read_index(Path(folder)).base
+        base = base_of(folder)
         if base is None:
             raise CheckpointError(f"{folder} does not say where its base pipeline is; pass base=...")
     pipe = base if isinstance(base, DiffusionPipeline) else DiffusionPipeline.from_pretrained(base, **options)
     components = {**pipe.components, "transformer": load(folder, pipe.transformer)}
     return type(pipe)(**components)
+
+
+def base_of(folder: str | Path) -> str | None:
+    """Where a checkpoint says that its base is: a hub id, a folder or a demo model's name."""
+    return _read_index(Path(folder)).base
 
 
 def fingerprint(model: nn.Module) -> str:

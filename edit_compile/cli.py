@@ -90,6 +90,28 @@ def convert(model: str, output: Path, as_json: bool, **options: Any) -> None:
     click.echo(f"{added:,} parameters added, saved to {output}. {UNTRAINED}", err=True)
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, required=True, help="what to draw; repeatable, a row each")
+@click.option("--height", type=click.IntRange(min=1), help="in pixels; default: the model's")
+@click.option("--width", type=click.IntRange(min=1), help="in pixels; default: the model's")
+@click.option("--steps", type=click.IntRange(min=1), help="of the sampler; default: the pipeline's")
+@click.option("--guidance", type=float, help="classifier-free guidance; default: the pipeline's")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--base", help="the base pipeline: hub id or folder; default: as the checkpoint says")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="the PNG to write")
+@_errors_in_one_line
+def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Path, **options: Any) -> None:
+    """Draw with teacher and student, side by side, from the same noise."""
+    from edit_compile.pictures import picture_grid, save_png
+    from edit_compile.sampling import SampleOptions, side_by_side
+
+    pairs = side_by_side(folder, prompts, SampleOptions(**options), base)
+    originals, students = zip(*pairs, strict=True)
+    save_png(picture_grid(prompts, [("teacher", originals), ("student", students)]), output)
+    click.echo(f"{len(pairs)} prompts, teacher | student, in {output}", err=True)
+
+
 def _show(plan: Any, as_json: bool, more: dict[str, Any]) -> None:
     from edit_compile.report import plan_summary, plan_table
 

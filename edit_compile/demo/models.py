@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 NAMES = ("mm-dit", "dit")
+SOURCES = tuple(f"demo/{name}" for name in NAMES)  # what users call them
 GUIDANCE = 2.0
 
 

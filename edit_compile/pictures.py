@@ -1,0 +1,56 @@
+"""A labelled grid of pictures as one PNG: a row a prompt, a column a model."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN, _GAP, _FONT_SIZE, _CAPTION_WIDTH = 16, 8, 15, 250
+_INK, _PAPER = (40, 40, 40), (255, 255, 255)
+_SMALLEST = 160  # smaller pictures are enlarged, pixel by pixel
+
+
+def picture_grid(captions: Sequence[str], columns: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
+    """Pictures with their captions at the left and the columns' names on top.
+
+    Args:
+        captions: one a row.
+        columns: (name, pictures (height, width, 3) in [0, 1], one a row), all of one size.
+    """
+    height, width, _ = columns[0][1][0].shape
+    enlarged = max(1, -(-_SMALLEST // min(height, width)))
+    height, width = height * enlarged, width * enlarged
+    font = ImageFont.load_default(_FONT_SIZE)
+    top = _MARGIN + 2 * _FONT_SIZE
+    sheet = Image.new(
+        "RGB",
+        (_MARGIN + _CAPTION_WIDTH + len(columns) * (width + _GAP) + _MARGIN - _GAP, top + len(captions) * (height + _GAP) + _MARGIN - _GAP),
+        _PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for row, caption in enumerate(captions):
+        lines = textwrap.wrap(caption, _CAPTION_WIDTH // (_FONT_SIZE // 2) - 2)
+        draw.multiline_text((_MARGIN, top + row * (height + _GAP)), "\n".join(lines), _INK, font)
+    for column, (name, pictures) in enumerate(columns):
+        left = _MARGIN + _CAPTION_WIDTH + column * (width + _GAP)
+        draw.text((left, _MARGIN), name, _INK, font)
+        for row, picture in enumerate(pictures):
+            image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top + row * (height + _GAP)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
