@@ -9,7 +9,6 @@ folder format. One CPU core does about 2 steps a second.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edit_compile.demo import models, shapes
+from edit_compile.demo.obedience import obedience
 
 COOL_DOWN = 1 / 3
 
@@ -34,15 +34,6 @@ def batch(step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
     drawn = [shapes.random_scene(rng) for _ in range(size)]
     pictures = torch.from_numpy(np.stack([shapes.render(scene) for scene in drawn])).permute(0, 3, 1, 2) * 2 - 1
     return pictures, ["" if rng.random() < 0.1 else shapes.caption(scene) for scene in drawn]
-
-
-def obedience(model: nn.Module, prompts: int, seed: int = 10_000) -> tuple[float, float]:
-    """The shares of described objects whose colour and place, and whose shape, are right on held-out prompts."""
-    drawn = list(itertools.islice(shapes.scenes(seed), prompts))
-    parts = [drawn[i : i + 50] for i in range(0, prompts, 50)]
-    pictures = torch.cat([models.sample(model, [shapes.caption(s) for s in part], seed=i) for i, part in enumerate(parts)])
-    found = [c for p, s in zip(pictures, drawn, strict=True) for c in shapes.check(p.permute(1, 2, 0).numpy(), s)]
-    return sum(c.colour_and_place for c in found) / len(found), sum(c.shape for c in found) / len(found)
 
 
 class Muon(torch.optim.Optimizer):
@@ -174,8 +165,8 @@ def main() -> None:
             averaged.load_state_dict(ema)
             averaged.eval().save_pretrained(args.out / "model")
             if (step + 1) % (4 * args.save_every) == 0 or step + 1 == args.steps:
-                placed, shaped = obedience(averaged, 60 if step + 1 < args.steps else 200)
-                print(json.dumps({"step": step + 1, "colour_and_place": placed, "shape": shaped}), flush=True)
+                found = obedience(averaged, 60 if step + 1 < args.steps else 200)
+                print(json.dumps({"step": step + 1, **found.to_dict()}), flush=True)
 
 
 if __name__ == "__main__":
