@@ -1,4 +1,4 @@
-"""The command line: `edit-compile inspect` and `edit-compile convert`."""
+"""The command line: `edit-compile inspect`, `convert`, `sample` and `distill`."""
 
 from __future__ import annotations
 
@@ -110,6 +110,28 @@ def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Pat
     originals, students = zip(*pairs, strict=True)
     save_png(picture_grid(prompts, [("teacher", originals), ("student", students)]), output)
     click.echo(f"{len(pairs)} prompts, teacher | student, in {output}", err=True)
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as stage.0.steps=500; repeatable")
+@click.option("--dry-run", is_flag=True, help="print the resolved recipe, the plan and what would be trained, and stop")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the student; default: runs/ and the recipe's name")
+@click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
+@_errors_in_one_line
+def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, as_json: bool) -> None:
+    """Convert a model and train it to do what its teacher does. RECIPE: a YAML file, or the name of a shipped recipe."""
+    from edit_compile.distill.progress import print_result, print_row, print_trial
+    from edit_compile.distill.recipe_file import load_recipe
+    from edit_compile.distill.runner import distill as run
+    from edit_compile.distill.trial import trial
+
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        print_trial(trial(resolved), as_json)
+        return
+    result = run(resolved, output or Path("runs") / Path(recipe).stem, report=None if as_json else print_row)
+    print_result(result, as_json)
 
 
 def _show(plan: Any, as_json: bool, more: dict[str, Any]) -> None:

@@ -41,3 +41,11 @@ class NoExampleInputsError(EditCompileError, ValueError):
 
 class ModelNotFoundError(EditCompileError, FileNotFoundError):
     """A model's name or folder leads nowhere."""
+
+
+class RecipeError(EditCompileError, ValueError):
+    """A recipe has an unknown key, a wrong value or an impossible combination."""
+
+
+class DistillError(EditCompileError, RuntimeError):
+    """A distillation cannot start or go on."""

@@ -17,7 +17,7 @@ ONLY = {  # a library, and the files that may import it
     "diffusers": ("adapters/", "demo/", "checkpoint.py"),
     "timm": ("adapters/",),
     "click": ("cli.py",),
-    "rich": ("cli.py", "report.py"),
+    "rich": ("cli.py", "report.py", "distill/progress.py"),
 }
 BELOW = {  # a layer, and the layers it must not know
     "tokens.py": ("passes", "designs", "api", "checkpoint", "cli", "plans", "adapters"),

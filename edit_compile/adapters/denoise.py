@@ -1,0 +1,63 @@
+"""One call of a diffusion transformer, whatever its family: noisy pictures and timesteps in, prediction out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edit_compile.errors import NoExampleInputsError
+
+Denoise = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Tensor]
+
+
+def _sd3(model: Any, x_BCHW: Tensor, times_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+    return model(hidden_states=x_BCHW, timestep=times_B, return_dict=False, **conditions)[0]
+
+
+def _without_variance(model: Any, x_BCHW: Tensor, times_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+    """PixArt and DiT may predict the variance in further channels, which distillation leaves out."""
+    return _sd3(model, x_BCHW, times_B, conditions)[:, : x_BCHW.shape[1]]
+
+
+def _flux(model: Any, x_BCHW: Tensor, times_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+    """FLUX takes 2 x 2 latents as one token, position ids, and timesteps in [0, 1]."""
+    b, c, h, w = x_BCHW.shape
+    tokens = x_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(x_BCHW)
+    text_ids = torch.zeros(conditions["encoder_hidden_states"].shape[1], 3).to(x_BCHW)
+    y = model(hidden_states=tokens, timestep=times_B / 1000, img_ids=ids, txt_ids=text_ids, return_dict=False, **conditions)[0]
+    return y.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+_FAMILIES: dict[str, Denoise] = {
+    "PixArtTransformer2DModel": _without_variance,
+    "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux,
+    "DiTTransformer2DModel": _without_variance,
+}
+
+
+def denoise(model: nn.Module, x_BCHW: Tensor, times_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+    """The model's prediction for noisy pictures, (B, C, H, W).
+
+    Args:
+        model: a transformer of a family known here, or a copy of one that was converted or wrapped.
+        x_BCHW: in the model's latent space.
+        times_B: timesteps in [0, 1000).
+        conditions: the forward's keyword arguments that carry the captions.
+
+    Raises:
+        NoExampleInputsError: the family has no adapter.
+    """
+    inner = getattr(model, "module", model)
+    for base in type(inner).__mro__:
+        if base.__name__ in _FAMILIES:
+            return _FAMILIES[base.__name__](model, x_BCHW, times_B, conditions)
+    raise NoExampleInputsError(
+        f"how to call a {type(inner).__name__} is not known (known: {', '.join(_FAMILIES)}); "
+        "pass denoise=, a function of model, noisy pictures, timesteps and conditions"
+    )

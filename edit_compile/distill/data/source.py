@@ -1,0 +1,67 @@
+"""What the runner asks of data, and what it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+Split = Literal["train", "held-out"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows of a global batch.
+
+    Attributes:
+        position: how many samples the stream has given before this batch.
+        size: samples in the global batch.
+        rows: those wanted, within `range(size)`.
+        height, width: of the pictures, in pixels. A source with aspect-ratio buckets may answer with another shape of
+            about this area, the same for all rows of a batch.
+        split: "held-out" samples are never seen in training.
+    """
+
+    position: int
+    size: int
+    rows: range
+    height: int
+    width: int
+    split: Split = "train"
+
+    @property
+    def positions(self) -> range:
+        """The wanted rows' positions in the stream."""
+        return range(self.position + self.rows.start, self.position + self.rows.stop)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the transformer is trained on.
+
+    Attributes:
+        pictures: (B, C, H, W), clean, in the model's latent space and scale, on the CPU.
+        conditions: keyword arguments of the model's forward that carry the captions; tensors are (B, ...).
+    """
+
+    pictures: Tensor
+    conditions: dict[str, Any]
+
+
+class Source(Protocol):
+    """A deterministic stream of samples.
+
+    Attributes:
+        skipped: the samples that could not be read so far, by name, with the reason.
+    """
+
+    skipped: dict[str, str]
+
+    def batch(self, request: Request) -> Batch:
+        """The requested rows, in order: a function of the request alone.
+
+        Raises:
+            DistillError: nothing can be read any more.
+        """
+        ...

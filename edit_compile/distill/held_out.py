@@ -1,0 +1,78 @@
+"""The held-out error: how far a student's predictions are from its teacher's, on samples training never sees."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edit_compile.api import teacher
+from edit_compile.distill.context import Context
+from edit_compile.distill.data import Request
+from edit_compile.distill.noise import MOST_TIME
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The error over a range of timesteps (low, high)."""
+
+    low: float
+    high: float
+    error: float
+
+
+@dataclass(frozen=True)
+class HeldOutError:
+    """sum |student - teacher|^2 / sum |teacher - mean|^2, mean being the teacher's over all that is summed.
+
+    Attributes:
+        total: over all timesteps, which the samples cover evenly.
+        buckets: the same over ranges of timesteps.
+        samples: how many.
+    """
+
+    total: float
+    buckets: tuple[Bucket, ...]
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def held_out_error(context: Context, height: int, width: int) -> HeldOutError:
+    """Measure the student as it is, at a resolution in pixels. All processes take part and get the same answer."""
+    options = context.recipe.held_out
+    sums = torch.zeros(options.buckets, 4, dtype=torch.float64, device=context.accelerator.device)
+    u = (torch.arange(options.samples, dtype=torch.float64) + 0.5) / options.samples
+    count, rank = context.accelerator.num_processes, context.accelerator.process_index
+    batches = [range(i, min(i + options.batch, options.samples)) for i in range(0, options.samples, options.batch)]
+    for rows in batches[rank::count]:
+        request = Request(0, options.samples, rows, height, width, "held-out")
+        sample = context.sample(request, context.process.times(u[rows.start : rows.stop]))
+        of = (u[rows.start : rows.stop] * options.buckets).long().to(sums.device)
+        sums.index_add_(0, of, _sums(*_predictions(context, sample)))
+    sums = context.accelerator.reduce(sums, "sum")
+    edges = torch.linspace(0, MOST_TIME, options.buckets + 1).tolist()
+    buckets = tuple(Bucket(low, high, _error(row)) for low, high, row in zip(edges, edges[1:], sums, strict=False))
+    return HeldOutError(_error(sums.sum(0)), buckets, options.samples)
+
+
+@torch.no_grad()
+def _predictions(context: Context, sample: Any) -> tuple[Tensor, Tensor]:
+    student = context.predict(context.student, sample)
+    with teacher(context.student):
+        return student, context.predict(context.student, sample)
+
+
+def _sums(student: Tensor, expected: Tensor) -> Tensor:
+    """Of every sample: |student - teacher|^2, teacher, teacher^2, and the number of values; (B, 4) float64."""
+    student, expected = student.double().flatten(1), expected.double().flatten(1)
+    number = torch.full_like(expected[:, 0], expected.shape[1])
+    return torch.stack([(student - expected).square().sum(1), expected.sum(1), expected.square().sum(1), number], 1)
+
+
+def _error(sums: Tensor) -> float:
+    difference, first, second, number = sums.tolist()
+    return difference / (second - first**2 / number) if number else float("nan")

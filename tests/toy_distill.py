@@ -1,0 +1,66 @@
+"""A distillation small enough for tests: a toy model, and data that is a function of the position."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import torch
+
+import edit_compile as ec
+import toy
+from edit_compile.distill import Recipe
+from edit_compile.distill.context import Context
+from edit_compile.distill.data import Batch
+from edit_compile.distill.noise import Process, noise_for
+
+TEXT = 5
+
+
+class Pictures:
+    """Smooth random pictures with random text, by position."""
+
+    def __init__(self):
+        self.skipped = {}
+        self.requests = []
+
+    def batch(self, request):
+        self.requests.append(request)
+        coarse = noise_for(request.positions, (3, 3, 3), 1, request.split)
+        pictures = torch.nn.functional.interpolate(coarse, (request.height, request.width), mode="bilinear")
+        return Batch(pictures, {"text": noise_for(request.positions, (TEXT, 6), 2, request.split)})
+
+
+def denoise(model, x, times, conditions):
+    """The toy takes no timestep: it comes in as brightness."""
+    return model(x=x + times.view(-1, 1, 1, 1) / 1000, **conditions)
+
+
+def base():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return toy.Toy(joint=True).eval()
+
+
+@cache
+def _student():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ec.linearize(base(), example_inputs=toy.inputs(text=TEXT))
+
+
+def student():
+    """A converted toy, the same at every call."""
+    return copy.deepcopy(_student())
+
+
+def recipe(**options):
+    stage = {"resolution": [12, 16], "steps": 6, "batch": 4, "lr": 1e-3, "warm_up": 2}
+    warm_start = {"steps": 6, "batch": 4, "lr": 2e-3, "warm_up": 2}
+    held_out = {"samples": 16, "batch": 8, "buckets": 4}
+    common = {"model": "toy", "stage": [stage], "warm_start": warm_start, "held_out": held_out, "ema": 0.9, "log_every": 1}
+    return Recipe.model_validate(common | options)
+
+
+def context(model, accelerator, **options):
+    return Context(recipe(**options), model.to(accelerator.device), Pictures(), denoise, Process("rectified-flow"), accelerator)
