@@ -27,6 +27,7 @@ from edit_compile.adapters.backends import native_attention
 from edit_compile.errors import CaptureError
 
 PROBE_DTYPE = torch.bfloat16
+_HOLDERS = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,11 @@ def _all_dynamic(leaf: Any) -> Any:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor the module holds, also in plain attributes and in modules that are plain attributes."""
+    """Every tensor the module holds, plain attributes included, and modules hidden in them, as teachers are."""
     yield from module.parameters()
     yield from module.buffers()
     for submodule in module.modules():
-        for leaf in pytree.tree_leaves(vars(submodule)):
+        for leaf in pytree.tree_leaves({name: value for name, value in vars(submodule).items() if name not in _HOLDERS}):
             if isinstance(leaf, Tensor):
                 yield leaf
             elif isinstance(leaf, nn.Module):

@@ -73,7 +73,7 @@ def converted(model: nn.Module, plan: Plan, rewriter: SiteRewriter) -> nn.Module
         if isinstance(forward, RewriteError):
             raise forward
         install(student, site.path, forward, plan.config, runtime, classes)
-    publish_with(student, runtime)
+    publish_with(student, runtime, [site.path for site in plan.rewritten])
     student.__dict__["edit_plan"] = plan
     return student
 

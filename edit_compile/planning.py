@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +50,22 @@ def _grid_source(analysis: Analysis, sites: tuple[SitePlan, ...], arguments: set
     if site is None:
         return Given()
     if site.grid is not None:
-        needed = {name for expression in site.grid.sizes for name in re.findall(r"[A-Za-z_]\w*", expression)}
-        symbols = {name: where for name, where in _symbols(analysis.captured).items() if name in needed and where[0] in arguments}
-        return SizesOfInputs(expressions=site.grid.sizes, symbols=symbols) if set(symbols) == needed else Given()
-    length = site.query_sizes[next(i for i, s in enumerate(site.query_layout.segments) if s.kind is TokenKind.IMAGE)]
-    ids = position_ids(analysis.captured, analysis.classified, length)
-    return PositionIds(input=ids) if ids is not None and ids in arguments else Given()
+        symbols = _symbols_of(site.grid.sizes, analysis.captured, arguments)
+        return SizesOfInputs(expressions=site.grid.sizes, symbols=symbols) if symbols is not None else Given()
+    at = next(i for i, s in enumerate(site.query_layout.segments) if s.kind is TokenKind.IMAGE)
+    ids = position_ids(analysis.captured, analysis.classified, site.query_sizes[at])
+    if ids is not None and ids in arguments:
+        return PositionIds(input=ids)
+    tokens = site.query_layout.segments[at].length
+    symbols = _symbols_of((tokens,), analysis.captured, arguments)
+    return Given(tokens=tokens, symbols=symbols) if symbols is not None else Given()
+
+
+def _symbols_of(expressions: Sequence[str], captured: Capture, arguments: set[str]) -> dict[str, tuple[str, int]] | None:
+    """Where the symbols of some expressions can be read; None if that is not known of all."""
+    needed = {name for expression in expressions for name in re.findall(r"[A-Za-z_]\w*", expression)}
+    symbols = {name: where for name, where in _symbols(captured).items() if name in needed and where[0] in arguments}
+    return symbols if set(symbols) == needed else None
 
 
 def _symbols(captured: Capture) -> dict[str, tuple[str, int]]:

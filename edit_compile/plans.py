@@ -61,9 +61,14 @@ class PositionIds(_Data):
 
 
 class Given(_Data):
-    """The grid cannot be derived: the caller states it with `edit_compile.grid(model, height, width)`."""
+    """The grid cannot be derived: the caller states it with `edit_compile.grid(model, height, width)`.
+
+    `tokens` is the number of image tokens that it is checked against, an expression over `symbols`, if that is known.
+    """
 
     kind: Literal["given"] = "given"
+    tokens: str | None = None
+    symbols: dict[str, tuple[str, int]] = {}
 
 
 class Plan(_Data):

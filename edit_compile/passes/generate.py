@@ -42,7 +42,7 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     body = [
         f"def forward({_declaration(signature)}):",
         "    if self.edit_runtime.teaching:",
-        f"        return self.edit_teacher({_forwarding(signature)})",
+        f"        return self.edit_teach({_forwarding(signature)})",
         "    edit_grid = self.edit_runtime.current_grid(self)",
         *(f"    if {c}: _refuse(self, {c!r})" for c in [*_missing(signature, arguments), *checks, *untouched]),
         f"    return _run(self, {', '.join([path for path, _ in leaves] + ['edit_grid'])})",
