@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import edit_compile as ec
+from edit_compile.adapters.models import load_model
 from edit_compile.cli import UNTRAINED, main
+from edit_compile.demo import models
+from edit_compile.demo.text import TEXT_CHANNELS, TEXT_LENGTH
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run():
     return lambda *arguments: CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def converted(run, tmp_path_factory):
+    """`convert --model demo/mm-dit`: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("converted") / "out"
+    return folder, run("convert", "--model", "demo/mm-dit", "-o", folder, "--json")
 
 
 def test_inspect_shows_the_plan(run):
@@ -26,19 +38,52 @@ def test_inspect_shows_the_plan(run):
     assert "[image" in result.stdout
 
 
-def test_convert_saves_what_load_reads(run, tmp_path):
-    result = run("convert", "--model", "demo/mm-dit", "-o", tmp_path / "out", "--json")
+def test_convert_saves_what_load_reads(converted):
+    folder, result = converted
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["actions"] == {"mm-edit": 4, "edit": 1}
     assert found["parameters_added"] > 0
     assert UNTRAINED in result.stderr
-    student = ec.load(tmp_path / "out")
+    student = ec.load(folder)
     assert all(p.isfinite().all() for p in student.parameters())
     with torch.no_grad():
-        x, text, pooled = torch.randn(1, 3, 24, 32), torch.randn(1, 32, 64), torch.randn(1, 64)
+        x, text, pooled = torch.randn(1, 3, 24, 32), torch.randn(1, TEXT_LENGTH, TEXT_CHANNELS), torch.randn(1, TEXT_CHANNELS)
         y = student(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=torch.ones(1)).sample
     assert y.shape == x.shape
+
+
+PROMPT = "a picture with a black background showing a small red circle in the upper left part of the picture and nothing else"
+
+
+def test_sample_draws_teacher_and_student_side_by_side(run, converted, tmp_path):
+    folder, _ = converted
+    options = ("--height", 32, "--width", 40, "--steps", 3, "--seed", 5)
+    result = run("sample", folder, "--prompt", PROMPT, "--prompt", PROMPT, *options, "-o", tmp_path / "grid.png")
+    assert result.exit_code == 0, result.stderr
+    with Image.open(tmp_path / "grid.png") as image:
+        sheet = np.asarray(image)
+    enlarged, gap, left, top = 5, 8, 266, 46
+    teacher = sheet[top : top + 32 * enlarged, left : left + 40 * enlarged]
+    student = sheet[top : top + 32 * enlarged, left + 40 * enlarged + gap :][:, : 40 * enlarged]
+    expected = models.sample(load_model("demo/mm-dit").model, [PROMPT], seed=5, steps=3, height=32, width=40)[0]
+    expected = (expected.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    assert np.array_equal(teacher[::enlarged, ::enlarged], expected)
+    assert not np.array_equal(teacher, student)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", "a red elephant"), "do not know ['elephant']"),
+        (("--prompt", PROMPT, "--height", "33"), "33 x 32 px: the demo models draw pictures whose sides are multiples of 2"),
+    ],
+)
+def test_sample_says_what_it_cannot_draw(run, converted, tmp_path, options, message):
+    result = run("sample", converted[0], *options, "-o", tmp_path / "grid.png")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
