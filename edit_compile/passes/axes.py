@@ -330,7 +330,7 @@ def _expand(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], 
 
 def _reduction(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     kept = _keep(node, axes)
-    dims = _arg(node, 1, "dim")
+    dims = _arg(node, 2 if _base(node.target) == "linalg_vector_norm" else 1, "dim")  # a norm's order comes first
     if dims is None or isinstance(dims, bool):
         return tuple(fresh(s) for s in shape)
     gone = {d % len(kept) for d in ([dims] if isinstance(dims, int) else dims)}

@@ -42,8 +42,9 @@ def _mixes(node: fx.Node, axes: Mapping[fx.Node, Value], is_image: Callable[[Axi
     if name in _ALONG_LAST:
         normalized = node.args[1] if isinstance(node.args[1], list | tuple) else [1]
         return any(is_image(axis) for axis in first[-len(normalized) :])
-    if name in _ALONG_DIM and len(node.args) > 1:
-        dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+    at = 2 if name == "linalg_vector_norm" else 1  # a norm's order comes first
+    if name in _ALONG_DIM and len(node.args) > at:
+        dims = node.args[at] if isinstance(node.args[at], list | tuple) else [node.args[at]]
         return any(is_image(first[d]) for d in dims if isinstance(d, int))
     if name in ("matmul", "bmm") and len(operands) == 2:
         return is_image(first[-1]) or any(is_image(axis) for axis in operands[1])
