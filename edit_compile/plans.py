@@ -85,6 +85,12 @@ class Plan(_Data):
     def rewritten(self) -> tuple[SitePlan, ...]:
         return tuple(site for site in self.sites if site.rewritten)
 
+    def __str__(self) -> str:
+        """A line for the model and one for every site."""
+        width = max(len(site.path) for site in self.sites)
+        lines = [f"  {site.path:{width}}  {site.action:8}{site.query_layout}  {site.reason}" for site in self.sites]
+        return "\n".join([f"{self.model}: {len(self.rewritten)} of {len(self.sites)} attention sites rewritten", *lines])
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
 

@@ -11,8 +11,7 @@ from edit_compile.demo import models, text
 model = load_model("demo/mm-dit").model  # a diffusers SD3Transformer2DModel
 
 plan = ec.plan(model)
-for site in plan.sites:
-    print(f"{site.path:30} {site.action:8} {site.query_layout}: {site.reason}")
+print(plan)
 
 student = ec.linearize(model, plan=plan)  # of the same class, sharing every weight outside these sites
 assert type(student) is type(model)
