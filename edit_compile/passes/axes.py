@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -142,6 +142,8 @@ def regroup(axes: Axes, shape: Sequence[Any]) -> Axes:
     """The axes after a reshape: dimensions are matched in groups of equal product, merged and split inside a group."""
     result: list[Axis] = []
     ins, outs = list(axes), list(shape)
+    if 0 in map(hint, outs):
+        return tuple(fresh(s) for s in outs)
     while ins or outs:
         group_in, group_out = ([ins.pop(0)] if ins else []), ([outs.pop(0)] if outs else [])
         product_in, product_out = math.prod(map(axis_size, group_in)), math.prod(map(hint, group_out))
@@ -168,9 +170,18 @@ def _inherited(piece: Piece) -> list[Axis]:
     return [tuple(replace(p, sources=p.sources | piece.sources) for p in axis) for axis in piece.factors]
 
 
+def sources_of(axes: Iterable[Axis]) -> frozenset[str]:
+    return frozenset().union(*(piece.all_sources for axis in axes for piece in axis))
+
+
+def _mixed(size: Any, *axes: Axis) -> Axis:
+    """Positions that stem from those of the axes in whatever order."""
+    return (Piece(hint(size), expression(size), sources_of(axes)),)
+
+
 def _split(factors: list[Axis], sizes: Sequence[Any]) -> list[Axis]:
     result: list[Axis] = []
-    for size in sizes:
+    for at, size in enumerate(sizes):
         wanted, taken = hint(size), []
         while wanted > 1 and factors:
             axis, length = factors[0], axis_size(factors[0])
@@ -178,13 +189,13 @@ def _split(factors: list[Axis], sizes: Sequence[Any]) -> list[Axis]:
                 taken.append(factors.pop(0))
                 wanted //= length
             elif length % wanted == 0:  # one dimension cut in two, as by a patch
-                sources = frozenset().union(*(p.all_sources for p in axis))
+                sources = sources_of([axis])
                 taken.append((Piece(wanted, str(wanted), sources),))
                 factors[0] = (Piece(length // wanted, f"({axis[0].expr})//{wanted}" if len(axis) == 1 else "?", sources),)
                 wanted = 1
-            else:
-                break
-        if wanted != 1 or not taken:
+            else:  # cut across the dimensions: from here on every one stems from all of them
+                return result + [_mixed(s, *taken, *factors) if hint(s) > 1 else fresh(s) for s in sizes[at:]]
+        if not taken:
             result.append(fresh(size))
         elif len(taken) == 1:
             only = taken[0]
@@ -238,9 +249,15 @@ def cut(axis: Axis, start: int, stop: int, size: Any) -> Axis:
         if high - low == piece.size:
             parts.append(piece)
         elif high > low:
-            parts.append(Piece(high - low, expression(size) if high - low == hint(size) else str(high - low), piece.all_sources))
+            parts.append(Piece(high - low, _length_of_part(piece, high - low, size), piece.all_sources))
         at += piece.size
     return tuple(parts) or fresh(size)
+
+
+def _length_of_part(piece: Piece, length: int, size: Any) -> str:
+    if length == hint(size):
+        return expression(size)
+    return str(length) if piece.expr.isdigit() else f"part of {piece.expr}"  # its length in the example is no constant
 
 
 def _slice(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
@@ -249,8 +266,7 @@ def _slice(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _
     length = axis_size(kept[dim])
     start, stop = _position(_arg(node, 2, "start"), 0, length), _position(_arg(node, 3, "end"), length, length)
     if _arg(node, 4, "step", 1) != 1:
-        sources = frozenset().union(*(p.all_sources for p in kept[dim]))
-        kept[dim] = (Piece(hint(shape[dim]), expression(shape[dim]), sources),)
+        kept[dim] = _mixed(shape[dim], kept[dim])
     else:
         kept[dim] = cut(kept[dim], start, stop, shape[dim])
     return tuple(kept)
@@ -297,7 +313,7 @@ def _linear(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], 
 
 
 def _matmul(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
-    a, b = (axes[n] for n in node.all_input_nodes[-2:])
+    a, b = (axes[n] for n in node.args[-2:])
     rows, columns = (a[-2] if len(a) > 1 else None), (b[-1] if len(b) > 1 else None)
     batch = len(shape) - (rows is not None) - (columns is not None)
     lead = [fresh(s) for s in shape[:batch]]
@@ -314,11 +330,34 @@ def _attention(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any
 def _convolution(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     """Each output position stems from the input positions of its own dimension."""
     picture = axes[node.args[0]]
-    spatial = [
-        (Piece(hint(s), expression(s), frozenset().union(*(p.all_sources for p in axis))),)
-        for s, axis in zip(shape[2:], picture[2:], strict=True)
-    ]
-    return (picture[0], fresh(shape[1]), *spatial)
+    if len(picture) != len(shape):
+        return tuple(fresh(s) for s in shape)
+    return (picture[0], fresh(shape[1]), *(_mixed(s, axis) for s, axis in zip(shape[2:], picture[2:], strict=True)))
+
+
+def _padded(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
+    return tuple(axis if axis_size(axis) == hint(s) else _mixed(s, axis) for s, axis in zip(shape, _keep(node, axes), strict=True))
+
+
+def _im2col(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
+    """F.unfold: (B, C, H, W) to (B, C * patch, patches)."""
+    picture = _keep(node, axes)
+    return (*picture[:-3], *map(fresh, shape[len(picture) - 3 : -1]), _mixed(shape[-1], *picture[-2:]))
+
+
+def _unfold(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
+    """Tensor.unfold: windows along one dimension, their content in a new last one."""
+    kept = list(_keep(node, axes))
+    dim = node.args[1] % len(kept)
+    return (*kept[:dim], _mixed(shape[dim], kept[dim]), *kept[dim + 1 :], _mixed(shape[-1], kept[dim]))
+
+
+def _reordered(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
+    """roll, flip, gather, index_select: along their dimensions the positions are others of the same axis."""
+    kept = _keep(node, axes)
+    dims = node.args[2 if node.target._opname == "roll" and len(node.args) > 2 else 1]
+    changed = {d % len(kept) for d in ([dims] if isinstance(dims, int) else dims)}
+    return tuple(_mixed(s, kept[d]) if d in changed else kept[d] for d, s in enumerate(shape))
 
 
 def _expand(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
@@ -353,6 +392,8 @@ def _index(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _
         return tuple(fresh(s) for s in shape)
     inner = len(shape) - (len(kept) - len(used))
     broadcast = [reduce(_joined, [axes[indices[d]][k - inner] for d in used if len(axes[indices[d]]) >= inner - k]) for k in range(inner)]
+    taken_from = sources_of(kept[d] for d in used)
+    broadcast = [tuple(replace(p, sources=p.sources | taken_from) for p in axis) for axis in broadcast]
     return (*kept[: used[0]], *broadcast, *kept[used[-1] + 1 :])
 
 
@@ -402,9 +443,17 @@ _RULES: dict[str, Callable[..., Axes]] = {
     **dict.fromkeys(("cat", "concat"), _cat),
     **dict.fromkeys(("stack",), _stack),
     **dict.fromkeys(("linear",), _linear),
-    **dict.fromkeys(("matmul", "bmm", "mm", "addmm"), _matmul),
+    **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm"), _matmul),
     **dict.fromkeys(("scaled_dot_product_attention",), _attention),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(
+        """conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d pixel_shuffle pixel_unshuffle avg_pool1d
+        avg_pool2d avg_pool3d max_pool2d adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d""".split(),  # noqa: SIM905
+        _convolution,
+    ),
+    **dict.fromkeys(("roll", "flip", "gather", "index_select"), _reordered),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
+    **dict.fromkeys(("im2col",), _im2col),
+    **dict.fromkeys(("unfold",), _unfold),
     **dict.fromkeys(("expand",), _expand),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "any", "all", "argmax", "var", "std", "linalg_vector_norm"), _reduction),
     **dict.fromkeys(("embedding",), _embedding),
@@ -416,7 +465,7 @@ _RULES: dict[str, Callable[..., Axes]] = {
         ("slice_scatter", "select_scatter", "copy", "copy_", "index_put", "scatter", "masked_fill", "layer_norm"), _first_operand
     ),
     **dict.fromkeys(
-        ("layer_norm", "rms_norm", "native_layer_norm", "group_norm", "type_as", "dropout", "softmax", "_softmax", "pad"), _first_operand
+        ("layer_norm", "rms_norm", "native_layer_norm", "group_norm", "type_as", "dropout", "softmax", "_softmax"), _first_operand
     ),
     **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like"), _first_operand),
     **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
