@@ -13,7 +13,7 @@ from edit_compile.adapters.inputs import example_inputs as inputs_of
 from edit_compile.capture import capture
 from edit_compile.config import LinearizeConfig
 from edit_compile.conversion import SiteRewriter, converted
-from edit_compile.errors import AuditError, PlanError
+from edit_compile.errors import AuditError, EditCompileError, PlanError
 from edit_compile.grid import grid, runtime_of
 from edit_compile.passes.audit import Audit
 from edit_compile.passes.audit import audit as audit_graph
@@ -24,6 +24,7 @@ from edit_compile.specs import meta_from
 from edit_compile.tokens import TokenKind
 
 Model = TypeVar("Model")
+TRAINED = "edit_trained"  # names of what was trained outside the converted sites
 
 
 def plan(model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None) -> Plan:
@@ -141,8 +142,14 @@ def plan_of(student: nn.Module) -> Plan:
 
 @contextmanager
 def teacher(student: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the converted model runs its original attention, with its original weights."""
+    """Inside, the converted model runs its original attention, with its original weights.
+
+    Raises:
+        EditCompileError: its other weights were trained as well, so that it is no longer the teacher.
+    """
     runtime = runtime_of(student)
+    if student.__dict__.get(TRAINED):
+        raise EditCompileError(f"all weights of this {type(student).__name__} were trained: its teacher is the base model, load that")
     before, runtime.teaching = runtime.teaching, True
     try:
         yield student

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit_compile.api import linearize, plan_of
+from edit_compile.api import TRAINED, linearize, plan_of
 from edit_compile.errors import CheckpointError, PlanError
 from edit_compile.plans import Plan
 from edit_compile.sites import converted_sites
 
 VERSION = 1
 INDEX = "edit_compile.json"
+FINGERPRINT = "edit_fingerprint"  # of the base, where the student's weights no longer tell
 _SAMPLES = 16
 
 
@@ -37,10 +39,11 @@ class _Index(BaseModel):
     tensors: str
     sha256: str
     plan: dict[str, Any]
+    trained: list[str] = []
 
 
 def save(student: nn.Module, folder: str | Path, *, base: str | None = None) -> None:
-    """Write a converted model's checkpoint.
+    """Write a converted model's checkpoint. Where several processes train together, all must call it, and the first writes.
 
     Args:
         folder: made if missing; other files in it are left alone.
@@ -53,8 +56,10 @@ def save(student: nn.Module, folder: str | Path, *, base: str | None = None) -> 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = trained_tensors(student)
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"edit_compile-{os.getpid()}.tmp"
     try:
         save_file(tensors, temporary)
@@ -63,10 +68,11 @@ def save(student: nn.Module, folder: str | Path, *, base: str | None = None) -> 
         index = _Index(
             version=VERSION,
             base=base if base is not None else student.__dict__.get("edit_base"),
-            fingerprint=fingerprint(student),
+            fingerprint=student.__dict__.get(FINGERPRINT) or fingerprint(student),
             tensors=name,
             sha256=digest,
             plan=json.loads(plan_of(student).to_json()),
+            trained=student.__dict__.get(TRAINED, []),
         )
         _flush(temporary)
         os.replace(temporary, folder / name)
@@ -81,9 +87,10 @@ def save(student: nn.Module, folder: str | Path, *, base: str | None = None) -> 
 
 
 def trained_tensors(student: nn.Module) -> dict[str, Tensor]:
-    """The state of the converted sites, by name in the model's state dict."""
-    prefixes = tuple(f"{path}." for path in converted_sites(student))
-    return {name: t.detach().contiguous() for name, t in student.state_dict().items() if name.startswith(prefixes)}
+    """The state of the converted sites and what else was trained, by name in the model's state dict, gathered from shards."""
+    prefixes, others = tuple(f"{path}." for path in converted_sites(student)), set(student.__dict__.get(TRAINED, ()))
+    state = {name: t for name, t in student.state_dict().items() if name.startswith(prefixes) or name in others}
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().contiguous() for name, t in state.items()}
 
 
 def load(folder: str | Path, base: nn.Module | str | Path | None = None) -> nn.Module:
@@ -109,10 +116,28 @@ def load(folder: str | Path, base: nn.Module | str | Path | None = None) -> nn.M
         student = linearize(model, plan=Plan.from_json(json.dumps(index.plan)))
     except PlanError as error:
         raise CheckpointError(f"{folder / INDEX}: {error}") from error
+    if index.trained:
+        train_beyond_sites(student, index.trained)
+        student.__dict__[FINGERPRINT] = index.fingerprint
     _check_names(folder, tensors, trained_tensors(student))
     student.load_state_dict(tensors, strict=False)
     student.__dict__["edit_base"] = index.base
     return student
+
+
+def train_beyond_sites(student: nn.Module, names: Sequence[str]) -> None:
+    """Give the student weights of its own outside the converted sites too. From then on it does not contain its teacher.
+
+    Raises:
+        CheckpointError: it has no such parameters.
+    """
+    parameters = dict(student.named_parameters())
+    unknown = [name for name in names if name not in parameters]
+    if unknown:
+        raise CheckpointError(f"{type(student).__name__} has no {', '.join(unknown[:3])}")
+    for name in names:
+        parameters[name].data = parameters[name].data.clone()
+    student.__dict__[TRAINED] = list(names)
 
 
 def load_pipeline(folder: str | Path, base: Any = None, **options: Any) -> Any:

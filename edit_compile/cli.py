@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs import design_names
-from edit_compile.errors import EditCompileError
+from edit_compile.errors import EditCompileError, Interrupted
 
 UNTRAINED = "The pictures of a converted model are wrong until it is distilled."
 
@@ -117,9 +118,10 @@ def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Pat
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as stage.0.steps=500; repeatable")
 @click.option("--dry-run", is_flag=True, help="print the resolved recipe, the plan and what would be trained, and stop")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the student; default: runs/ and the recipe's name")
+@click.option("--resume", is_flag=True, help="continue what the folder holds, bit for bit; start if it holds nothing")
 @click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
 @_errors_in_one_line
-def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, as_json: bool) -> None:
+def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, resume: bool, as_json: bool) -> None:
     """Convert a model and train it to do what its teacher does. RECIPE: a YAML file, or the name of a shipped recipe."""
     from edit_compile.distill.progress import print_result, print_row, print_trial
     from edit_compile.distill.recipe_file import load_recipe
@@ -130,7 +132,14 @@ def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path
     if dry_run:
         print_trial(trial(resolved), as_json)
         return
-    result = run(resolved, output or Path("runs") / Path(recipe).stem, report=None if as_json else print_row)
+    folder = output or Path("runs") / Path(recipe).stem
+    try:
+        result = run(resolved, folder, resume=resume, report=None if as_json else print_row)
+    except Interrupted as stopped:
+        changes = [part for override in overrides for part in ("--set", override)]
+        command = shlex.join(["edit-compile", "distill", recipe, *changes, "-o", str(folder), "--resume"])
+        click.echo(f"{stopped}. To continue: {command}", err=True)
+        return
     print_result(result, as_json)
 
 

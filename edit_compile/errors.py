@@ -49,3 +49,7 @@ class RecipeError(EditCompileError, ValueError):
 
 class DistillError(EditCompileError, RuntimeError):
     """A distillation cannot start or go on."""
+
+
+class Interrupted(EditCompileError):
+    """A distillation was asked to stop, and has saved what it needs to continue."""

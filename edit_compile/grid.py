@@ -22,7 +22,7 @@ RUNTIME = "edit_runtime"
 
 
 class Runtime:
-    """What a converted model and its sites share: the forward's grid, and whether the teacher is on.
+    """What a converted model and its sites share: the forward's grid, whether the teacher is on, and whether sites keep their outputs.
 
     Attributes:
         grid: of the forward that runs, as the shape of a tensor.
@@ -34,6 +34,7 @@ class Runtime:
         self.grid: Tensor | None = None
         self.given: Tensor | None = None
         self.teaching = False
+        self.recording = False
         self.measure = measure_from(source)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:

@@ -20,6 +20,8 @@ TEXT = 5
 class Pictures:
     """Smooth random pictures with random text, by position."""
 
+    concurrent = True
+
     def __init__(self):
         self.skipped = {}
         self.requests = []
@@ -63,4 +65,5 @@ def recipe(**options):
 
 
 def context(model, accelerator, **options):
-    return Context(recipe(**options), model.to(accelerator.device), Pictures(), denoise, Process("rectified-flow"), accelerator)
+    flow = Process("rectified-flow")
+    return Context(recipe(**options), model, model, Pictures(), denoise, flow, accelerator)

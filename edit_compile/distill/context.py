@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from edit_compile.api import teacher
 from edit_compile.distill.data import Request, Source
 from edit_compile.distill.noise import Process, noise_for, spread
 from edit_compile.distill.recipe import Recipe
@@ -24,7 +26,7 @@ Denoise = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """The inputs of one forward, on the device. `target` is what the task loss compares with."""
+    """The inputs of one forward. `target` is what the task loss compares with."""
 
     x: Tensor
     times: Tensor
@@ -38,28 +40,37 @@ class Context:
 
     Attributes:
         student: the converted model itself, whatever wraps it for training.
-        denoise: how it is called: model, noisy pictures, timesteps, conditions -> prediction.
-        process: what its teacher was trained to predict.
+        teacher: the model whose original attention is the teacher: the student, unless that is trained as a whole.
+        denoise: how a model is called: model, noisy pictures, timesteps, conditions -> prediction.
+        process: what the teacher was trained to predict.
     """
 
     recipe: Recipe
     student: nn.Module
+    teacher: nn.Module
     source: Source
     denoise: Denoise
     process: Process
     accelerator: Accelerator
 
-    def sample(self, request: Request, times: Tensor | None = None) -> Sample:
-        """The request's pictures with noise, at timesteps (B,) or, if None, at the recipe's."""
+    def teaching(self) -> AbstractContextManager[nn.Module]:
+        """Inside, the model given runs its original attention."""
+        return teacher(self.teacher)
+
+    def draw(self, request: Request, times: Tensor | None = None) -> Sample:
+        """The request's pictures with noise, on the CPU, at timesteps (B,) or, if None, at the recipe's."""
         batch = self.source.batch(request)
         if times is None:
             times = self.process.times(spread(request.positions, self.recipe.seed), self.recipe.timesteps)
         noise = noise_for(request.positions, batch.pictures.shape[1:], self.recipe.seed, request.split)
         x, target = self.process.mixed(batch.pictures, noise, times)
-        return Sample(*pytree.tree_map(self._on_device, (x, times, batch.conditions, target)))
+        return Sample(x, times, batch.conditions, target)
 
-    def _on_device(self, leaf: Any) -> Any:
-        return leaf.to(self.accelerator.device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+    def on_device(self, sample: Sample) -> Sample:
+        """The sample on the run's device."""
+        device = self.accelerator.device
+        parts = (sample.x, sample.times, sample.conditions, sample.target)
+        return Sample(*pytree.tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, parts))
 
     def predict(self, model: nn.Module, sample: Sample) -> Tensor:
         """A model's prediction, in the run's precision."""
@@ -83,5 +94,7 @@ class Context:
 
 def trained_parameters(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """The parameters that a recipe's `train` selects, by name in the model."""
+    if train == "all":
+        return dict(student.named_parameters())
     sites = tuple(f"{path}." if train == "attention" else f"{path}.{ADDED}." for path in converted_sites(student))
     return {name: p for name, p in student.named_parameters() if name.startswith(sites)}

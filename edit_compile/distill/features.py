@@ -10,36 +10,56 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from edit_compile.grid import runtime_of
 from edit_compile.sites import converted_sites
 
-Features = dict[str, list[Tensor]]
+Features = dict[str, list[Tensor]]  # a site's tensors by its path
+_KEPT = "_edit_kept"
 _SMALLEST = 1e-12
 
 
 @contextmanager
-def recorded(student: nn.Module) -> Iterator[Features]:
-    """Inside, the outputs of every converted site are kept in the dictionary given, by path.
+def recording(model: nn.Module) -> Iterator[None]:
+    """Inside, `recorded` works.
 
-    Recomputation under gradient checkpointing happens after, and leaves it as it is.
+    One function is the hook of all sites, and what it keeps is an attribute of the site: so blocks that are equal stay
+    equal to torch.compile, which must meet the hooks before it compiles.
     """
-    found: Features = {}
-    handles = [site.register_forward_hook(_keeper(found, path)) for path, site in converted_sites(student).items()]
+    handles = [site.register_forward_hook(_keep) for site in converted_sites(model).values()]
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _keeper(found: Features, path: str) -> Any:
-    def hook(site: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.setdefault(path, []).extend(tensors_of(output))
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[Features]:
+    """Run the model inside; after that the dictionary holds the tensors that each site gave out, by path.
 
-    return hook
+    What blocks give out when they are computed again in a backward pass, later, is not kept.
+    """
+    runtime, sites = runtime_of(model), converted_sites(model)
+    found: Features = {}
+    for site in sites.values():
+        site.__dict__[_KEPT] = ()
+    runtime.recording = True
+    try:
+        yield found
+        found |= {path: tensors_of(site.__dict__[_KEPT]) for path, site in sites.items()}
+    finally:
+        runtime.recording = False
+        for site in sites.values():
+            del site.__dict__[_KEPT]
+
+
+def _keep(site: Any, args: tuple[Any, ...], output: Any) -> None:
+    if site.edit_runtime.recording:
+        site._edit_kept = (*site._edit_kept, output)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a site's output."""
+    """The floating-point tensors in a site's output."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_compile.api import teacher
 from edit_compile.distill.context import Context
 from edit_compile.distill.data import Request
 from edit_compile.distill.noise import MOST_TIME
@@ -40,6 +39,10 @@ class HeldOutError:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> HeldOutError:
+        return cls(content["total"], tuple(Bucket(**bucket) for bucket in content["buckets"]), content["samples"])
+
 
 def held_out_error(context: Context, height: int, width: int) -> HeldOutError:
     """Measure the student as it is, at a resolution in pixels. All processes take part and get the same answer."""
@@ -48,11 +51,13 @@ def held_out_error(context: Context, height: int, width: int) -> HeldOutError:
     u = (torch.arange(options.samples, dtype=torch.float64) + 0.5) / options.samples
     count, rank = context.accelerator.num_processes, context.accelerator.process_index
     batches = [range(i, min(i + options.batch, options.samples)) for i in range(0, options.samples, options.batch)]
-    for rows in batches[rank::count]:
-        request = Request(0, options.samples, rows, height, width, "held-out")
-        sample = context.sample(request, context.process.times(u[rows.start : rows.stop]))
-        of = (u[rows.start : rows.stop] * options.buckets).long().to(sums.device)
-        sums.index_add_(0, of, _sums(*_predictions(context, sample)))
+    for turn in range(rank, -(-len(batches) // count) * count, count):
+        rows = batches[min(turn, len(batches) - 1)]  # all processes make the same number of forwards, as sharding needs
+        own = u[rows.start : rows.stop]
+        sample = context.draw(Request(0, options.samples, rows, height, width, "held-out"), context.process.times(own))
+        measured = _sums(*_predictions(context, context.on_device(sample)))
+        if turn < len(batches):
+            sums.index_add_(0, (own * options.buckets).long().to(sums.device), measured)
     sums = context.accelerator.reduce(sums, "sum")
     edges = torch.linspace(0, MOST_TIME, options.buckets + 1).tolist()
     buckets = tuple(Bucket(low, high, _error(row)) for low, high, row in zip(edges, edges[1:], sums, strict=False))
@@ -62,8 +67,8 @@ def held_out_error(context: Context, height: int, width: int) -> HeldOutError:
 @torch.no_grad()
 def _predictions(context: Context, sample: Any) -> tuple[Tensor, Tensor]:
     student = context.predict(context.student, sample)
-    with teacher(context.student):
-        return student, context.predict(context.student, sample)
+    with context.teaching() as model:
+        return student, context.predict(model, sample)
 
 
 def _sums(student: Tensor, expected: Tensor) -> Tensor:

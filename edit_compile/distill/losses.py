@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit_compile.api import teacher
 from edit_compile.distill.context import Context, Sample
-from edit_compile.distill.features import recorded, relative_error
+from edit_compile.distill.features import Features, recorded, relative_error
 from edit_compile.distill.recipe import Losses
 
 
@@ -30,23 +29,29 @@ class Measured:
 
 
 def distillation_losses(context: Context, model: nn.Module, sample: Sample, weights: Losses) -> Measured:
-    """Run teacher and student on a sample and compare. What has no weight is not computed.
+    """Run teacher and student on a sample and compare, inside `features.recording`.
+
+    Every loss is measured, weighted or not, except that the teacher runs only if it has a part in the total.
 
     Args:
-        model: the student as wrapped for training; the teacher runs in the student itself, without gradients.
+        model: the student as wrapped for training.
     """
-    with torch.no_grad(), teacher(context.student), recorded(context.student) as expected_features:
-        expected = context.predict(context.student, sample) if weights.output or weights.feature else None
+    expected, expected_features = _teacher(context, sample) if weights.output or weights.feature else (None, {})
     with recorded(context.student) as features:
         found = context.predict(model, sample)
-    parts: dict[str, Tensor] = {}
+    parts = {"task": F.mse_loss(found.float(), sample.target.float())}
     sites: dict[str, Tensor] = {}
-    if weights.task:
-        parts["task"] = F.mse_loss(found.float(), sample.target.float())
-    if weights.output and expected is not None:
+    if expected is not None:
         parts["output"] = F.mse_loss(found.float(), expected.float())
-    if weights.feature:
         sites = {path: relative_error(features[path], expected_features[path]).mean() for path in features}
         parts["feature"] = torch.stack(list(sites.values())).mean()
+    # A weight of zero stays in the sum: the backward pass must begin at the model's output, where wrappers start it.
     total = torch.stack([getattr(weights, name) * loss for name, loss in parts.items()]).sum()
     return Measured(total, *({name: loss.detach() for name, loss in found.items()} for found in (parts, sites)))
+
+
+@torch.no_grad()
+def _teacher(context: Context, sample: Sample) -> tuple[Tensor, Features]:
+    with context.teaching() as model, recorded(model) as features:
+        prediction = context.predict(model, sample)
+    return prediction, features

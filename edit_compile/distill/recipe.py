@@ -79,8 +79,9 @@ class WarmStart(Section):
 
 
 class Optimizer(Section):
-    """AdamW's options."""
+    """AdamW's options. The "adamw-8bit" kind keeps its moments in 8 bits and needs bitsandbytes."""
 
+    kind: Literal["adamw", "adamw-8bit"] = "adamw"
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.0
     eps: PositiveFloat = 1e-8
@@ -106,7 +107,8 @@ class Recipe(Section):
     Attributes:
         model: what to distill, as for `edit-compile convert`, or the folder of a converted model.
         convert: how to convert it; not for a converted model.
-        train: the converted sites' parameters ("attention") or only those that conversion added ("inserted").
+        train: the converted sites' parameters ("attention"), only those that conversion added ("inserted"), or "all" of the
+            model's, for which the teacher needs a second copy of the weights.
         prediction: what the model predicts; "auto" reads it from the scheduler's config.
         timesteps: how training draws them over the scheduler's range.
         data: see `edit_compile.distill.data`.
@@ -114,12 +116,19 @@ class Recipe(Section):
         stage: one after the other.
         ema: decay of the weights' moving average, which becomes the student; null for none.
         clip: the largest norm of a gradient.
+        precision: "bf16" computes in bfloat16 and keeps what is not trained in it; what is trained stays in float32.
+        gradient_checkpointing: compute each repeated block again in the backward pass instead of keeping its activations.
+        compile: the repeated blocks of teacher and student, for the stages.
+        max_skipped: steps in a row that may be left out because their loss or gradient is not finite or explodes.
+        explosion: a loss this many times the recent average explodes.
+        save_every: steps between checkpoints to resume from.
+        keep: how many of them are kept.
         log_every: steps between rows of `metrics.jsonl`.
     """
 
     model: str
     convert: LinearizeConfig = Field(default_factory=LinearizeConfig)
-    train: Literal["attention", "inserted"] = "attention"
+    train: Literal["attention", "inserted", "all"] = "attention"
     prediction: Literal["auto", "rectified-flow", "epsilon", "v-prediction"] = "auto"
     timesteps: Literal["uniform", "logit-normal"] = "uniform"
     data: Data = ShapesData()
@@ -129,5 +138,12 @@ class Recipe(Section):
     ema: float | None = Field(0.999, gt=0, lt=1)
     clip: PositiveFloat = 1.0
     held_out: HeldOut = HeldOut()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    max_skipped: NonNegativeInt = 10
+    explosion: float = Field(10.0, gt=1)
+    save_every: PositiveInt = 500
+    keep: PositiveInt = 2
     log_every: PositiveInt = 10
     seed: NonNegativeInt = 0

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import time
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from edit_compile.adapters.denoise import denoise as denoise_by_family
 from edit_compile.adapters.models import load_model
 from edit_compile.adapters.schedulers import default_process, process_of_pipeline
 from edit_compile.api import linearize
-from edit_compile.checkpoint import INDEX, load, save
+from edit_compile.checkpoint import FINGERPRINT, INDEX, fingerprint, load, save, train_beyond_sites
 from edit_compile.config import LinearizeConfig
 from edit_compile.demo.models import NAMES as DEMOS
-from edit_compile.distill.context import Context, Denoise
+from edit_compile.distill.context import Context, Denoise, trained_parameters
 from edit_compile.distill.data import Source, open_source
+from edit_compile.distill.distributed import make_accelerator, set_precision
+from edit_compile.distill.folder import RunFolder
 from edit_compile.distill.held_out import HeldOutError, held_out_error
-from edit_compile.distill.metrics import JsonLines, Row
+from edit_compile.distill.interrupt import interruptible
+from edit_compile.distill.metrics import Row
 from edit_compile.distill.noise import Process
 from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.recipe_file import load_recipe
-from edit_compile.distill.training import Trainer
+from edit_compile.distill.training import Restored, Trainer
 from edit_compile.errors import DistillError
 from edit_compile.sites import converted_sites
 
@@ -57,6 +58,7 @@ def distill(
     recipe: Recipe | str | Path,
     output: str | Path | None = None,
     *,
+    resume: bool = False,
     student: nn.Module | None = None,
     source: Source | None = None,
     denoise: Denoise | None = None,
@@ -67,56 +69,72 @@ def distill(
 
     Args:
         recipe: a recipe, a YAML file, or a shipped recipe's name.
-        output: the folder to write: the student's checkpoint, `recipe.yaml`, `metrics.jsonl`, `result.json`. Default:
-            `runs/` and the recipe's name.
+        output: the folder to write: the student's checkpoint, `recipe.yaml`, `metrics.jsonl`, `result.json`, and while
+            training `checkpoints/`. Default: `runs/` and the recipe's name.
+        resume: continue what is in the folder, with the same recipe, bit for bit; start if there is nothing yet.
         student: a converted model, trained in place, instead of the recipe's `model`.
         source, denoise, process: instead of what the recipe and the model's family give: the data, how the model is
             called, and what it predicts.
-        report: called with every row of metrics.
+        report: called with every row of metrics, on the main process.
 
     Raises:
         RecipeError: the recipe is wrong.
         DistillError: the run cannot start or go on.
+        Interrupted: SIGINT or SIGTERM came; what is needed to resume was saved.
     """
     name = "distilled" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    folder = Path(output) if output is not None else Path("runs") / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(Path(output) if output is not None else Path("runs") / name)
+    accelerator = make_accelerator(recipe)
     base, student, found = _student(recipe) if student is None else (None, student, None)
+    if not converted_sites(student):
+        raise DistillError(f"{type(student).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
     process = process or found or _process(recipe, None)
-    context = _context(recipe, student, source, denoise or denoise_by_family, process)
-    return _run(context, folder, base, report or (lambda row: None))
+    source = source or open_source(recipe.data, student, recipe.seed)
+    context = Context(recipe, student, _teacher(student, recipe), source, denoise or denoise_by_family, process, accelerator)
+    with accelerator.main_process_first():
+        restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
+    return _run(context, folder, base, report or (lambda row: None), restored)
 
 
-def _run(context: Context, folder: Path, base: str | None, report: Callable[[Row], None]) -> Result:
-    recipe, metrics = context.recipe, JsonLines(folder / "metrics.jsonl")
-    metrics.path.unlink(missing_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+def _run(context: Context, folder: RunFolder, base: str | None, report: Callable[[Row], None], restored: Restored | None) -> Result:
+    recipe, student, main = context.recipe, context.student, context.accelerator.is_main_process
 
     def both(row: Row) -> None:
-        metrics.write(row)
+        folder.add(row)
         report(row)
 
+    _place(context)
     resolution = recipe.stage[-1].resolution
-    before = held_out_error(context, *resolution)
-    start = time.monotonic()
-    Trainer(context, both).run()
-    seconds = time.monotonic() - start
-    result = Result(folder, context.student, before, held_out_error(context, *resolution), seconds)
-    if context.accelerator.is_main_process:
-        save(context.student, folder, base=base)
-        (folder / "result.json").write_text(json.dumps(result.to_dict(), indent=2))
+    with interruptible() as interrupt:
+        before = HeldOutError.from_dict(restored[0].before) if restored else held_out_error(context, *resolution)
+        trainer = Trainer(context, folder.checkpoints, both, interrupt, before.to_dict())
+        trainer.run(restored)
+    result = Result(folder.path, student, before, held_out_error(context, *resolution), trainer.seconds)
+    save(student, folder.path, base=base)
+    if main:
+        folder.finish(result.to_dict())
+    context.accelerator.wait_for_everyone()
     return result
 
 
-def _context(recipe: Recipe, student: nn.Module, source: Source | None, denoise: Denoise, process: Process) -> Context:
-    from accelerate import Accelerator
+def _teacher(student: nn.Module, recipe: Recipe) -> nn.Module:
+    """The student's own original attention, or, where all weights are trained, that of a copy."""
+    if recipe.train != "all":
+        return student
+    copied = copy.deepcopy(student)
+    sites = tuple(f"{path}." for path in converted_sites(student))
+    train_beyond_sites(student, [name for name, _ in student.named_parameters() if not name.startswith(sites)])
+    return copied.requires_grad_(False)
 
-    if not converted_sites(student):
-        raise DistillError(f"{type(student).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
-    accelerator = Accelerator()
-    student.eval().to(accelerator.device)  # evaluation mode: teacher and student must see the same
-    return Context(recipe, student, source or open_source(recipe.data, student, recipe.seed), denoise, process, accelerator)
+
+def _place(context: Context) -> None:
+    """Models on their device, in the recipe's precision, and in evaluation mode: teacher and student must see the same."""
+    recipe, student = context.recipe, context.student
+    student.__dict__[FINGERPRINT] = fingerprint(student)  # before weights change, or are in shards
+    for model in {id(m): m for m in (student, context.teacher)}.values():
+        model.eval().to(context.accelerator.device)
+        set_precision(model, trained_parameters(student, recipe.train) if model is student else (), recipe.precision)
 
 
 def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:

@@ -4,139 +4,186 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edit_compile.distill.context import Context, trained_parameters
+from edit_compile.distill.context import Context, Sample, trained_parameters
 from edit_compile.distill.data import Request
-from edit_compile.distill.losses import distillation_losses
+from edit_compile.distill.distributed import whole, wrap
+from edit_compile.distill.features import recording
+from edit_compile.distill.gradients import stage_gradients, warm_start_gradients
+from edit_compile.distill.guard import Guard
+from edit_compile.distill.interrupt import Interrupt
+from edit_compile.distill.live import Live
 from edit_compile.distill.metrics import Average, Row
+from edit_compile.distill.modes import only_trainable, own_random_state
+from edit_compile.distill.noise import seed_of
 from edit_compile.distill.optimizer import MovingAverage, learning_rate, make_optimizer
-from edit_compile.distill.recipe import Recipe, Stage, WarmStart
-from edit_compile.distill.warm_start import fitting
+from edit_compile.distill.phases import Phase, phases_of
+from edit_compile.distill.prefetch import ahead
+from edit_compile.distill.recipe import Recipe
+from edit_compile.distill.state import State, last_good, place_of, write_state
+from edit_compile.errors import DistillError, Interrupted
 from edit_compile.sites import converted_sites
 
-
-@dataclass(frozen=True)
-class Phase:
-    """A stage or the warm start, with its name and resolution."""
-
-    name: str
-    options: Stage | WarmStart
-    height: int
-    width: int
+Restored = tuple[State, dict[str, Tensor]]
 
 
-def phases_of(recipe: Recipe) -> list[Phase]:
-    """What a recipe does, in order."""
-    phases = []
-    if recipe.warm_start is not None:
-        phases.append(Phase("warm start", recipe.warm_start, *(recipe.warm_start.resolution or recipe.stage[0].resolution)))
-    return phases + [Phase(f"stage {number}", stage, *stage.resolution) for number, stage in enumerate(recipe.stage)]
-
-
+@dataclass
 class Trainer:
-    """Trains the student of a context in place. `report` gets every row of metrics on the main process."""
+    """Trains the student of a context in place.
 
-    def __init__(self, context: Context, report: Callable[[Row], None]) -> None:
-        self.context, self.report = context, report
-        self.trained = trained_parameters(context.student, context.recipe.train)
-        self.model: nn.Module = context.student
-        self.samples = 0
+    Attributes:
+        checkpoints: the folder they go to.
+        report: is given every row of metrics, on the main process.
+        interrupt: whether to stop.
+        before: the held-out error before training, for the checkpoints.
+        seconds: of training, with what a restored run has behind it.
+    """
+
+    context: Context
+    checkpoints: Path
+    report: Callable[[Row], None]
+    interrupt: Interrupt
+    before: dict[str, Any]
+    seconds: float = 0.0
+
+    def run(self, restored: Restored | None = None) -> None:
+        """All phases, or what is left of them. At the end the student's weights are the moving average's, if there is one.
+
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint was saved.
+            DistillError: too many steps in a row had to be left out, or a checkpoint could not be written.
+        """
+        context, phases = self.context, phases_of(self.context.recipe)
+        state = restored[0] if restored is not None else None
+        self.total, self.began = (state.total, time.monotonic() - state.seconds) if state else (0, time.monotonic())
+        self.model: nn.Module | None = None
         self.average: MovingAverage | None = None
-
-    def run(self) -> None:
-        """All phases. At the end the student's weights are the moving average's, if there is one."""
-        with only_trainable(self.context.student, self.trained):
-            for phase in phases_of(self.context.recipe):
-                self._run(phase)
+        with ExitStack() as modes:
+            modes.enter_context(only_trainable(context.student, set(trained_parameters(context.student, context.recipe.train))))
+            modes.enter_context(own_random_state(context.accelerator.device))
+            for number in range(state.phase if state else 0, len(phases)):
+                if self.model is None and phases[number].losses is not None:
+                    self._begin_stages(modes)
+                self._run(number, phases[number], restored)
+                restored = None
+        self.seconds = time.monotonic() - self.began
         if self.average is not None:
             self.average.copy_to_parameters()
 
-    def _run(self, phase: Phase) -> None:
-        recipe, warm = self.context.recipe, isinstance(phase.options, WarmStart)
-        optimizer = make_optimizer(self.trained, recipe.optimizer)
-        if not warm and self.average is None and recipe.ema is not None:
-            self.average = MovingAverage(self.trained, recipe.ema)
-        rows = self.context.own_rows(phase.options.batch, phase.options.micro_batch)
+    def _begin_stages(self, modes: ExitStack) -> None:
+        student, recipe = self.context.student, self.context.recipe
+        modes.enter_context(recording(student))
+        if self.context.teacher is not student:
+            modes.enter_context(recording(self.context.teacher))
+        self.model = wrap(student, recipe, self.context.accelerator)
+        if recipe.ema is not None:
+            self.average = MovingAverage(trained_parameters(student, recipe.train), recipe.ema)
+
+    def _run(self, number: int, phase: Phase, restored: Restored | None) -> None:
+        context, steps = self.context, phase.options.steps
+        done = self._begin(restored)
+        rows = context.own_rows(phase.options.batch, phase.options.micro_batch)
+        samples = _samples(context, phase, rows, range(done, steps))
         losses, since = Average(), time.monotonic()
-        for step in range(phase.options.steps):
-            rate = learning_rate(step, phase.options)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            measured = self._fit(phase, rows) if warm else self._distill(phase, rows)
-            measured["grad_norm"] = self._clip(warm)
-            optimizer.step()
-            optimizer.zero_grad()
-            if self.average is not None:
-                self.average.update()
-            self.samples += phase.options.batch
-            losses.add(measured)
-            if (step + 1) % recipe.log_every == 0 or step + 1 == phase.options.steps:
-                self._log(phase, step + 1, rate, losses, time.monotonic() - since)
-                since = time.monotonic()
+        for step in range(done, steps):
+            torch.manual_seed(seed_of(context.recipe.seed, "step", number, step, context.accelerator.process_index))
+            stop = self._step(phase, step, self._gradients(phase, samples, len(rows)), losses)
+            self.total += 1
+            if step + 1 == steps or (step + 1) % context.recipe.log_every == 0:
+                self._log(phase, step + 1, losses, time.monotonic() - since)
+                losses, since = Average(), time.monotonic()
+            if stop or self.total % context.recipe.save_every == 0 or self.total == steps_of(context.recipe):
+                place = self._save(number, step + 1)
+                if stop:
+                    raise Interrupted(f"stopped at {phase.name}, step {step + 1} of {steps}; saved in {place}")
 
-    def _requests(self, phase: Phase, rows: list[range]) -> Iterator[tuple[Request, AbstractContextManager[None]]]:
-        """The step's forwards, each with the context that puts off the exchange of gradients to the last."""
-        for number, own in enumerate(rows):
-            last = number == len(rows) - 1
-            later = nullcontext() if last or self.model is self.context.student else self.context.accelerator.no_sync(self.model)
-            yield Request(self.samples, phase.options.batch, own, phase.height, phase.width), later
+    def _begin(self, restored: Restored | None) -> int:
+        """A phase's optimizer, and what was saved in it; returns how many of its steps are done."""
+        trained = trained_parameters(self.context.student, self.context.recipe.train)
+        self.live = Live(trained, make_optimizer(trained, self.context.recipe.optimizer), self.average)
+        self.guard = Guard()
+        if restored is None:
+            return 0
+        state, tensors = restored
+        self.live.load(tensors, state.numbers)
+        self.guard = state.guard
+        if self.average is not None:
+            self.average.updates = state.averages
+        return state.step
 
-    def _fit(self, phase: Phase, rows: list[range]) -> dict[str, Tensor]:
-        """Gradients of one step of the warm start; its losses."""
-        with fitting(self.context.student, 1 / len(rows)) as sites:
-            for request, _ in self._requests(phase, rows):
-                self.context.predict(self.context.student, self.context.sample(request))
-        for parameter in self.trained.values():
-            if parameter.grad is not None:
-                parameter.grad = self.context.accelerator.reduce(parameter.grad, "mean")
-        return {"feature": torch.stack(list(sites.values())).mean(), **_prefixed(sites)}
+    def _gradients(self, phase: Phase, samples: Iterator[Sample], forwards: int) -> dict[str, Tensor]:
+        if phase.losses is None or self.model is None:
+            return warm_start_gradients(self.context, self.live.trained, samples, forwards)
+        return stage_gradients(self.context, self.model, samples, forwards, phase.losses)
 
-    def _distill(self, phase: Phase, rows: list[range]) -> dict[str, Tensor]:
-        """Gradients of one step of a stage; its losses."""
-        assert isinstance(phase.options, Stage)
-        average = Average()
-        for request, later in self._requests(phase, rows):
-            with later:
-                measured = distillation_losses(self.context, self.model, self.context.sample(request), phase.options.losses)
-                self.context.accelerator.backward(measured.total / len(rows))
-            average.add({"loss": measured.total.detach(), **measured.parts, **_prefixed(measured.sites)})
-        return {name: value / len(rows) for name, value in average.sums.items()}
+    def _step(self, phase: Phase, step: int, measured: dict[str, Tensor], losses: Average) -> bool:
+        """Take the step, unless it must be left out; returns whether to stop after it."""
+        recipe, norm = self.context.recipe, self._clip(phase)
+        stop = torch.full_like(norm, self.interrupt.requested, dtype=torch.float32)
+        health = self.context.accelerator.reduce(torch.stack([measured["loss"].float(), norm.float(), stop]), "mean")
+        loss, largest, stopping = health.tolist()
+        self.guard, reason = self.guard.after(loss, largest, recipe.explosion)
+        if reason is None:
+            self.live.step(learning_rate(step, phase.options))
+            losses.add({**measured, "grad_norm": norm})
+        self.live.optimizer.zero_grad()
+        if self.guard.skipped_in_a_row > recipe.max_skipped:
+            raise DistillError(
+                f"{phase.name}, step {step + 1}: {reason}; so it was with the {recipe.max_skipped} steps before it, which were "
+                f"left out; {last_good(self.checkpoints)}. A lower lr or clip may help"
+            )
+        return stopping > 0
 
-    def _clip(self, warm: bool) -> Tensor:
+    def _clip(self, phase: Phase) -> Tensor:
         """Clip gradients and return their norm; in the warm start every site on its own, for its loss is its own."""
-        largest, accelerator = self.context.recipe.clip, self.context.accelerator
-        if not warm:
-            return torch.as_tensor(accelerator.clip_grad_norm_(list(self.trained.values()), largest))
-        norms = [nn.utils.clip_grad_norm_(site.parameters(), largest) for site in converted_sites(self.context.student).values()]
-        return torch.stack(norms).max()
+        groups: list[Any] = [list(self.live.trained.values())]
+        if phase.losses is None:
+            groups = [list(site.parameters()) for site in converted_sites(self.context.student).values()]
+        return torch.stack([whole(nn.utils.clip_grad_norm_(group, self.context.recipe.clip)) for group in groups]).max()
 
-    def _log(self, phase: Phase, step: int, rate: float, losses: Average, seconds: float) -> None:
-        steps, accelerator = losses.steps, self.context.accelerator
-        means = losses.take(lambda values: accelerator.reduce(values, "mean"))
-        speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * phase.options.batch / seconds}
-        place = {"phase": phase.name, "step": step, "steps": phase.options.steps, "samples": self.samples, "lr": rate}
+    def _save(self, phase: int, step: int) -> Path:
+        """A checkpoint. All processes take part, the main one writes."""
+        tensors = self.live.tensors()
+        state = State(
+            recipe=self.context.recipe.model_dump(mode="json"),
+            phase=phase,
+            step=step,
+            total=self.total,
+            averages=self.average.updates if self.average is not None else 0,
+            guard=self.guard,
+            numbers=self.live.numbers(),
+            before=self.before,
+            seconds=time.monotonic() - self.began,
+        )
+        if self.context.accelerator.is_main_process:
+            write_state(self.checkpoints, state, tensors, self.context.recipe.keep)
+        self.context.accelerator.wait_for_everyone()
+        return place_of(self.checkpoints, self.total)
+
+    def _log(self, phase: Phase, step: int, losses: Average, seconds: float) -> None:
+        accelerator, every = self.context.accelerator, phase.options.batch
+        steps = (step - 1) % self.context.recipe.log_every + 1
+        place = {"phase": phase.name, "step": step, "steps": phase.options.steps, "total": self.total, "samples": phase.position(step)}
+        taken = {"skipped": steps - losses.steps, "lr": learning_rate(step - 1, phase.options)}
+        means = losses.means(lambda values: accelerator.reduce(values, "mean"))
+        speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * every / seconds}
         if accelerator.is_main_process:
-            self.report({**place, **means, **speed})
+            self.report({**place, **taken, **means, **speed})
 
 
-def _prefixed(sites: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"feature/{path}": loss for path, loss in sites.items()}
+def steps_of(recipe: Recipe) -> int:
+    """The steps of all phases."""
+    return sum(phase.options.steps for phase in phases_of(recipe))
 
 
-@contextmanager
-def only_trainable(student: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Inside, nothing but the given parameters requires gradients."""
-    before = {name: p.requires_grad for name, p in student.named_parameters()}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name in trained)
-    try:
-        yield
-    finally:
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(before[name])
-            parameter.grad = None
+def _samples(context: Context, phase: Phase, rows: list[range], steps: range) -> Iterator[Sample]:
+    batch = phase.options.batch
+    requests = (Request(phase.position(step), batch, own, phase.height, phase.width) for step in steps for own in rows)
+    return ahead(context.draw, requests) if context.source.concurrent else map(context.draw, requests)

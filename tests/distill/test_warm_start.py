@@ -10,7 +10,7 @@ import edit_compile as ec
 import toy
 import toy_distill
 from edit_compile.distill.context import trained_parameters
-from edit_compile.distill.training import only_trainable
+from edit_compile.distill.modes import only_trainable
 from edit_compile.distill.warm_start import fitting
 from edit_compile.grid import as_grid
 from edit_compile.sites import converted_sites

@@ -30,6 +30,8 @@ class ShapesData(Section):
 class Shapes:
     """Every sample is drawn from a generator seeded by its position."""
 
+    concurrent = True
+
     def __init__(self, data: ShapesData, model: nn.Module, seed: int) -> None:
         self.data, self.model, self.seed = data, model, seed
         self.skipped: dict[str, str] = {}

@@ -54,9 +54,12 @@ class Source(Protocol):
 
     Attributes:
         skipped: the samples that could not be read so far, by name, with the reason.
+        concurrent: whether `batch` may run in another thread while the model trains: it must not if it calls the model
+            itself. Random numbers must come from generators of its own either way.
     """
 
     skipped: dict[str, str]
+    concurrent: bool
 
     def batch(self, request: Request) -> Batch:
         """The requested rows, in order: a function of the request alone.

@@ -1,0 +1,58 @@
+"""What changes in training: weights, the optimizer's moments, the moving average; and all of it as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edit_compile.distill.distributed import like, whole
+from edit_compile.distill.optimizer import MovingAverage, set_slots, slots_of
+
+MODEL, AVERAGE, OPTIMIZER = "model:", "average:", "optimizer:"
+
+
+@dataclass
+class Live:
+    """A phase's trained parameters by name, its optimizer over them, and the moving average."""
+
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, gathered, on the CPU. All processes must ask."""
+        found: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in self.trained.items()}
+        if self.average is not None:
+            found |= {AVERAGE + name: value for name, value in self.average.average.items()}
+        slots = slots_of(self.optimizer, self.trained)
+        found |= {OPTIMIZER + name: value for name, value in slots.items() if isinstance(value, Tensor)}
+        return {name: whole(value).cpu().contiguous() for name, value in found.items()}
+
+    def numbers(self) -> dict[str, float]:
+        """What the optimizer keeps that is no tensor."""
+        return {name: value for name, value in slots_of(self.optimizer, self.trained).items() if not isinstance(value, Tensor)}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        """The inverse of `tensors` and `numbers`."""
+        slots: dict[str, Any] = dict(numbers)
+        for key, value in tensors.items():
+            kind, _, name = key.partition(":")
+            if kind + ":" == OPTIMIZER:
+                slots[name] = like(value, self.trained[name.rpartition("/")[0]]) if value.ndim else value
+            else:
+                target = self.trained[name] if kind + ":" == MODEL else self.average.average[name]  # type: ignore[union-attr]
+                target.copy_(like(value, target))
+        set_slots(self.optimizer, self.trained, slots)
+
+    def step(self, rate: float) -> None:
+        """Update weights and average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
