@@ -12,11 +12,11 @@ Row = dict[str, Any]
 
 
 class Average:
-    """The mean of losses over steps, kept on the device until asked for."""
+    """The mean of losses over the steps that were taken, kept on the device until asked for, and how many were not."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self.steps = self.skipped = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         for name, loss in losses.items():

@@ -96,10 +96,11 @@ class Trainer:
             torch.manual_seed(seed_of(context.recipe.seed, "step", number, step, context.accelerator.process_index))
             stop = self._step(phase, step, self._gradients(phase, samples, len(rows)), losses)
             self.total += 1
-            if step + 1 == steps or (step + 1) % context.recipe.log_every == 0:
+            saves = stop or self.total % context.recipe.save_every == 0 or self.total == steps_of(context.recipe)
+            if saves or step + 1 == steps or (step + 1) % context.recipe.log_every == 0:
                 self._log(phase, step + 1, losses, time.monotonic() - since)
                 losses, since = Average(), time.monotonic()
-            if stop or self.total % context.recipe.save_every == 0 or self.total == steps_of(context.recipe):
+            if saves:
                 place = self._save(number, step + 1)
                 if stop:
                     raise Interrupted(f"stopped at {phase.name}, step {step + 1} of {steps}; saved in {place}")
@@ -133,6 +134,8 @@ class Trainer:
         if reason is None:
             self.live.step(learning_rate(step, phase.options))
             losses.add({**measured, "grad_norm": norm})
+        else:
+            losses.skipped += 1
         self.live.optimizer.zero_grad()
         if self.guard.skipped_in_a_row > recipe.max_skipped:
             raise DistillError(
@@ -169,9 +172,9 @@ class Trainer:
 
     def _log(self, phase: Phase, step: int, losses: Average, seconds: float) -> None:
         accelerator, every = self.context.accelerator, phase.options.batch
-        steps = (step - 1) % self.context.recipe.log_every + 1
+        steps = losses.steps + losses.skipped
         place = {"phase": phase.name, "step": step, "steps": phase.options.steps, "total": self.total, "samples": phase.position(step)}
-        taken = {"skipped": steps - losses.steps, "lr": learning_rate(step - 1, phase.options)}
+        taken = {"skipped": losses.skipped, "lr": learning_rate(step - 1, phase.options)}
         means = losses.means(lambda values: accelerator.reduce(values, "mean"))
         speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * every / seconds}
         if accelerator.is_main_process:
