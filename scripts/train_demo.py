@@ -1,4 +1,4 @@
-"""Train a demo model from scratch: `python scripts/train_demo.py mm-dit --steps 10000 --out runs/mm-dit`.
+"""Train a demo model from scratch: `python scripts/train_demo.py mm-dit --steps 4500 --out runs/mm-dit`.
 
 Rectified flow on procedural pictures; Muon for the blocks' matrices and AdamW for the rest, at a constant rate that
 falls to zero in the last third; EMA. Seeded; every `--save-every` steps the state goes to `OUT/state.safetensors`
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=4_500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
