@@ -24,6 +24,7 @@ from edit_compile.errors import (
 )
 from edit_compile.grid import grid
 from edit_compile.plans import Plan, SitePlan
+from edit_compile.sharing import unshare
 from edit_compile.tokens import Grid, Segment, TokenKind, TokenLayout
 
 __version__ = "0.1.0"
@@ -60,4 +61,5 @@ __all__ = [
     "record",
     "save",
     "teacher",
+    "unshare",
 ]

@@ -10,21 +10,22 @@ from typing import Any, TypeVar
 from torch import nn
 
 from edit_compile.adapters.inputs import example_inputs as inputs_of
+from edit_compile.adapters.pretrained import save_whole, with_transformer
 from edit_compile.capture import capture
 from edit_compile.config import LinearizeConfig
-from edit_compile.conversion import SiteRewriter, converted
-from edit_compile.errors import AuditError, EditCompileError, PlanError
-from edit_compile.grid import grid, runtime_of
+from edit_compile.conversion import PLAN, SiteRewriter, converted
+from edit_compile.errors import AuditError, ConfigError, PlanError
+from edit_compile.grid import converted_model, grid, runtime_of
 from edit_compile.passes.audit import Audit
 from edit_compile.passes.audit import audit as audit_graph
 from edit_compile.planning import make_plan
 from edit_compile.plans import Plan, SizesOfInputs
+from edit_compile.sharing import original_weights
 from edit_compile.sites import converted_sites
 from edit_compile.specs import meta_from
 from edit_compile.tokens import TokenKind
 
 Model = TypeVar("Model")
-TRAINED = "edit_trained"  # names of what was trained outside the converted sites
 
 
 def plan(model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None) -> Plan:
@@ -47,6 +48,12 @@ def plan(model: Any, config: LinearizeConfig | None = None, example_inputs: Mapp
 def _planned(model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any] | None) -> tuple[Plan, SiteRewriter]:
     if converted_sites(model):
         raise PlanError(f"{type(model).__name__} is converted already")
+    if config is not None and not isinstance(config, LinearizeConfig):
+        raise ConfigError(f"config is a LinearizeConfig, not a {type(config).__name__}")
+    if example_inputs is not None and not (isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs)):
+        raise PlanError(
+            f"example_inputs are keyword arguments of the model's forward, a dict by name, not a {type(example_inputs).__name__}"
+        )
     inputs = dict(example_inputs) if example_inputs is not None else inputs_of(model)
     return make_plan(model, config or LinearizeConfig(), inputs)
 
@@ -73,13 +80,15 @@ def linearize(
     if not isinstance(model, nn.Module):
         return _linearized_pipeline(model, config, example_inputs, plan)
     if plan is not None:
+        if not isinstance(plan, Plan):
+            raise PlanError(f"plan is a Plan, as edit_compile.plan(model) makes it, not a {type(plan).__name__}")
         _check_fits(model, plan)
         rewriter = SiteRewriter(model, meta_from(plan.inputs), plan.config)
         rewriter.prepare(plan.rewritten)
-        return converted(model, plan, rewriter)  # type: ignore[return-value]
+        return save_whole(converted(model, plan, rewriter))  # type: ignore[return-value]
     student = converted(model, *_planned(model, config, example_inputs))
     audit(student)
-    return student  # type: ignore[return-value]
+    return save_whole(student)  # type: ignore[return-value]
 
 
 def audit(student: nn.Module) -> Audit:
@@ -91,7 +100,7 @@ def audit(student: nn.Module) -> Audit:
     """
     plan = plan_of(student)
     with grid(student, *_any_grid(plan)) if not isinstance(plan.grid, SizesOfInputs) else nullcontext():
-        captured = capture(student, meta_from(plan.inputs))
+        captured = capture(student, meta_from(plan.inputs), symbolic=False)
     found = audit_graph(captured, [site.path for site in plan.rewritten])
     if found.findings:
         more = f" (and {len(found.findings) - 1} more)" if len(found.findings) > 1 else ""
@@ -108,9 +117,7 @@ def _any_grid(plan: Plan) -> tuple[int, int]:
 
 
 def _linearized_pipeline(pipeline: Any, *options: Any) -> Any:
-    converted = linearize(transformer_of(pipeline), *options)
-    components = {**pipeline.components, "transformer": converted}
-    return type(pipeline)(**{name: components[name] for name in pipeline._get_signature_keys(pipeline)[0] if name in components})
+    return with_transformer(pipeline, linearize(transformer_of(pipeline), *options))
 
 
 def transformer_of(model: Any) -> nn.Module:
@@ -134,38 +141,34 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
         raise PlanError(f"the plan's sites {missing[:3]} are not in this {plan.model}")
 
 
-def plan_of(student: nn.Module) -> Plan:
-    """The plan a converted model was made by."""
-    runtime_of(student)
-    return student.__dict__["edit_plan"]
+def plan_of(student: Any) -> Plan:
+    """The plan a converted model, or a pipeline's, was made by."""
+    return converted_model(student).__dict__[PLAN]
 
 
 @contextmanager
-def teacher(student: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the converted model runs its original attention, with its original weights.
-
-    Raises:
-        EditCompileError: its other weights were trained as well, so that it is no longer the teacher.
-    """
-    runtime = runtime_of(student)
-    if student.__dict__.get(TRAINED):
-        raise EditCompileError(f"all weights of this {type(student).__name__} were trained: its teacher is the base model, load that")
-    before, runtime.teaching = runtime.teaching, True
-    try:
-        yield student
-    finally:
-        runtime.teaching = before
+def teacher(student: Any) -> Iterator[Any]:
+    """Inside, the converted model (or the pipeline's) runs its original attention, with its original weights."""
+    model, runtime = converted_model(student), runtime_of(student)
+    before = runtime.teaching
+    with nullcontext() if before else original_weights(model):
+        runtime.teaching = True
+        try:
+            yield student
+        finally:
+            runtime.teaching = before
 
 
-def compile(student: nn.Module, **options: Any) -> nn.Module:
+def compile(student: Model, **options: Any) -> Model:
     """Regional torch.compile, in place: the repeated blocks that hold the sites, dynamic in resolution.
 
     Args:
+        student: a converted model, or a pipeline with one.
         options: of torch.compile; `dynamic=True` and `fullgraph=True` unless given.
     """
-    runtime_of(student)
-    for path in repeated_blocks(student):
-        student.get_submodule(path).compile(**{"dynamic": True, "fullgraph": True, **options})
+    model = converted_model(student)
+    for path in repeated_blocks(model):
+        model.get_submodule(path).compile(**{"dynamic": True, "fullgraph": True, **options})
     return student
 
 

@@ -66,7 +66,7 @@ def meta_inputs(inputs: Any, dtype: torch.dtype = PROBE_DTYPE) -> Any:
     return pytree.tree_map(lambda leaf: _meta(leaf, dtype) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
-def capture(module: nn.Module, inputs: Mapping[str, Any], *, functional: bool = False, cast: bool = True) -> Capture:
+def capture(module: nn.Module, inputs: Mapping[str, Any], *, functional: bool = False, cast: bool = True, symbolic: bool = True) -> Capture:
     """Capture `module(**inputs)`, every tensor dimension symbolic where the module allows it.
 
     Args:
@@ -76,6 +76,7 @@ def capture(module: nn.Module, inputs: Mapping[str, Any], *, functional: bool = 
         functional: replace writes into operands; only needed where the graph will be rewritten.
         cast: bring floating-point inputs to the probe dtype; not for what `call_arguments` has recorded, where a
             float32 tensor is one that the model means.
+        symbolic: keep sizes open. Where only one size matters, False is many times faster on models with many guards.
 
     Raises:
         CaptureError: the module cannot be captured; says which op or line stands in the way.
@@ -83,7 +84,7 @@ def capture(module: nn.Module, inputs: Mapping[str, Any], *, functional: bool = 
     structure = stand_in(module)
     with native_attention():
         try:
-            program = _export(structure, meta_inputs(dict(inputs)) if cast else dict(inputs), functional)
+            program = _export(structure, meta_inputs(dict(inputs)) if cast else dict(inputs), functional, symbolic)
         except Exception as error:
             raise CaptureError(_explanation(module, error)) from error
     return Capture(program, _sources(program))
@@ -106,7 +107,10 @@ def call_arguments(module: nn.Module, inputs: Mapping[str, Any], paths: set[str]
     for path in paths:
         structure.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True)
     with native_attention(), torch.no_grad():
-        structure(**meta_inputs(dict(inputs)))
+        try:
+            structure(**meta_inputs(dict(inputs)))
+        except Exception as error:
+            raise CaptureError(_explanation(module, error)) from error
     return received
 
 
@@ -125,8 +129,8 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return named
 
 
-def _export(structure: nn.Module, inputs: dict[str, Any], functional: bool) -> ExportedProgram:
-    dynamic = pytree.tree_map(_all_dynamic, inputs)
+def _export(structure: nn.Module, inputs: dict[str, Any], functional: bool, symbolic: bool) -> ExportedProgram:
+    dynamic = pytree.tree_map(_all_dynamic, inputs) if symbolic else None
     with torch.no_grad(), _quiet():
         program = torch.export.export(structure, (), inputs, dynamic_shapes=dynamic, strict=False)
         if functional and _writes(program.graph):

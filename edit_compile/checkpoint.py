@@ -9,182 +9,221 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit_compile.api import TRAINED, linearize, plan_of
-from edit_compile.errors import CheckpointError, PlanError
+from edit_compile.adapters.pretrained import origin_of, with_transformer
+from edit_compile.api import linearize, plan_of
+from edit_compile.conversion import FINGERPRINT
+from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError
+from edit_compile.fingerprint import TensorPrint, difference, fingerprint
+from edit_compile.grid import converted_model
+from edit_compile.passes.rewrite import ADDED
 from edit_compile.plans import Plan
-from edit_compile.sites import converted_sites
+from edit_compile.sharing import check_finite, originals, unshare
+from edit_compile.sites import converted_sites, is_sharded
 
 VERSION = 1
 INDEX = "edit_compile.json"
-FINGERPRINT = "edit_fingerprint"  # of the base, where the student's weights no longer tell
-_SAMPLES = 16
+PIPELINE_INDEX = "model_index.json"
+HERE = "."  # as a base: the checkpoint's own folder, which also holds the original model
 
 
 class _Index(BaseModel):
+    """`unshared` names what is trained outside the sites; `base` is a hub id, a folder, a demo model's name or HERE."""
+
     model_config = ConfigDict(extra="forbid")
 
     version: int
     base: str | None
-    fingerprint: str
+    fingerprint: dict[str, TensorPrint]
     tensors: str
     sha256: str
+    unshared: tuple[str, ...]
     plan: dict[str, Any]
-    trained: list[str] = []
 
 
-def save(student: nn.Module, folder: str | Path, *, base: str | None = None) -> None:
-    """Write a converted model's checkpoint. Where several processes train together, all must call it, and the first writes.
+def save(student: Any, folder: str | Path, *, base: str | Path | None = None) -> None:
+    """Write a converted model's checkpoint. Under FSDP every process has to call it; the first one writes.
 
     Args:
+        student: a converted model, or a pipeline with one.
         folder: made if missing; other files in it are left alone.
-        base: where `load` finds the base model: a hub id, a folder or a demo model's name. Default: where the
-            student's own base came from, if that is known.
+        base: where `load` finds the base model: a hub id, a folder or a demo model's name. Default: where the pipeline,
+            or the student's own base, was loaded from, if that is known.
 
     Raises:
-        CheckpointError: the folder is a file.
+        CheckpointError: the folder cannot be written; the model holds what a checkpoint cannot (adapters), weights that
+            were trained though they are shared with the original, or none at all (meta device).
+        RewriteError: a weight holds NaN or infinity; says which.
     """
+    model = converted_model(student)
+    _check_structure(model)
+    tensors = {name: _gathered(tensor) for name, tensor in trained_tensors(model).items()}
+    _check_values(model, tensors)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
-    tensors = trained_tensors(student)
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"edit_compile-{os.getpid()}.tmp"
+    entries = {
+        "version": VERSION,
+        "base": _name_of(base or origin_of(student) or model.__dict__.get("edit_base") or origin_of(model)),
+        "fingerprint": model.__dict__[FINGERPRINT],
+        "unshared": tuple(original.name for original in originals(model)),
+        "plan": json.loads(plan_of(model).to_json()),
+    }
     try:
-        save_file(tensors, temporary)
-        digest = _sha256(temporary)
-        name = f"edit_compile-{digest[:12]}.safetensors"
-        index = _Index(
-            version=VERSION,
-            base=base if base is not None else student.__dict__.get("edit_base"),
-            fingerprint=student.__dict__.get(FINGERPRINT) or fingerprint(student),
-            tensors=name,
-            sha256=digest,
-            plan=json.loads(plan_of(student).to_json()),
-            trained=student.__dict__.get(TRAINED, []),
-        )
-        _flush(temporary)
-        os.replace(temporary, folder / name)
-        temporary.write_text(index.model_dump_json(indent=2))
-        _flush(temporary)
-        os.replace(temporary, folder / INDEX)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _write(folder, tensors, entries)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}; what it held before is as it was") from error
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".edit_compile-", dir=folder) as name:
+        temporary = Path(name)
+        save_file(tensors, temporary / "tensors")
+        digest = _sha256(temporary / "tensors")
+        index = _Index(tensors=f"edit_compile-{digest[:12]}.safetensors", sha256=digest, **entries)
+        (temporary / "index").write_text(index.model_dump_json())
+        for file, final in (("tensors", index.tensors), ("index", INDEX)):
+            _flush(temporary / file)
+            os.replace(temporary / file, folder / final)
+            _flush(folder)
     for old in folder.glob("edit_compile-*.safetensors"):
-        if old.name != name:
+        if old.name != index.tensors:
             old.unlink()
+    for left in folder.glob(".edit_compile-*"):  # by a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def trained_tensors(student: nn.Module) -> dict[str, Tensor]:
-    """The state of the converted sites and what else was trained, by name in the model's state dict, gathered from shards."""
-    prefixes, others = tuple(f"{path}." for path in converted_sites(student)), set(student.__dict__.get(TRAINED, ()))
-    state = {name: t for name, t in student.state_dict().items() if name.startswith(prefixes) or name in others}
-    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().contiguous() for name, t in state.items()}
+    """What is the student's own: the state of the converted sites and unshared weights, by name in the model's state dict."""
+    prefixes = tuple(f"{path}." for path in converted_sites(student))
+    unshared = {original.name for original in originals(student)}
+    return {name: t.detach() for name, t in student.state_dict().items() if name.startswith(prefixes) or name in unshared}
 
 
-def load(folder: str | Path, base: nn.Module | str | Path | None = None) -> nn.Module:
+def _check_structure(student: nn.Module) -> None:
+    """The checkpoint is rebuilt from base and plan: it can hold their weights and no others."""
+    known, added = student.__dict__[FINGERPRINT], tuple(f"{path}.{ADDED}." for path in converted_sites(student))
+    found = {name for name in student.state_dict() if not name.startswith(added)}
+    if strange := sorted(found ^ known.keys()):
+        raise CheckpointError(
+            f"{', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''}: not as it was at conversion. Adapters (LoRA) are saved by "
+            "their own library; unload or fuse them before edit_compile.save"
+        )
+
+
+def _check_values(student: nn.Module, tensors: dict[str, Tensor]) -> None:
+    offloaded = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if offloaded:
+        raise CheckpointError(f"{offloaded} has no values (meta device); undo offloading first, pipe.remove_all_hooks() for a pipeline")
+    unsaved = [n for n, p in student.named_parameters() if p.requires_grad and n not in tensors]
+    if unsaved:
+        raise CheckpointError(
+            f"{unsaved[0]}{f' and {len(unsaved) - 1} more' if len(unsaved) > 1 else ''} can be trained, but shares its memory with the "
+            "original model, which training would change too; call edit_compile.unshare(student) before training, or freeze it"
+        )
+    check_finite(tensors.items(), "nothing was saved")
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return whole.clone(memory_format=torch.contiguous_format)  # tied weights, too, get memory of their own
+
+
+def _name_of(base: str | Path | None) -> str | None:
+    """A base that is a folder by its absolute path."""
+    if base is None or str(base) == HERE or str(base).startswith(("demo/", "timm/")) or not Path(base).is_dir():
+        return None if base is None else str(base)
+    return str(Path(base).resolve())
+
+
+def load(folder: str | Path, base: Any = None) -> nn.Module:
     """The converted model of a checkpoint, on its base's device and in its dtype.
 
     Args:
-        base: the model it was converted from, or where that is; default: as the checkpoint says.
+        folder: as `save` wrote it, or as `save_pretrained` of a converted model or its pipeline did.
+        base: the model it was converted from, a pipeline with it, or where that is; default: as the checkpoint says.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another version, or the base is not the one it was made from.
+        ModelNotFoundError: the base is not where the checkpoint says.
     """
-    folder = Path(folder)
+    folder = _checkpoint_in(Path(folder))
     index = _read_index(folder)
     tensors = _read_tensors(folder, index)
-    model = base if isinstance(base, nn.Module) else _load_base(folder, index, base)
-    found = fingerprint(model)
-    if found != index.fingerprint:
-        raise CheckpointError(
-            f"{folder} was made from another base than this {type(model).__name__} "
-            f"(fingerprint {index.fingerprint[:12]}, not {found[:12]}); pass base={index.base!r}"
-        )
+    model = base if isinstance(base, nn.Module) else getattr(base, "transformer", None) or _load_base(folder, index, base)
+    differs = difference(index.fingerprint, fingerprint(model.state_dict()))
+    if differs:
+        raise CheckpointError(f"{folder} was made from another base than this {type(model).__name__}: {differs}; pass base={index.base!r}")
     try:
         student = linearize(model, plan=Plan.from_json(json.dumps(index.plan)))
-    except PlanError as error:
+        if index.unshared:
+            unshare(student, index.unshared)
+    except EditCompileError as error:
         raise CheckpointError(f"{folder / INDEX}: {error}") from error
-    if index.trained:
-        train_beyond_sites(student, index.trained)
-        student.__dict__[FINGERPRINT] = index.fingerprint
     _check_names(folder, tensors, trained_tensors(student))
     student.load_state_dict(tensors, strict=False)
-    student.__dict__["edit_base"] = index.base
+    student.__dict__["edit_base"] = base_of(folder)
     return student
-
-
-def train_beyond_sites(student: nn.Module, names: Sequence[str]) -> None:
-    """Give the student weights of its own outside the converted sites too. From then on it does not contain its teacher.
-
-    Raises:
-        CheckpointError: it has no such parameters.
-    """
-    parameters = dict(student.named_parameters())
-    unknown = [name for name in names if name not in parameters]
-    if unknown:
-        raise CheckpointError(f"{type(student).__name__} has no {', '.join(unknown[:3])}")
-    for name in names:
-        parameters[name].data = parameters[name].data.clone()
-    student.__dict__[TRAINED] = list(names)
 
 
 def load_pipeline(folder: str | Path, base: Any = None, **options: Any) -> Any:
     """A diffusers pipeline with the converted transformer.
 
     Args:
+        folder: as for `load`.
         base: a pipeline, or where one is; default: as the checkpoint says.
         options: of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+
+    Raises:
+        CheckpointError: the base is no pipeline; otherwise as `load`.
     """
     from diffusers import DiffusionPipeline
 
-    if base is None:
-        base = base_of(folder)
-        if base is None:
+    if base is None or isinstance(base, str | Path):
+        name = base if base is not None else base_of(folder)
+        if name is None:
             raise CheckpointError(f"{folder} does not say where its base pipeline is; pass base=...")
-    pipe = base if isinstance(base, DiffusionPipeline) else DiffusionPipeline.from_pretrained(base, **options)
-    components = {**pipe.components, "transformer": load(folder, pipe.transformer)}
-    return type(pipe)(**components)
+        try:
+            base = DiffusionPipeline.from_pretrained(_pipeline_of(name), **options)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{name} is no pipeline that can be loaded: {error}; pass base=..., or load the transformer: load"
+            ) from error
+    return with_transformer(base, load(folder, base.transformer))
 
 
 def base_of(folder: str | Path) -> str | None:
     """Where a checkpoint says that its base is: a hub id, a folder or a demo model's name."""
-    return _read_index(Path(folder)).base
+    folder = Path(folder)
+    inner = _checkpoint_in(folder)
+    base = _read_index(inner).base
+    return str(folder.resolve()) if base == HERE else base
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the original weights: names, shapes, and a few values of each tensor rounded to bfloat16.
-
-    Equal for a model, for its copies in half precision, and for every student made from it, trained or not.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_original_state(model).items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
-            flat = tensor.detach().flatten()
-            samples = flat[torch.linspace(0, len(flat) - 1, _SAMPLES, dtype=torch.float64).long().to(flat.device)]
-            digest.update(samples.cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+def _checkpoint_in(folder: Path) -> Path:
+    """The folder itself, or the transformer's part of a pipeline's folder."""
+    inner = folder / "transformer"
+    return inner if not (folder / INDEX).exists() and (folder / PIPELINE_INDEX).is_file() and (inner / INDEX).is_file() else folder
 
 
-def _original_state(model: nn.Module) -> dict[str, Tensor]:
-    sites = converted_sites(model)
-    prefixes = tuple(f"{path}." for path in sites)
-    state = {name: t for name, t in model.state_dict().items() if not name.startswith(prefixes)}
-    for path, site in sites.items():
-        state |= {f"{path}.{name}": t for name, t in site.edit_teacher.state_dict().items()}
-    return state
+def _pipeline_of(base: str | Path) -> str | Path:
+    """The pipeline that a transformer's folder is part of, or the base as it is."""
+    parent = Path(base).parent
+    return parent if (parent / PIPELINE_INDEX).is_file() and Path(base).is_dir() else base
 
 
 def _read_index(folder: Path) -> _Index:
@@ -193,7 +232,7 @@ def _read_index(folder: Path) -> _Index:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no checkpoint: {INDEX} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:
@@ -208,24 +247,27 @@ def _read_index(folder: Path) -> _Index:
 def _read_tensors(folder: Path, index: _Index) -> dict[str, Tensor]:
     if Path(index.tensors).name != index.tensors or index.tensors in ("", ".", ".."):
         raise CheckpointError(f"{folder / INDEX} names {index.tensors!r}, a path outside the folder")
-    path = folder / index.tensors
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    if _sha256(path) != index.sha256:
-        raise CheckpointError(f"{path} is damaged: it does not have the hash that {INDEX} gives")
+    path = folder / index.tensors  # may be a link, as in the hub's cache: the hash says whether it is the right file
     try:
+        if _sha256(path) != index.sha256:
+            raise CheckpointError(f"{path} is damaged: it does not have the hash that {INDEX} gives")
         return load_file(path)
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def _load_base(folder: Path, index: _Index, base: str | Path | None) -> nn.Module:
     from edit_compile.adapters.models import load_model
 
-    name = index.base if base is None else str(base)
+    name = base if base is not None else index.base
     if name is None:
         raise CheckpointError(f"{folder} does not say where its base model is; pass base=...")
-    return load_model(name).model
+    try:
+        return load_model(str(folder.resolve()) if str(name) == HERE else str(name)).model
+    except ModelNotFoundError as error:
+        raise CheckpointError(f"the base of {folder}: {error}; pass base=...") from error
 
 
 def _check_names(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -242,5 +284,11 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    """To the disk; a folder too, where the system allows that."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

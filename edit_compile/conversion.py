@@ -13,14 +13,18 @@ from edit_compile.capture import call_arguments, capture
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs import find_design
 from edit_compile.errors import CaptureError, ConfigError, PlanError, RewriteError
+from edit_compile.fingerprint import fingerprint
 from edit_compile.grid import Runtime, publish_with
 from edit_compile.passes.generate import generate_forward
 from edit_compile.passes.rewrite import rewrite_site
 from edit_compile.plans import Plan, SitePlan
-from edit_compile.sites import SiteForward, install, shared_copy
+from edit_compile.sharing import check_finite, shared_copy
+from edit_compile.sites import SiteForward, install
 from edit_compile.specs import describe
 from edit_compile.structure import structure_key
 from edit_compile.tokens import TokenKind
+
+PLAN, FINGERPRINT = "edit_plan", "edit_fingerprint"  # attributes of a converted model: its plan, its original's fingerprint
 
 
 @dataclass
@@ -62,9 +66,11 @@ def converted(model: nn.Module, plan: Plan, rewriter: SiteRewriter) -> nn.Module
 
     Raises:
         PlanError: the plan converts no site.
-        RewriteError: a planned site cannot be rewritten.
+        RewriteError: a planned site cannot be rewritten, a weight holds NaN or infinity, or something hooks into a forward.
     """
     _require_some(plan.model, plan.sites)
+    _require_plain_forwards(model)
+    check_finite(model.named_parameters(), plan.model)
     student = shared_copy(model)
     runtime = Runtime(plan.grid)
     classes: dict[Any, type] = {}
@@ -74,8 +80,18 @@ def converted(model: nn.Module, plan: Plan, rewriter: SiteRewriter) -> nn.Module
             raise forward
         install(student, site.path, forward, plan.config, runtime, classes)
     publish_with(student, runtime, [site.path for site in plan.rewritten])
-    student.__dict__["edit_plan"] = plan
+    student.__dict__.update({PLAN: plan, FINGERPRINT: fingerprint(model.state_dict())})
     return student
+
+
+def _require_plain_forwards(model: nn.Module) -> None:
+    """Offloading and layer-wise casting replace a module's forward by one of the instance's, which would go on running."""
+    for path, module in model.named_modules():
+        if "forward" in module.__dict__:
+            raise RewriteError(
+                f"{path or type(model).__name__}: its forward was replaced, as by CPU offloading; convert first and enable that "
+                "on the converted model (to undo it: pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_submodules(model))"
+            )
 
 
 def _require_some(model: str, sites: Sequence[SitePlan]) -> None:

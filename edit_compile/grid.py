@@ -137,24 +137,30 @@ def as_grid(height: int, width: int, like: Tensor) -> Tensor:
     return shape
 
 
-def runtime_of(model: nn.Module) -> Runtime:
-    """The converted model's runtime.
+def converted_model(model: Any) -> nn.Module:
+    """The converted model itself, given it, a pipeline with it, or a wrapper around it (DDP, torch.compile).
 
     Raises:
-        EditCompileError: the model was not converted.
+        EditCompileError: there is none.
     """
-    runtime = getattr(model, RUNTIME, None)
-    if not isinstance(runtime, Runtime):
-        raise EditCompileError(f"{type(model).__name__} is not converted; linearize(model) gives a converted copy")
-    return runtime
+    for found in (model, *(getattr(model, name, None) for name in ("transformer", "module", "_orig_mod"))):
+        if isinstance(found, nn.Module) and isinstance(found.__dict__.get(RUNTIME), Runtime):
+            return found
+    raise EditCompileError(f"{type(model).__name__} is not converted; edit_compile.linearize(model) gives a converted copy")
+
+
+def runtime_of(model: Any) -> Runtime:
+    """The runtime of `converted_model(model)`."""
+    return converted_model(model).__dict__[RUNTIME]
 
 
 @contextmanager
-def grid(model: nn.Module, height: int, width: int) -> Iterator[None]:
+def grid(model: Any, height: int, width: int) -> Iterator[None]:
     """State the grid of image tokens for the forwards inside, where it does not follow from the inputs or must not be
     read from them (position ids under torch.compile and torch.export).
 
     Args:
+        model: a converted model, or a pipeline with one.
         height, width: in image tokens.
 
     Raises:

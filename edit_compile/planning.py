@@ -24,9 +24,10 @@ def make_plan(model: nn.Module, config: LinearizeConfig, inputs: Mapping[str, An
     """The plan, and the rewriter that has tried it: a site whose rewrite fails is kept, and the failure is the reason.
 
     Raises:
-        PlanError: the model has no attention; says what was looked at.
+        PlanError: the model has no attention; says what was looked at. Or the example inputs have batch 1.
     """
     analysis = analyse(capture(model, inputs), config)
+    _require_batch(analysis.captured)
     if not analysis.sites:
         kinds = sorted({type(m).__name__ for m in model.modules()})
         looked_at = f"none of its {len(analysis.captured.graph.nodes)} operations is one"
@@ -36,6 +37,16 @@ def make_plan(model: nn.Module, config: LinearizeConfig, inputs: Mapping[str, An
     sites = tuple(_tried(site, rewriter) for site in analysis.sites)
     grid = _grid_source(analysis, sites, set(inputs))
     return Plan(model=type(model).__name__, config=config, sites=sites, grid=grid, inputs=describe(inputs)), rewriter
+
+
+def _require_batch(captured: Capture) -> None:
+    """A size of 1 is a constant in a graph: what is made from it would mix the samples of a larger batch, or fail."""
+    outputs = [leaf.meta.get("val") for leaf in captured.graph.output_node().all_input_nodes]
+    if any(isinstance(value, torch.Tensor) and value.ndim > 1 and type(value.shape[0]) is int and value.shape[0] == 1 for value in outputs):
+        raise PlanError(
+            "the example inputs have batch 1, which a graph takes for a constant: give them batch 2 or more "
+            "(edit_compile.record(pipe, ...) does)"
+        )
 
 
 def _tried(site: SitePlan, rewriter: SiteRewriter) -> SitePlan:

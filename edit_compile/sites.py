@@ -121,19 +121,3 @@ def converted_sites(model: nn.Module) -> dict[str, ConvertedSite]:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, as under FSDP2 (whose module is not imported for the question: it loads torch's compiler)."""
     return hasattr(tensor, "device_mesh")
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree over the same storage: moving or converting the copy leaves the original as it is.
-
-    The copy's parameters are frozen: a step on them would change the original too. Parameters of a class of their own
-    (quantized ones) are copied.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if type(tensor) is nn.Parameter:
-            memo[id(tensor)] = nn.Parameter(tensor.data, requires_grad=False)
-        elif not isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = tensor.detach()
-    with torch.no_grad():
-        return copy.deepcopy(model, memo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,14 +22,15 @@ def record(pipe: Any, *args: Any, component: str = "transformer", **kwargs: Any)
 
     Args:
         pipe: a diffusers pipeline.
-        args, kwargs: of the pipeline's call. Choose a height and width that differ.
+        args, kwargs: of the pipeline's call. Where it takes them and they are not given: a prompt, two pictures per
+            prompt (a batch of one would be a constant of the graph) of 256 x 384 pixels, one step.
         component: the name of the transformer.
 
     Returns:
         Keyword arguments of the component's forward, for `example_inputs`.
 
     Raises:
-        NoExampleInputsError: the pipeline has no such component, or never called it.
+        NoExampleInputsError: the pipeline has no such component, or failed or finished before it called it.
     """
     module = getattr(pipe, component, None)
     if not isinstance(module, nn.Module):
@@ -43,12 +45,26 @@ def record(pipe: Any, *args: Any, component: str = "transformer", **kwargs: Any)
     hook = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad():
-            pipe(*args, **{"num_inference_steps": 1, **kwargs})
+            pipe(*args, **_completed(pipe, args, kwargs))
     except _Received:
         return {name: _detached(value) for name, value in received.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NoExampleInputsError(f"{type(pipe).__name__} failed before it called its {component}: {error}") from error
     finally:
         hook.remove()
     raise NoExampleInputsError(f"{type(pipe).__name__} finished without calling its {component}")
+
+
+def _completed(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments, and defaults for what the pipeline takes and was not given."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    given = {*kwargs, *list(takes)[1 : len(args) + 1]}
+    defaults: dict[str, Any] = {"num_inference_steps": 1, "num_images_per_prompt": 2, "num_videos_per_prompt": 2}
+    if not given & {"height", "width"}:
+        defaults |= {"height": 256, "width": 384}
+    if "prompt_embeds" not in given:
+        defaults["prompt"] = "a picture"
+    return {name: value for name, value in defaults.items() if name in takes and name not in given} | kwargs
 
 
 def _detached(value: Any) -> Any:

@@ -15,7 +15,7 @@ from edit_compile.adapters.denoise import denoise as denoise_by_family
 from edit_compile.adapters.models import load_model
 from edit_compile.adapters.schedulers import default_process, process_of_pipeline
 from edit_compile.api import linearize
-from edit_compile.checkpoint import FINGERPRINT, INDEX, fingerprint, load, save, train_beyond_sites
+from edit_compile.checkpoint import INDEX, load, save
 from edit_compile.config import LinearizeConfig
 from edit_compile.demo.models import NAMES as DEMOS
 from edit_compile.distill.context import Context, Denoise, trained_parameters
@@ -30,6 +30,7 @@ from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.recipe_file import load_recipe
 from edit_compile.distill.training import Restored, Trainer
 from edit_compile.errors import DistillError
+from edit_compile.sharing import unshare
 from edit_compile.sites import converted_sites
 
 
@@ -123,15 +124,13 @@ def _teacher(student: nn.Module, recipe: Recipe) -> nn.Module:
     if recipe.train != "all":
         return student
     copied = copy.deepcopy(student)
-    sites = tuple(f"{path}." for path in converted_sites(student))
-    train_beyond_sites(student, [name for name, _ in student.named_parameters() if not name.startswith(sites)])
+    unshare(student)
     return copied.requires_grad_(False)
 
 
 def _place(context: Context) -> None:
     """Models on their device, in the recipe's precision, and in evaluation mode: teacher and student must see the same."""
     recipe, student = context.recipe, context.student
-    student.__dict__[FINGERPRINT] = fingerprint(student)  # before weights change, or are in shards
     for model in {id(m): m for m in (student, context.teacher)}.values():
         model.eval().to(context.accelerator.device)
         set_precision(model, trained_parameters(student, recipe.train) if model is student else (), recipe.precision)

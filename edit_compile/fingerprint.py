@@ -1,0 +1,62 @@
+"""Telling a base model by its weights: names, shapes, and a few values of every tensor.
+
+Compared with the tolerance of half precision, so that a checkpoint made on float32 weights fits the same base in
+float16 or bfloat16. A hash of rounded values would not do: rounding twice differs from rounding once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+_SAMPLES = 4
+_RELATIVE, _ABSOLUTE = 1e-2, 1e-6
+_LARGEST = 1e30  # in place of infinity, which JSON does not have
+
+
+class TensorPrint(BaseModel):
+    """A tensor's shape and a few of its values, none if it had none (meta device) or they are no floating-point numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+Fingerprint = dict[str, TensorPrint]
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> Fingerprint:
+    """The fingerprint of a state dict."""
+    return {name: TensorPrint(shape=tuple(tensor.shape), values=_samples(tensor)) for name, tensor in state.items()}
+
+
+def _samples(tensor: Tensor) -> tuple[float, ...]:
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return ()
+    places = [round(i * (tensor.numel() - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)]
+    index = torch.unravel_index(torch.tensor(places), tensor.shape) if tensor.ndim else ()
+    values = tensor.detach()[tuple(i.to(tensor.device) for i in index)].float().nan_to_num(0.0, _LARGEST, -_LARGEST)
+    return tuple(float(f"{value:.4g}") for value in values.flatten().tolist())
+
+
+def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
+    """In words, how another model's fingerprint differs; None if it is the same model's."""
+    for problem, names in (("it lacks", expected.keys() - found.keys()), ("only it has", found.keys() - expected.keys())):
+        if names:
+            return f"{problem} {min(names)}"
+    for name, one in expected.items():
+        other = found[name]
+        if one.shape != other.shape:
+            return f"its {name} has shape {other.shape}, not {one.shape}"
+        if one.values and other.values and not all(map(_close, one.values, other.values)):
+            return f"the values of its {name} differ"
+    return None
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
