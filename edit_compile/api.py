@@ -45,6 +45,15 @@ def plan(model: Any, config: LinearizeConfig | None = None, example_inputs: Mapp
     return _planned(transformer_of(model), config, example_inputs)[0]
 
 
+def plan_and_convert(
+    model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None
+) -> tuple[Plan, nn.Module | None]:
+    """`plan` and `linearize` in one, without the audit: the plan, and the converted copy, None where no site can be converted."""
+    transformer = transformer_of(model)
+    made, rewriter = _planned(transformer, config, example_inputs)
+    return made, converted(transformer, made, rewriter) if made.rewritten else None
+
+
 def _planned(model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any] | None) -> tuple[Plan, SiteRewriter]:
     if converted_sites(model):
         raise PlanError(f"{type(model).__name__} is converted already")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -22,6 +23,18 @@ UNTRAINED = "The pictures of a converted model are wrong until it is distilled."
 
 def _choices(option: str) -> click.Choice[Any]:
     return click.Choice(list(LinearizeConfig.model_fields[option].annotation.__args__))  # type: ignore[union-attr]
+
+
+class _Size(click.ParamType):
+    """`1024`, a square, or `HEIGHTxWIDTH`, in pixels."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        numbers = str(value).lower().split("x")
+        if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
+            self.fail(f"{value!r} is neither PX nor HEIGHTxWIDTH", param, ctx)
+        return int(numbers[0]), int(numbers[-1])
 
 
 def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,14 +73,22 @@ def main() -> None:
 
 @main.command()
 @_conversion_options
+@click.option("--size", "sizes", multiple=True, type=_Size(), help="PX or HEIGHTxWIDTH to count FLOPs at; repeatable; default: usual ones")
+@click.option("--text", type=click.IntRange(min=1), help="number of text tokens to count with; default: the pipeline's")
 @_errors_in_one_line
-def inspect(model: str, as_json: bool, **options: Any) -> None:
-    """Show what would be done to a model, site by site, and why. Needs no weights."""
+def inspect(model: str, as_json: bool, sizes: tuple[tuple[int, int], ...], text: int | None, **options: Any) -> None:
+    """Show what would be done to a model, site by site, and why; what it adds and saves. Needs no weights."""
     from edit_compile.adapters.models import load_model
-    from edit_compile.api import plan
+    from edit_compile.api import plan_and_convert
+    from edit_compile.bench import conversion_cost
+    from edit_compile.report import cost_summary, cost_table
 
     loaded = load_model(model, structure_only=True)
-    _show(plan(loaded.model, LinearizeConfig(**options)), as_json, {"source": loaded.source})
+    plan, student = plan_and_convert(loaded.model, LinearizeConfig(**options))
+    costs = conversion_cost(student, sizes or None, text=text) if student is not None else None
+    _show(plan, as_json, {"source": loaded.source, "cost": costs and cost_summary(costs)})
+    if costs and not as_json:
+        _console().print(cost_table(costs))
 
 
 @main.command()
@@ -144,12 +165,17 @@ def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path
 
 
 def _show(plan: Any, as_json: bool, more: dict[str, Any]) -> None:
-    from edit_compile.report import plan_summary, plan_table
+    from edit_compile.report import PlanTable, plan_summary
 
     if as_json:
         click.echo(json.dumps({**more, **plan_summary(plan)}, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(plan))
+        _console().print(PlanTable(plan))
+
+
+def _console() -> Console:
+    """As wide as the terminal, or as $COLUMNS; wide where output goes to a file."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
 if __name__ == "__main__":

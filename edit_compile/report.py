@@ -1,28 +1,79 @@
-"""What users read: the plan as a table and in words."""
+"""What users read: the plan and the costs of a conversion, as tables, in words and as JSON-ready data."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
+from edit_compile.naming import Names, readable_names
 from edit_compile.plans import Plan, SitePlan
 
+if TYPE_CHECKING:
+    from edit_compile.bench import CostReport
 
-def plan_table(plan: Plan) -> Table:
-    """The plan, sites of repeated blocks that are treated alike in one row."""
-    table = Table(title=f"{plan.model}: {len(plan.rewritten)} of {len(plan.sites)} attention sites rewritten", title_justify="left")
-    table.add_column("site", overflow="fold")
-    for name in ("number", "queries", "keys", "action", "reason"):
-        table.add_column(name, justify="right" if name == "number" else "left", overflow="fold")
-    for name, number, site in _folded(plan):
-        keys = "the same" if site.key_layout == site.query_layout else str(site.key_layout)
-        style = "green" if site.rewritten else "dim"
-        table.add_row(*map(escape, (name, str(number), str(site.query_layout), keys)), f"[{style}]{site.action}[/]", escape(site.reason))
-    return table
+UNLIMITED = 10_000
+EVEN = 1.05  # a ratio of FLOPs below which nobody would notice a gain
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """The plan as a table, sites of repeated blocks that are treated alike in one row, with a legend of the names of sizes.
+
+    The reasons have a column where the terminal is wide enough, and stand below the table where it is not.
+    """
+
+    plan: Plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = readable_names(self.plan)
+        wide = self._table(names, with_reasons=True)
+        if console.measure(wide, options=options.update(max_width=UNLIMITED)).maximum <= options.max_width:
+            yield wide
+        else:
+            yield self._table(names, with_reasons=False)
+            yield from (f"{escape(label)}: {escape(reason)}" for (_, reason), label in _labels(self.plan).items())
+        if names.meanings:
+            yield f"[dim]{escape('; '.join(f'{name}: {meaning}' for name, meaning in names.meanings.items()))}[/]"
+
+    def _table(self, names: Names, *, with_reasons: bool) -> Table:
+        rewritten, total = len(self.plan.rewritten), len(self.plan.sites)
+        table = _plain_table(f"{self.plan.model}: {rewritten} of {total} attention sites rewritten")
+        table.add_column("sites", justify="right")
+        for name in ("path", "tokens", "action", *(["reason"] if with_reasons else [])):
+            table.add_column(name, overflow="fold")
+        labels = _labels(self.plan)
+        for path, number, site in _folded(self.plan):
+            tokens = names.layout(site.query_layout)
+            if site.key_layout != site.query_layout:
+                tokens += f" (keys: {names.layout(site.key_layout)})"
+            action = site.action if with_reasons else labels[site.action, site.reason]
+            words = [escape(word) for word in (str(number), path, tokens, action, site.reason)]
+            words[3] = f"[{'green' if site.rewritten else 'dim'}]{words[3]}[/]"
+            table.add_row(*words[: len(table.columns)])
+        return table
+
+
+def _plain_table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+
+
+def _labels(plan: Plan) -> dict[tuple[str, str], str]:
+    """What stands for an action and its reason: the action, numbered where it has several reasons."""
+    pairs = list(dict.fromkeys((site.action, site.reason) for site in plan.sites))
+    reasons = Counter(action for action, _ in pairs)
+    seen: Counter[str] = Counter()
+    labels = {}
+    for action, reason in pairs:
+        seen[action] += 1
+        labels[action, reason] = action if reasons[action] == 1 else f"{action} ({seen[action]})"
+    return labels
 
 
 def _folded(plan: Plan) -> list[tuple[str, int, SitePlan]]:
@@ -46,19 +97,65 @@ def _name(sites: list[SitePlan]) -> str:
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON-ready data, with counts."""
+    """The plan as JSON-ready data, with counts. Layouts are in readable names, which `sizes` explains."""
+    names = readable_names(plan)
     return {
         "model": plan.model,
         "actions": dict(Counter(site.action for site in plan.sites)),
         "grid": plan.grid.model_dump(),
+        "sizes": names.meanings,
         "sites": [
             {
                 "path": site.path,
                 "action": site.action,
                 "reason": site.reason,
-                "queries": str(site.query_layout),
-                "keys": str(site.key_layout),
+                "queries": names.layout(site.query_layout),
+                "keys": names.layout(site.key_layout),
+                "grid": names.grid(site.grid),
             }
             for site in plan.sites
         ],
     }
+
+
+def cost_table(report: CostReport) -> RenderableType:
+    """Parameters added, and a line of forward FLOPs for every picture size; first of all, where the conversion does not pay."""
+    share = report.added / report.parameters
+    lines = [*_warnings(report), f"{magnitude(report.added)} parameters added to {magnitude(report.parameters)} ({share:.1%})"]
+    table = _plain_table("FLOPs of one forward")
+    for name in ("px", "image tokens", "text tokens", "before", "after", "ratio"):
+        table.add_column(name, justify="right")
+    for cost in report.costs:
+        style = "green" if cost.ratio >= EVEN else "red"
+        sizes = (f"{cost.height} x {cost.width}", f"{cost.image:,}", f"{cost.text:,}")
+        table.add_row(*sizes, magnitude(cost.before), magnitude(cost.after), f"[{style}]{cost.ratio:.2f}x[/]")
+    impossible = [f"[dim]{escape(reason)}[/]" for reason in report.impossible.values()]
+    return Group(*lines, *([table] if report.costs else []), *impossible)
+
+
+def _warnings(report: CostReport) -> list[str]:
+    losing = [cost for cost in report.costs if cost.ratio < EVEN]
+    where = ", ".join(f"{c.height} x {c.width} px ({magnitude(c.before)} FLOPs before, {magnitude(c.after)} after)" for c in losing)
+    return [f"[bold red]No gain at {where}.[/]{_advice(report)}"] if losing else []
+
+
+def _advice(report: CostReport) -> str:
+    if not report.pays_from:
+        return ""
+    side = report.pays_from**0.5 * report.pixels_per_token
+    return f" Break-even is near {report.pays_from:,} image tokens ({side:,.0f} px square); a larger --reduction lowers it."
+
+
+def magnitude(number: int) -> str:
+    """A number in the unit that leaves one to three digits before the point: 93.6 M, 3.91 P."""
+    value, units = float(number), ["", " K", " M", " G", " T", " P"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g}{units[0]}"
+
+
+def cost_summary(report: CostReport) -> dict[str, Any]:
+    """The costs as JSON-ready data, in FLOPs, sites one by one."""
+    costs = [{**dataclasses.asdict(cost), "ratio": cost.ratio} for cost in report.costs]
+    return {**dataclasses.asdict(report), "costs": costs}

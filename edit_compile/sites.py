@@ -59,7 +59,7 @@ class ConvertedSite(nn.Module):
         if weight is None or like is None or torch.compiler.is_compiling() or is_sharded(weight):
             return teacher(*args, **kwargs)
         dtypes = {parameter.dtype for parameter in _floats(teacher)}
-        cast = len(dtypes) == 1 and not torch.is_autocast_enabled(like.device.type)
+        cast = len(dtypes) == 1 and not _autocast_is_on(like.device.type)
         dtype = like.dtype if cast else weight.dtype
         if (weight.device, weight.dtype) == (like.device, dtype):
             return teacher(*args, **kwargs)
@@ -93,8 +93,9 @@ def install(model: nn.Module, path: str, site: SiteForward, config: LinearizeCon
     if key not in classes:
         classes[key] = type(f"Linear{type(module).__name__}", (ConvertedSite, type(module)), {"forward": site.forward})
     own.__class__ = classes[key]
-    design = find_design(site.additions.design).build(site.additions, config)
     tensor = next(_floats(module), None)
+    with torch.device("meta" if tensor is not None and tensor.is_meta else "cpu"):  # no structure-only model pays for initial values
+        design = find_design(site.additions.design).build(site.additions, config)
     setattr(own, ADDED, design.to(device=tensor.device, dtype=tensor.dtype) if tensor is not None else design)
     for parameter in _floats(own):
         parameter.requires_grad_(True)
@@ -102,6 +103,10 @@ def install(model: nn.Module, path: str, site: SiteForward, config: LinearizeCon
     own.__dict__.update({TEACHER: teacher.requires_grad_(False), RUNTIME: runtime, "edit_path": path})
     owner, _, name = path.rpartition(".")
     setattr(model.get_submodule(owner), name, own)
+
+
+def _autocast_is_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
 
 
 def _floats(module: nn.Module) -> Iterator[nn.Parameter]:

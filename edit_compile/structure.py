@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, bytes, type(None), type)
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"edit_path"}  # where a converted site is makes no difference
 
 
 def structure_key(module: nn.Module) -> tuple[Any, ...]:

@@ -35,7 +35,27 @@ def test_inspect_shows_the_plan(run):
     assert "5 of 5 attention sites rewritten" in result.stdout
     assert "transformer_blocks.{0..3}.attn" in result.stdout
     assert "mm-edit" in result.stdout
-    assert "[image" in result.stdout
+    assert "image h*w, text t" in result.stdout
+    assert "parameters added to" in result.stdout
+    assert "64 x 64" in result.stdout
+
+
+def test_inspect_gives_all_of_it_as_json(run):
+    result = run("inspect", "--model", "demo/mm-dit", "--json", "--size", "32x64", "--size", 256, "--text", 8)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["actions"] == {"mm-edit": 4, "edit": 1}
+    ((cost,), impossible) = (found["cost"]["costs"], found["cost"]["impossible"])
+    assert (cost["height"], cost["width"], cost["image"], cost["text"]) == (32, 64, 512, 8)
+    assert cost["before"] > cost["after"] > 0
+    assert list(impossible) == ["256 x 256"]
+    assert [site["path"] for site in cost["sites"]] == [site["path"] for site in found["sites"]]
+
+
+def test_inspect_without_a_site_to_convert_has_no_costs(run):
+    result = run("inspect", "--model", "demo/mm-dit", "--exclude", "*", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["cost"] is None
 
 
 def test_convert_saves_what_load_reads(converted):
@@ -93,6 +113,7 @@ def test_sample_says_what_it_cannot_draw(run, converted, tmp_path, options, mess
         (("convert", "--model", "arch/dit-xl-2", "-o", "x"), 1, "is structure only, without weights"),
         (("inspect", "--model", "demo/mm-dit", "--include", "nowhere"), 1, "error: 'nowhere' matches no attention; there are:"),
         (("inspect", "--model", "demo/mm-dit", "--eta", "best"), 2, "'best' is not one of 'ratio', 'exact', 'calibrated'"),
+        (("inspect", "--model", "demo/mm-dit", "--size", "big"), 2, "'big' is neither PX nor HEIGHTxWIDTH"),
         (("inspect",), 2, "Missing option '--model'"),
     ],
 )

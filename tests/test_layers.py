@@ -24,6 +24,8 @@ BELOW = {  # a layer, and the layers it must not know
     "plans.py": ("passes", "designs", "api", "checkpoint", "cli", "adapters"),
     "passes/": ("api", "checkpoint", "cli", "report", "sites", "grid", "adapters"),
     "designs/": ("api", "checkpoint", "cli", "report", "sites", "grid", "adapters"),
+    "bench/": ("cli", "report", "checkpoint", "distill"),
+    "naming.py": ("passes", "designs", "api", "checkpoint", "cli", "report", "bench", "adapters"),
     "api.py": ("checkpoint", "cli", "report"),
 }
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from edit_compile.distill.runner import Result
 from edit_compile.distill.trial import Trial
-from edit_compile.report import plan_summary, plan_table
+from edit_compile.report import PlanTable, plan_summary
 
 
 def _console(**options: Any) -> Console:
@@ -44,6 +44,6 @@ def print_trial(trial: Trial, as_json: bool) -> None:
         return
     console = _console()
     console.print(yaml.safe_dump(trial.recipe.model_dump(mode="json"), sort_keys=False), markup=False)
-    console.print(plan_table(trial.plan))
+    console.print(PlanTable(trial.plan))
     console.print(f"{trial.trained:,} of {trial.parameters:,} parameters are trained")
     console.print(f"{trial.state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and moving average; activations come on top")
