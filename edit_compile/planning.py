@@ -57,9 +57,10 @@ def _tried(site: SitePlan, rewriter: SiteRewriter) -> SitePlan:
 
 
 def _grid_source(analysis: Analysis, sites: tuple[SitePlan, ...], arguments: set[str]) -> SizesOfInputs | PositionIds | Given:
-    site = next((site for site in sites if site.rewritten), None)
-    if site is None:
+    rewritten = [site for site in sites if site.rewritten]
+    if not rewritten:
         return Given()
+    site = next((site for site in rewritten if site.grid is not None), rewritten[0])
     if site.grid is not None:
         symbols = _symbols_of(site.grid.sizes, analysis.captured, arguments)
         return SizesOfInputs(expressions=site.grid.sizes, symbols=symbols) if symbols is not None else Given()

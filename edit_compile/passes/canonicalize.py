@@ -21,12 +21,17 @@ LOWEST_MASK = -1e4  # what scores are filled with to leave a key out: this, or l
 
 def canonicalize(graph: fx.Graph) -> int:
     """Rewrite in place; returns how many attentions written by hand were found."""
+    _remove_dead(graph)  # such as returned attention weights that nobody uses
     found = sum(_rewrite(node) for node in list(graph.nodes) if node.target in SOFTMAXES)
     folded = sum(_unfold_heads(node) for node in list(graph.nodes) if node.target is SDPA)
     if found or folded:
-        graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node.target is not aten.dropout.default)
+        _remove_dead(graph)
         graph.lint()
     return found
+
+
+def _remove_dead(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node.target is not aten.dropout.default)
 
 
 def _rewrite(softmax: fx.Node) -> bool:

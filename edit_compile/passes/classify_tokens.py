@@ -36,7 +36,7 @@ class Tokens:
         for piece in axis:
             kind = self.kind(piece)
             if segments and segments[-1].kind is kind:
-                segments[-1] = Segment(kind, f"{segments[-1].length} + {piece.expr}")
+                segments[-1] = Segment(kind, _sum(segments[-1].length, piece.expr))
                 sizes[-1] += piece.size
             else:
                 segments.append(Segment(kind, piece.expr))
@@ -51,6 +51,17 @@ class Tokens:
         if any(len(factor) != 1 or self.kind(factor[0]) is not TokenKind.IMAGE for factor in pieces[0].factors):
             return None
         return Grid(tuple(factor[0].expr for factor in pieces[0].factors))
+
+    def grid_sizes(self, axis: Axis) -> tuple[int, ...]:
+        """The grid's sizes in the example; where it is unknown, the number of image tokens alone."""
+        pieces = [p for p in axis if self.kind(p) is TokenKind.IMAGE]
+        if self.grid(axis) is None:
+            return (sum(p.size for p in pieces),)
+        return tuple(factor[0].size for factor in pieces[0].factors)
+
+
+def _sum(a: str, b: str) -> str:
+    return str(int(a) + int(b)) if a.isdigit() and b.isdigit() else f"{a} + {b}"
 
 
 def classify_tokens(captured: Capture) -> Tokens:

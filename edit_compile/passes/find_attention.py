@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from edit_compile.passes.canonicalize import SDPA
+
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 LINEARS = (aten.linear.default, aten.addmm.default)
 _MATMULS = (aten.matmul.default, aten.bmm.default)
 
@@ -45,10 +47,18 @@ class Attention:
         return bool(self.node.args[5] if len(self.node.args) > 5 else self.node.kwargs.get("is_causal"))
 
     @property
+    def symbolic_scale(self) -> bool:
+        """Whether the softmax scale is computed from sizes."""
+        return isinstance(self._scale, fx.Node)
+
+    @property
     def scale(self) -> float | None:
         """The softmax scale, or None for the inverse root of a head's channels."""
-        scale = self.node.args[6] if len(self.node.args) > 6 else self.node.kwargs.get("scale")
-        return float(scale) if isinstance(scale, int | float) else None
+        return float(self._scale) if isinstance(self._scale, int | float) else None
+
+    @property
+    def _scale(self) -> Any:
+        return self.node.args[6] if len(self.node.args) > 6 else self.node.kwargs.get("scale")
 
 
 def find_attention(graph: fx.Graph) -> list[Attention]:

@@ -151,6 +151,15 @@ def test_scores_and_output_with_several_users():
     assert targets(graph).count("matmul") == 1  # the scores' own, for their other user
 
 
+def test_weights_that_nobody_reads_are_no_user():
+    """torch's own MultiheadAttention averages its weights over heads, whether the caller wants them or not."""
+    built = Built()
+    q, k, v = inputs(built)
+    weights = built(aten.softmax.int, scores_of(built, q, k), -1)
+    built(aten.mean.dim, weights, [1])
+    same_before_and_after(built.output(built(aten.matmul.default, weights, v)))
+
+
 def test_keys_that_come_transposed_already():
     built = Built()
     q, k, v = built.input("q", B, H, N, D), built.input("k", B, H, D, M), built.input("v", B, H, M, D)
