@@ -7,7 +7,7 @@ Here equal sites are instances over one function.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     """
     signature = inspect.signature(type(module).forward)
     outputs = pytree.tree_unflatten(list(graph.output_node().args[0]), captured.program.call_spec.out_spec)
-    if type(outputs) not in (tuple, list, dict, fx.Node):
-        raise RewriteError(
-            f"{type(module).__name__} returns a {type(outputs).__name__}; a site must return tensors, tuples, lists or dicts"
-        )
+    for kind in _kinds(outputs):
+        if kind not in (tuple, list, dict, fx.Node, type(None)):
+            raise RewriteError(f"{type(module).__name__} returns a {kind.__name__}; a site must return tensors, tuples, lists or dicts")
     graph.output_node().args = (outputs,)
     code = graph.python_code("self")
     scope: dict[str, Any] = dict(code.globals)
@@ -37,14 +36,14 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
 
     leaves = _access_paths(signature, arguments)
     checks = [_check(path, value) for path, value in leaves if not isinstance(value, Tensor)]
-    untouched = [f"{name} is not None" for name in _left_out(signature, arguments)]
-    scope |= {"_refuse": _refuse, "_defaults": {n: p.default for n, p in signature.parameters.items()}}
+    scope |= {"_refuse": _refuse, "_has_others": _has_others, "_defaults": {n: p.default for n, p in signature.parameters.items()}}
+    refused = _missing(signature, arguments) | {c: c for c in [*checks, *_left_out(signature, arguments)]} | _others(signature, arguments)
     body = [
         f"def forward({_declaration(signature)}):",
         "    if self.edit_runtime.teaching:",
         f"        return self.edit_teach({_forwarding(signature)})",
         "    edit_grid = self.edit_runtime.current_grid(self)",
-        *(f"    if {c}: _refuse(self, {c!r})" for c in [*_missing(signature, arguments), *checks, *untouched]),
+        *(f"    if {condition}: _refuse(self, {words!r})" for condition, words in refused.items()),
         f"    return _run(self, {', '.join([path for path, _ in leaves] + ['edit_grid'])})",
     ]
     exec(compile("\n".join(body), f"<edit_compile {type(module).__name__}.forward>", "exec"), scope)
@@ -53,10 +52,21 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     return forward
 
 
+def _kinds(outputs: Any) -> Iterator[type]:
+    """The types of a nesting of results."""
+    yield type(outputs)
+    if type(outputs) in (tuple, list, dict):
+        for inner in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _kinds(inner)
+
+
 def _declaration(signature: inspect.Signature) -> str:
     parts = []
-    star = False
+    star, slash = False, False
     for name, p in signature.parameters.items():
+        if slash and p.kind is not p.POSITIONAL_ONLY:
+            parts.append("/")
+        slash = p.kind is p.POSITIONAL_ONLY
         if p.kind is p.VAR_POSITIONAL:
             star = True
             parts.append(f"*{name}")
@@ -67,12 +77,17 @@ def _declaration(signature: inspect.Signature) -> str:
                 star = True
                 parts.append("*")
             parts.append(name if p.default is p.empty else f"{name}=_defaults[{name!r}]")
-    return ", ".join(parts)
+    return ", ".join([*parts, "/"] if slash else parts)
 
 
 def _forwarding(signature: inspect.Signature) -> str:
     parameters = list(signature.parameters.items())[1:]
-    return ", ".join(f"**{n}" if p.kind is p.VAR_KEYWORD else f"*{n}" if p.kind is p.VAR_POSITIONAL else f"{n}={n}" for n, p in parameters)
+    form: dict[Any, str] = {
+        inspect.Parameter.VAR_KEYWORD: "**{0}",
+        inspect.Parameter.VAR_POSITIONAL: "*{0}",
+        inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
+    }
+    return ", ".join(form.get(p.kind, "{0}").format(n) for n, p in parameters)
 
 
 def _access_paths(signature: inspect.Signature, arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -93,23 +108,48 @@ def _check(path: str, value: Any) -> str:
     return f"{path} is not {path}"  # an object: nothing to compare it by
 
 
-def _missing(signature: inspect.Signature, arguments: Mapping[str, Any]) -> list[str]:
-    """Nested arguments that the graph reads into: None would fail there without a word."""
+def _missing(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments that the graph reads into: there, their absence would be an error without a word.
+
+    Conditions, and how each is put in words, as in what follows.
+    """
+    rest = _rest(signature)
+    absent = [f"{name!r} not in {rest}" for name in arguments if rest and (name not in signature.parameters or name == rest)]
     nested = [name for name, value in arguments.items() if isinstance(value, dict | list | tuple) and pytree.tree_leaves(value)]
-    return [f"{_root(signature, name, optional=True)} is None" for name in nested]
+    return {c: c for c in [*absent, *(f"{_root(signature, name)} is None" for name in nested)]}
 
 
-def _root(signature: inspect.Signature, name: str, *, optional: bool = False) -> str:
+def _others(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """What variable parameters bring that the graph does not have."""
+    kinds = {p.kind: name for name, p in signature.parameters.items()}
+    found = {}
+    if place := kinds.get(inspect.Parameter.VAR_POSITIONAL):
+        found[f"len({place}) > 0"] = f"len({place}) > 0"
+    if rest := _rest(signature):
+        known = tuple(name for name in arguments if name not in signature.parameters or name == rest)
+        found[f"_has_others({rest}, {known!r})"] = f"{rest} has others than {', '.join(known) or '(none)'}"
+    return found
+
+
+def _has_others(given: Mapping[str, Any], known: tuple[str, ...]) -> bool:
+    return any(value is not None and name not in known for name, value in given.items())
+
+
+def _rest(signature: inspect.Signature) -> str | None:
+    return next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+
+
+def _root(signature: inspect.Signature, name: str) -> str:
     """The expression that reads an argument: a parameter, or an entry of the variable keyword parameter."""
-    rest = next((n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-    if rest is None or (name in signature.parameters and name != rest):
-        return name
-    return f"{rest}.get({name!r})" if optional else f"{rest}[{name!r}]"
+    rest = _rest(signature)
+    return name if rest is None or (name in signature.parameters and name != rest) else f"{rest}[{name!r}]"
 
 
 def _left_out(signature: inspect.Signature, arguments: Mapping[str, Any]) -> list[str]:
+    """Parameters that were left at their defaults: conditions for their being something else."""
     parameters = list(signature.parameters.items())[1:]
-    return [n for n, p in parameters if n not in arguments and p.default is None and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    left_out = [(n, p.default) for n, p in parameters if n not in arguments and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return [_check(name, default) for name, default in left_out if default is not inspect.Parameter.empty]
 
 
 def _refuse(site: nn.Module, condition: str) -> None:
