@@ -6,8 +6,9 @@ tokens by image tokens, so that the site's cost per image token does not grow wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from torch import fx
 
@@ -15,11 +16,12 @@ from edit_compile.capture import Capture
 from edit_compile.passes.axes import Axis, axis_size
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.classify_tokens import Tokens, classify_tokens
-from edit_compile.passes.find_attention import SDPA, module_path
+from edit_compile.passes.find_attention import module_path
 from edit_compile.passes.token_wise import name_of
 from edit_compile.tokens import TokenKind
 
-_PRODUCTS = ("matmul", "bmm", "mm", "baddbmm")
+_PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum")
+_SOFTMAX_ATTENTION = "scaled_dot_product"  # in the name of every kernel for it
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def audit(captured: Capture, rewritten: Sequence[str]) -> Audit:
         seen[site] += 1
         pairs = list(_image_by_image(node, tokens))
         if pairs:
-            what = "softmax attention" if node.target is SDPA else name_of(node)
+            what = "softmax attention" if _SOFTMAX_ATTENTION in name_of(node) else name_of(node)
             findings.append(f"{site}: {what} ({node.name}) multiplies {pairs[0][0]} image tokens by {pairs[0][1]}")
     findings += [f"{site}: no attention was found at it" for site, count in seen.items() if not count]
     return Audit(len(seen), sum(seen.values()), tuple(findings))
@@ -63,17 +65,32 @@ def _site_of(node: fx.Node, sites: dict[str, int]) -> str | None:
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.target is SDPA or (node.op == "call_function" and name_of(node) in _PRODUCTS)
+    return node.op == "call_function" and (_SOFTMAX_ATTENTION in name_of(node) or name_of(node) in _PRODUCTS)
 
 
 def _image_by_image(node: fx.Node, tokens: Tokens) -> Iterator[tuple[int, int]]:
     """Pairs of axes with more than one image token among those that the operation runs over: rows, columns, summed."""
-    left, right = (tokens.axes[operand] for operand in node.args[:2])
-    softmax, product = [(left[-2], right[-2])], [(left[-2], left[-1]), (left[-2], right[-1]), (right[-2], right[-1])]
-    pairs = softmax if node.target is SDPA else product
-    for a, b in pairs:
+    for a, b in _axes_run_over(node, tokens):
         if _image_tokens(a, tokens) > 1 and _image_tokens(b, tokens) > 1:
             yield _image_tokens(a, tokens), _image_tokens(b, tokens)
+
+
+def _axes_run_over(node: fx.Node, tokens: Tokens) -> Iterable[tuple[Axis, Axis]]:
+    name = name_of(node)
+    if name == "einsum":
+        return combinations(_einsum_axes(node, tokens), 2)
+    left, right = (tokens.axes[operand] for operand in (node.args[:2] if _SOFTMAX_ATTENTION in name else node.args[-2:]))
+    if _SOFTMAX_ATTENTION in name:
+        return [(left[-2], right[-2])]
+    return [] if min(len(left), len(right)) < 2 else [(left[-2], left[-1]), (left[-2], right[-1]), (right[-2], right[-1])]
+
+
+def _einsum_axes(node: fx.Node, tokens: Tokens) -> list[Axis]:
+    """The axis of every letter but those of the batch, which all operands and the result have."""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    letters = {s: a for term, n in zip(terms.split(","), node.args[1], strict=True) for s, a in zip(term, tokens.axes[n], strict=False)}
+    batch = set(result).intersection(*terms.split(","))
+    return [axis for letter, axis in letters.items() if letter not in batch]
 
 
 def _image_tokens(axis: Axis, tokens: Tokens) -> int:

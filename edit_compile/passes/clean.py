@@ -79,8 +79,9 @@ def _called_below_root(node: fx.Node) -> tuple[str, str] | None:
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
+    """Whether a call has nothing but a tensor to say: what else it was given would be lost with the nodes."""
     parameters = list(inspect.signature(module.forward).parameters.values())
-    return bool(parameters) and all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters[1:])
+    return bool(parameters) and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters[1:])
 
 
 def _raise(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
@@ -110,12 +111,12 @@ def free_dtypes_and_devices(graph: fx.Graph) -> None:
         if node.op != "call_function" or not hasattr(node.target, "_opname"):
             continue
         if node.target._opname in _CASTS:
-            _free_cast(node)
+            _free_cast(node, reference)
         elif "device" in node.kwargs:
             _free_constant(node, reference)
 
 
-def _free_cast(node: fx.Node) -> None:
+def _free_cast(node: fx.Node, reference: fx.Node | None) -> None:
     source, graph = node.args[0], node.graph
     assert isinstance(source, fx.Node)
     dtype = node.meta["val"].dtype
@@ -123,7 +124,7 @@ def _free_cast(node: fx.Node) -> None:
         node.replace_all_uses_with(source)
         return
     with graph.inserting_before(node):
-        like = _nearest_in_probe_dtype(source) if dtype is PROBE_DTYPE else None
+        like = (_nearest_in_probe_dtype(source) or reference) if dtype is PROBE_DTYPE else None
         if like is not None:
             new = graph.call_function(aten.type_as.default, (source, like))
         else:

@@ -21,6 +21,7 @@ from edit_compile.passes.token_wise import name_of
 aten = torch.ops.aten
 IMAGE = "image"
 _SIZED_AS_A_WHOLE = ("view", "reshape", "_unsafe_view", "expand")
+_CUTS = ("split", "split_with_sizes", "chunk", "unbind", "select", "unflatten", "narrow")
 
 
 def is_image(axis: Axis) -> bool:
@@ -65,7 +66,7 @@ class Lane:
         return self.changed[target]
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        if self.compressed and name_of(node) in ("split_with_sizes", "slice_scatter") and self._cuts_image(node):
+        if self.compressed and name_of(node) in _CUTS and self._cuts_image(node):
             raise RewriteError(f"{node.target} cuts through compressed tokens at {node.name}")
         new = self.graph.node_copy(node, lambda operand: self._operand(node, operand))
         new.meta = dict(node.meta)
@@ -89,8 +90,9 @@ class Lane:
 
     def _cuts_image(self, node: fx.Node) -> bool:
         axes = self.axes.get(node.all_input_nodes[0])
-        dim = node.args[2] if len(node.args) > 2 else 0
-        return isinstance(axes, tuple) and is_image(axes[dim]) and name_of(node) == "split_with_sizes"
+        at = 2 if "split" in name_of(node) or name_of(node) == "chunk" else 1
+        dim = node.args[at] if len(node.args) > at else 0
+        return isinstance(axes, tuple) and is_image(axes[dim])
 
     def _resize(self, node: fx.Node, new: fx.Node) -> None:
         """Sizes along the token axis become "what remains"."""
@@ -123,6 +125,8 @@ class Lane:
         axis = self.axes[node.args[0]][dim]
         if not is_image(axis):
             return
+        if len(node.args) > offset + 3 and node.args[offset + 3] != 1:
+            raise RewriteError(f"{node.name} takes every {node.args[offset + 3]}th of the tokens, which on compressed ones are others")
         length = axis_size(axis)
         edges = [self._edge(node, arguments[offset + i], axis, length) for i in (1, 2)]
         new.args = (*new.args[:offset], dim, edges[0], edges[1])

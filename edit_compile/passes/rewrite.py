@@ -59,13 +59,21 @@ def rewrite_site(captured: Capture, module: nn.Module, site: SitePlan, config: L
         raise RewriteError(f"{site.path} has an attribute {ADDED!r} of its own, the name that added modules get")
     canonicalize(captured.graph)
     axes = flow_axes(captured.graph, lambda node: _seed(node, captured, site))
-    (attention,) = find_attention(captured.graph)
+    attention = _only_attention(captured.graph, site)
     _check_layout(axes, attention, site)
     _check_token_wise(attention, axes, site)
     graph = clean(captured, module)
     axes = flow_axes(graph, lambda node: _seed(node, captured, site) if node.op == "placeholder" else None)
-    (attention,) = find_attention(graph)
+    attention = _only_attention(graph, site)
     return _Rewriter(graph, axes, attention, site, config).run()
+
+
+def _only_attention(graph: fx.Graph, site: SitePlan) -> Attention:
+    found = find_attention(graph)
+    if len(found) != 1:
+        why = "; does it return its attention's weights?" if not found else ""
+        raise RewriteError(f"{site.path}: captured on its own, the module runs {len(found)} attentions that can be read, not one{why}")
+    return found[0]
 
 
 def _seed(node: fx.Node, captured: Capture, site: SitePlan) -> Value:
@@ -147,6 +155,9 @@ def image_linear(node: fx.Node, axes: dict[fx.Node, Value], site: SitePlan) -> f
                 pending.append(operand)
     if len(found) != 1:
         raise RewriteError(f"{site.path}: {node.name} comes from {len(found)} Linears of image tokens, not one")
+    tokens = axes[found[0].args[0]]
+    if len(tokens) != 3 or not is_image(tokens[1]):
+        raise RewriteError(f"{site.path}: {found[0].name} is not a Linear over (batch, tokens, channels)")
     return found[0]
 
 
