@@ -1,0 +1,99 @@
+"""How good a distilled student is, and what the warm start brings: `python benchmarks/distillation.py --out runs/distillation`.
+
+Both demo models, by their recipes, with and without the layer-wise warm start at equal training time, several seeds. Given are the
+held-out relative output error (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) and caption obedience on
+the same 200 held-out captions and seeds as the teacher's. Finished runs are kept in `OUT`, so a rerun continues;
+`OUT/table.md` is written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import edit_compile as ec
+from edit_compile.adapters.models import load_model
+from edit_compile.demo import models
+from edit_compile.demo.obedience import Obedience, obedience
+from edit_compile.distill import distill, load_recipe
+
+PROMPTS = 200
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student: errors before and after, seconds of training, and shares of objects drawn as described."""
+
+    before: float
+    after: float
+    seconds: float
+    colour_and_place: float
+    shape: float
+
+
+def run(recipe: str, folder: Path, overrides: Sequence[str]) -> Run:
+    """A finished run, done now unless it was done before."""
+    finished = folder / "benchmark.json"
+    if not finished.exists():
+        if not (folder / "result.json").exists():
+            distill(load_recipe(recipe, overrides), folder, resume=(folder / "checkpoints").exists())
+        result = json.loads((folder / "result.json").read_text())
+        errors, drawn = result["held_out_error"], obedience(ec.load(folder), PROMPTS)
+        made = Run(errors["before"]["total"], errors["after"]["total"], result["seconds"], drawn.colour_and_place, drawn.shape)
+        finished.write_text(json.dumps(asdict(made)))
+    return Run(**json.loads(finished.read_text()))
+
+
+def steps_without_warm_start(folder: Path) -> int:
+    """How many steps of the first stage take as long as a finished run's warm start and stage together."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "seconds_per_step" in row]
+    stage = [row["seconds_per_step"] for row in steps if row["phase"] != "warm start"]
+    return round(json.loads((folder / "result.json").read_text())["seconds"] / statistics.mean(stage))
+
+
+def row(name: str, warm: bool, runs: list[Run]) -> str:
+    after = [run.after for run in runs]
+    middle = {key: statistics.median(getattr(run, key) for run in runs) for key in ("before", "seconds", "colour_and_place", "shape")}
+    error = f"{statistics.median(after):.5f} ({min(after):.5f} to {max(after):.5f})"
+    drawn = f"{middle['colour_and_place']:.1%} | {middle['shape']:.1%}"
+    return f"| {name} | {'yes' if warm else 'no'} | {len(runs)} | {middle['before']:.3f} | {error} | {drawn} | {middle['seconds']:.0f} |"
+
+
+def table(teachers: dict[str, Obedience], runs: dict[tuple[str, bool], list[Run]]) -> str:
+    head = "| model | warm start | seeds | error before | error after: median (min to max) | colour and place | shape | seconds |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for name, drawn in teachers.items():
+        lines.append(f"| {name}, teacher | | | | 0 | {drawn.colour_and_place:.1%} | {drawn.shape:.1%} | |")
+        lines += [row(name, warm, found) for (model, warm), found in runs.items() if model == name]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="*", choices=models.NAMES, default=list(models.NAMES))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    teachers = {f"demo/{name}": obedience(load_model(f"demo/{name}").model, PROMPTS) for name in args.models}
+    runs: dict[tuple[str, bool], list[Run]] = {}
+    for seed in range(args.seeds):
+        for name in args.models:
+            folder = args.out / f"{name}-warm-{seed}"
+            found = {True: run(f"demo-{name}", folder, [f"seed={seed}"])}
+            cold = ["warm_start=null", f"stage.0.steps={steps_without_warm_start(folder)}", f"seed={seed}"]
+            found[False] = run(f"demo-{name}", args.out / f"{name}-cold-{seed}", cold)
+            for warm, made in found.items():
+                runs.setdefault((f"demo/{name}", warm), []).append(made)
+            (args.out / "table.md").write_text(table(teachers, runs))
+            print(table(teachers, runs), flush=True)
+
+
+if __name__ == "__main__":
+    main()
