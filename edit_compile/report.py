@@ -16,7 +16,9 @@ from edit_compile.naming import Names, readable_names
 from edit_compile.plans import Plan, SitePlan
 
 if TYPE_CHECKING:
-    from edit_compile.bench import CostReport
+    from collections.abc import Sequence
+
+    from edit_compile.bench import CostReport, Row, Timing
 
 UNLIMITED = 10_000
 EVEN = 1.05  # a ratio of FLOPs below which nobody would notice a gain
@@ -159,3 +161,27 @@ def cost_summary(report: CostReport) -> dict[str, Any]:
     """The costs as JSON-ready data, in FLOPs, sites one by one."""
     costs = [{**dataclasses.asdict(cost), "ratio": cost.ratio} for cost in report.costs]
     return {**dataclasses.asdict(report), "costs": costs}
+
+
+def speed_table(rows: Sequence[Row]) -> Table:
+    """Milliseconds of one forward, teacher and student, with the quartiles of the ratio; peak memory where it was measured."""
+    table = _plain_table("one forward, median of calls in turns")
+    with_memory = any(row.memory for row in rows)
+    for name in ("px", "teacher", "student", "speed-up", "quartiles", *(["teacher's peak", "student's peak"] if with_memory else [])):
+        table.add_column(name, justify="right")
+    for row in rows:
+        style = "green" if row.speedup.median >= 1 else "red"
+        spread = f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}"
+        memory = [f"{peak / 2**20:,.0f} MiB" for peak in row.memory or ()]
+        ratio = f"[{style}]{row.speedup.median:.2f}x[/]"
+        table.add_row(f"{row.height} x {row.width}", _ms(row.teacher), _ms(row.student), ratio, spread, *memory)
+    return table
+
+
+def _ms(timing: Timing) -> str:
+    return f"{timing.median * 1000:,.1f} ms"
+
+
+def speed_summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Timings as JSON-ready data, in seconds and bytes."""
+    return [dataclasses.asdict(row) for row in rows]

@@ -1,5 +1,17 @@
 """Measuring a conversion: FLOPs, latency, memory."""
 
 from edit_compile.bench.cost import Cost, CostReport, FlopCount, SiteCost, conversion_cost, count_flops
+from edit_compile.bench.latency import Row, Timing, compare_calls, compare_speed
 
-__all__ = ["Cost", "CostReport", "FlopCount", "SiteCost", "conversion_cost", "count_flops"]
+__all__ = [
+    "Cost",
+    "CostReport",
+    "FlopCount",
+    "Row",
+    "SiteCost",
+    "Timing",
+    "compare_calls",
+    "compare_speed",
+    "conversion_cost",
+    "count_flops",
+]
