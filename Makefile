@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+demo: $(VENV)/installed
+	$(BIN)/python scripts/demo.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

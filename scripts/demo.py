@@ -1,0 +1,74 @@
+"""`make demo`: inspect, convert and distill demo/mm-dit, then draw, measure and compare. Minutes on two CPU cores, no downloads."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import edit_compile as ec
+from edit_compile.adapters.models import load_model
+from edit_compile.bench import compare_speed
+from edit_compile.cli import main as command_line
+from edit_compile.demo import models, shapes
+from edit_compile.demo.obedience import held_out_scenes, obedience
+from edit_compile.pictures import picture_grid, save_png
+from edit_compile.report import speed_table
+
+MODEL = "demo/mm-dit"
+PICTURES, PROMPTS = 6, 100
+SIDES = (32, 64, 128)  # pixels: 256, 1,024 and 4,096 image tokens
+
+console = Console()
+
+
+def run(*arguments: str) -> None:
+    """One command, shown and run as a user would."""
+    console.print(f"\n[bold]$ edit-compile {' '.join(arguments)}[/]")
+    command_line(list(arguments), standalone_mode=False)
+
+
+def one_picture(model: nn.Module, height: int, width: int) -> dict[str, Any]:
+    """The arguments of one denoising step of a picture of height x width pixels."""
+    condition = models.conditions(model, [shapes.caption(held_out_scenes(1)[0])])
+    return {"hidden_states": torch.randn(1, 3, height, width), "timestep": torch.full((1,), 500.0), "return_dict": False, **condition}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-output"))
+    out = parser.parse_args().out
+    run("inspect", "--model", MODEL)
+    run("convert", "--model", MODEL, "-o", str(out / "converted"))
+    run("distill", "demo-mm-dit", "-o", str(out / "distilled"))
+
+    teacher = load_model(MODEL).model
+    columns = {"teacher": teacher, "untrained": ec.load(out / "converted"), "distilled": ec.load(out / "distilled")}
+    captions = [shapes.caption(scene) for scene in held_out_scenes(PICTURES)]
+    drawn = [(name, list(models.sample(model, captions).permute(0, 2, 3, 1).numpy())) for name, model in columns.items()]
+    save_png(picture_grid(captions, drawn), out / "grid.png")
+
+    errors = json.loads((out / "distilled" / "result.json").read_text())["held_out_error"]
+    found = {name: obedience(model, PROMPTS) for name, model in columns.items()}
+    table = Table(title=f"Held-out error, and objects drawn as described in {PROMPTS} held-out captions", title_justify="left")
+    for heading in ("model", "relative output error", "colour and place", "shape"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    relative = {"teacher": 0.0, "untrained": errors["before"]["total"], "distilled": errors["after"]["total"]}
+    for name, share in found.items():
+        table.add_row(name, f"{relative[name]:.4f}", f"{share.colour_and_place:.1%}", f"{share.shape:.1%}")
+    console.print(table)
+    student = columns["distilled"]
+    speed = compare_speed(student, functools.partial(one_picture, student), [(side, side) for side in SIDES])
+    console.print(speed_table(speed))
+    console.print(f"The pictures: {out / 'grid.png'}. The distilled model: edit_compile.load('{out / 'distilled'}')")
+
+
+if __name__ == "__main__":
+    main()
