@@ -1,4 +1,4 @@
-"""Train a demo model from scratch: `python scripts/train_demo.py mm-dit --steps 4500 --out runs/mm-dit`.
+"""Train a demo model from scratch: `python scripts/train_demo.py mm-dit --out runs/mm-dit`.
 
 Rectified flow on procedural pictures; Muon for the blocks' matrices and AdamW for the rest, at a constant rate that
 falls to zero in the last third; EMA. Seeded; every `--save-every` steps the state goes to `OUT/state.safetensors`
@@ -26,6 +26,7 @@ from edit_compile.demo import models, shapes
 from edit_compile.demo.obedience import obedience
 
 COOL_DOWN = 1 / 3
+STEPS = {"mm-dit": 4_500, "dit": 3_500}
 
 
 def batch(step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -115,13 +116,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4_500)
+    parser.add_argument("--steps", type=int, help=f"default: those that the shipped weights took, {STEPS}")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    args.steps = args.steps or STEPS[args.name]
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
