@@ -13,7 +13,7 @@ from edit_compile.adapters.inputs import example_inputs as inputs_of
 from edit_compile.adapters.pretrained import save_whole, with_transformer
 from edit_compile.capture import capture
 from edit_compile.config import LinearizeConfig
-from edit_compile.conversion import PLAN, SiteRewriter, converted
+from edit_compile.conversion import PLAN, SiteRewriter, converted, require_plain_forwards
 from edit_compile.errors import AuditError, ConfigError, PlanError
 from edit_compile.grid import converted_model, grid, runtime_of
 from edit_compile.passes.audit import Audit
@@ -63,6 +63,7 @@ def _planned(model: nn.Module, config: LinearizeConfig | None, example_inputs: M
         raise PlanError(
             f"example_inputs are keyword arguments of the model's forward, a dict by name, not a {type(example_inputs).__name__}"
         )
+    require_plain_forwards(model)
     inputs = dict(example_inputs) if example_inputs is not None else inputs_of(model)
     return make_plan(model, config or LinearizeConfig(), inputs)
 
@@ -92,6 +93,7 @@ def linearize(
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is a Plan, as edit_compile.plan(model) makes it, not a {type(plan).__name__}")
         _check_fits(model, plan)
+        require_plain_forwards(model)
         rewriter = SiteRewriter(model, meta_from(plan.inputs), plan.config)
         rewriter.prepare(plan.rewritten)
         return save_whole(converted(model, plan, rewriter))  # type: ignore[return-value]

@@ -220,10 +220,10 @@ def _checkpoint_in(folder: Path) -> Path:
     return inner if not (folder / INDEX).exists() and (folder / PIPELINE_INDEX).is_file() and (inner / INDEX).is_file() else folder
 
 
-def _pipeline_of(base: str | Path) -> str | Path:
+def _pipeline_of(base: str | Path) -> str:
     """The pipeline that a transformer's folder is part of, or the base as it is."""
     parent = Path(base).parent
-    return parent if (parent / PIPELINE_INDEX).is_file() and Path(base).is_dir() else base
+    return str(parent if (parent / PIPELINE_INDEX).is_file() and Path(base).is_dir() else base)
 
 
 def _read_index(folder: Path) -> _Index:

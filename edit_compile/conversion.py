@@ -66,10 +66,9 @@ def converted(model: nn.Module, plan: Plan, rewriter: SiteRewriter) -> nn.Module
 
     Raises:
         PlanError: the plan converts no site.
-        RewriteError: a planned site cannot be rewritten, a weight holds NaN or infinity, or something hooks into a forward.
+        RewriteError: a planned site cannot be rewritten, or a weight holds NaN or infinity.
     """
     _require_some(plan.model, plan.sites)
-    _require_plain_forwards(model)
     check_finite(model.named_parameters(), plan.model)
     student = shared_copy(model)
     runtime = Runtime(plan.grid)
@@ -84,8 +83,12 @@ def converted(model: nn.Module, plan: Plan, rewriter: SiteRewriter) -> nn.Module
     return student
 
 
-def _require_plain_forwards(model: nn.Module) -> None:
-    """Offloading and layer-wise casting replace a module's forward by one of the instance's, which would go on running."""
+def require_plain_forwards(model: nn.Module) -> None:
+    """Offloading and layer-wise casting replace a module's forward by one of the instance's, which would go on running.
+
+    Raises:
+        RewriteError: a module's is.
+    """
     for path, module in model.named_modules():
         if "forward" in module.__dict__:
             raise RewriteError(

@@ -5,31 +5,85 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 import edit_compile as ec
-from pipelines import PIPELINES
+import toy
+from edit_compile.sites import converted_sites
+from pipelines import PIPELINES, quiet
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
+SIZES = ((32, 48), (48, 48))
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_pipeline_is_recorded_converted_and_run(name):
-    pipe = PIPELINES[name]()
-    options = CALL | ({"use_resolution_binning": False} if name.startswith("pixart") else {})
-    inputs = ec.record(pipe, **(options | {"prompt": ["a red circle", "a cat"], "height": 32, "width": 48}))
-    assert not pipe.transformer._forward_pre_hooks
-    student = ec.linearize(pipe, example_inputs=inputs)
+@pytest.fixture(scope="module", params=PIPELINES)
+def pipe(request):
+    return PIPELINES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def options(pipe):
+    return CALL | ({"use_resolution_binning": False} if type(pipe).__name__.startswith("PixArt") else {})
+
+
+@pytest.fixture(scope="module")
+def student(pipe):
+    converted = ec.linearize(pipe)
+    toy.shaken(nn.ModuleList(converted_sites(converted.transformer).values()), amount=0.05)
+    return converted
+
+
+def draw(pipe, options, height, width):
+    return pipe(**options, height=height, width=width, generator=torch.Generator().manual_seed(0)).images
+
+
+def test_without_example_inputs_and_run_at_two_sizes_with_guidance(pipe, student, options):
     assert type(student) is type(pipe)
     assert student.vae is pipe.vae
+    assert student._progress_bar_config == pipe._progress_bar_config
     assert isinstance(student.transformer, type(pipe.transformer))
-    student.set_progress_bar_config(disable=True)
-    for height, width in ((32, 48), (48, 48)):
-        size = {"height": height, "width": width}
-        before = pipe(**options, **size, generator=torch.Generator().manual_seed(0)).images
-        after = student(**options, **size, generator=torch.Generator().manual_seed(0)).images
-        with ec.teacher(student.transformer):
-            same = student(**options, **size, generator=torch.Generator().manual_seed(0)).images
-        assert after.shape == (1, height, width, 3)
-        assert np.array_equal(before, same)
-        assert not np.array_equal(before, after)
+    for size in SIZES:
+        before, after = draw(pipe, options, *size), draw(student, options, *size)
+        with ec.teacher(student):
+            assert np.array_equal(draw(student, options, *size), before)
+        assert after.shape == (1, *size, 3)
         assert np.isfinite(after).all()
+        assert not np.array_equal(before, after)
+
+
+def test_recorded_inputs_give_the_adapters_plan(pipe, student):
+    inputs = ec.record(pipe, height=32, width=48)
+    assert not pipe.transformer._forward_pre_hooks
+    assert inputs["hidden_states"].shape[0] > 1
+    recorded = ec.plan(pipe, example_inputs=inputs)
+    assert [(site.path, site.action) for site in recorded.sites] == [(site.path, site.action) for site in ec.plan_of(student).sites]
+    assert type(recorded.grid) is type(ec.plan_of(student).grid)
+
+
+def test_save_and_load_pipeline(pipe, student, options, tmp_path):
+    pipe.save_pretrained(tmp_path / "base")
+    base = quiet(DiffusionPipeline.from_pretrained(tmp_path / "base"))
+    converted = ec.linearize(base, plan=ec.plan_of(student))
+    converted.transformer.load_state_dict(student.transformer.state_dict())
+    expected = draw(student, options, *SIZES[0])
+    ec.save(converted, tmp_path / "student")
+    assert np.array_equal(draw(quiet(ec.load_pipeline(tmp_path / "student")), options, *SIZES[0]), expected)
+    with pytest.raises(ec.CheckpointError, match="is no pipeline that can be loaded"):
+        ec.load_pipeline(tmp_path / "student", base=tmp_path / "nowhere")
+
+
+def test_save_pretrained_of_the_pipeline_is_a_whole(pipe, student, options, tmp_path):
+    student.save_pretrained(tmp_path)
+    loaded = quiet(ec.load_pipeline(tmp_path))
+    assert np.array_equal(draw(loaded, options, *SIZES[0]), draw(student, options, *SIZES[0]))
+    original = quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert np.array_equal(draw(original, options, *SIZES[0]), draw(pipe, options, *SIZES[0]))
+    assert torch.equal(ec.load(tmp_path).state_dict()["proj_out.weight"], student.transformer.proj_out.weight)
+
+
+def test_record_says_what_went_wrong(pipe):
+    with pytest.raises(ec.NoExampleInputsError, match=r"no module 'unet'; it has: .*transformer"):
+        ec.record(pipe, component="unet")
+    with pytest.raises(ec.NoExampleInputsError, match="failed before it called its transformer"):
+        ec.record(pipe, height=33, width=47, prompt=3)
