@@ -164,6 +164,38 @@ def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path
     print_result(result, as_json)
 
 
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as data.path=pictures; repeatable")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the cache")
+@click.option("--samples", type=click.IntRange(min=1), help="at most so many; default: all")
+@click.option("--shard-size", type=click.IntRange(min=1), default=128, show_default=True, help="samples of a file")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="samples encoded or drawn at a time")
+@click.option("--verify", is_flag=True, help="read all of a finished cache and compare the checksums")
+@click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
+@_errors_in_one_line
+def cache(recipe: str, overrides: tuple[str, ...], output: Path, verify: bool, as_json: bool, **options: Any) -> None:
+    """Encode a recipe's data once: latents, and text embeddings. Killed, it goes on where it was. RECIPE: as for `distill`."""
+    from edit_compile.distill.data.making import make_cache, verify_cache
+    from edit_compile.distill.recipe_file import load_recipe
+
+    def progress(written: int, skipped: int) -> None:
+        click.echo(f"{written:,} samples written, {skipped:,} skipped", err=True)
+
+    resolved = load_recipe(recipe, overrides)
+    made = verify_cache(output, resolved) if verify else make_cache(resolved, output, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(made.to_dict(), indent=2))
+    else:
+        size, resolutions = f"{made.bytes / 2**20:,.1f} MiB", ", ".join(made.resolutions)
+        click.echo(f"{made.samples:,} samples at {resolutions} px in {made.shards:,} shards, {size}, in {output}")
+    for what, names in (("skipped", made.skipped), ("damaged", made.damaged)):
+        for name, reason in names.items():
+            click.echo(f"{what} {name}: {reason}", err=True)
+    if made.damaged:
+        raise EditCompileError(f"{len(made.damaged)} of {made.samples} samples in {output} are damaged; training passes them over")
+
+
 def _show(plan: Any, as_json: bool, more: dict[str, Any]) -> None:
     from edit_compile.report import PlanTable, plan_summary
 

@@ -117,30 +117,44 @@ def _set(content: Any, key: Key, value: Any, override: str) -> None:
 
 
 def _in_words(path: Path, lines: dict[Key, str], problem: Any) -> str:
-    key = tuple(problem["loc"])
-    known = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), str(path))
+    key, section = _place(problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = f"unknown key; there are: {', '.join(_fields_beside(key))}"
+        message = f"unknown key; there are: {', '.join(section.model_fields)}"
+    elif problem["type"] == "union_tag_invalid":
+        key, message = (*key, "kind"), f"{problem['ctx']['tag']!r}: no such kind; there are: {problem['ctx']['expected_tags']}"
+    elif problem["type"] == "union_tag_not_found":
+        key, message = (*key, "kind"), "Field required"
     elif problem["type"] != "missing" and isinstance(problem["input"], bool | int | float | str):
         message = f"{problem['input']!r}: {message}"
+    known = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), str(path))
     return f"{known}: {_name(key)}: {message}"
 
 
-def _fields_beside(key: Key) -> list[str]:
-    """The keys that exist where an unknown one was given."""
-    model: Any = Recipe
-    for part in key[:-1]:
-        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
-            model = _section_in(model.model_fields[part].annotation)
-    return list(model.model_fields)
+def _place(location: Key) -> tuple[Key, Any]:
+    """The key that a location of pydantic's stands for, and the section it is in.
+
+    Where sections are told apart by their kind, the location has that kind in it, and the file does not.
+    """
+    section: Any = Recipe
+    key: Key = ()
+    parts = list(location)
+    while parts:
+        part = parts.pop(0)
+        key = (*key, part)
+        field = getattr(section, "model_fields", {}).get(part)
+        if parts and field is not None:
+            kind = parts.pop(0) if field.discriminator is not None else None
+            section = _section_in(field.annotation, kind)
+    return key, section
 
 
-def _section_in(annotation: Any) -> Any:
-    """The section within a type such as `tuple[Stage, ...]` or `WarmStart | None`."""
+def _section_in(annotation: Any, kind: str | int | None) -> Any:
+    """The section within a type such as `tuple[Stage, ...]` or `WarmStart | None`; of several, the one of that kind."""
     if hasattr(annotation, "model_fields"):
-        return annotation
-    found = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
+        kinds = getattr(annotation.model_fields.get("kind"), "annotation", None)
+        return annotation if kind is None or kind in getattr(kinds, "__args__", ()) else None
+    found = (_section_in(argument, kind) for argument in getattr(annotation, "__args__", ()))
     return next((section for section in found if section is not None), None)
 
 

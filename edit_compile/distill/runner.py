@@ -91,8 +91,10 @@ def distill(
     if not converted_sites(student):
         raise DistillError(f"{type(student).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
     process = process or found or _process(recipe, None)
-    source = source or open_source(recipe.data, student, recipe.seed)
-    context = Context(recipe, student, _teacher(student, recipe), source, denoise or denoise_by_family, process, accelerator)
+    teacher = _teacher(student, recipe)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    source = source or open_source(recipe.data, teacher, recipe.seed, base=base, device=accelerator.device, dtype=dtype)
+    context = Context(recipe, student, teacher, source, denoise or denoise_by_family, process, accelerator)
     with accelerator.main_process_first():
         restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
     return _run(context, folder, base, report or (lambda row: None), restored)

@@ -53,7 +53,26 @@ def test_a_recipe_survives_its_own_dump(file):
         ("resolution: 32\n", "resolution: -32\n", 3, "stage.0.resolution.0: -32"),
         ("{task: 1}", "{task: 0, output: 0, feature: 0}", 7, "stage.1.losses: all three losses are switched off"),
         ("model: demo/mm-dit", "model: demo/mm-dit\nconvert: {eta: best}", 2, "convert: eta='best': input should be 'ratio'"),
-        ("model: demo/mm-dit", "model: demo/mm-dit\ndata: {kind: pictures}", 2, "data.kind: 'pictures'"),
+        (
+            "model: demo/mm-dit",
+            "model: demo/mm-dit\ndata: {kind: pictures}",
+            2,
+            "data.kind: 'pictures': no such kind; there are: 'shapes', ",
+        ),
+        ("model: demo/mm-dit", "model: demo/mm-dit\ndata: {path: pictures}", 2, "data.kind: Field required"),
+        ("model: demo/mm-dit", "model: demo/mm-dit\ndata:\n  kind: images", 2, "data.path: Field required"),
+        (
+            "model: demo/mm-dit",
+            "model: demo/mm-dit\ndata:\n  kind: cached\n  path: x\n  bucket: 1",
+            5,
+            "data.bucket: unknown key; there are: kind, path,",
+        ),
+        (
+            "model: demo/mm-dit",
+            "model: demo/mm-dit\ndata:\n  kind: dataset\n  path: x\n  buckets:\n    max_ratio: 0.5",
+            6,
+            "data.buckets.max_ratio: 0.5: Input should be greater than or equal to 1",
+        ),
         ("    steps: 10", "    steps: 10\n    steps: 11", 5, "stage.0.steps is given twice, first in line 4"),
     ],
 )

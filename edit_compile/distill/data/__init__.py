@@ -8,8 +8,8 @@ things trivial:
 - sharding: process r of n asks for its rows of the global batch, and all together see what one process would see;
 - prefetching: requests may be answered ahead, in any thread.
 
-A source of random access (files, shards with an index) shuffles by a permutation seeded per epoch; one that can only be
-read in order (a streamed data set) keeps its reader and, asked for another position than the next, opens it again and
+A source of random access (`Indexed`, over files, shards with an index, a cache) shuffles by a permutation seeded per pass;
+one that can only be read in order (`Streamed`) keeps its reader and, asked for what is behind it, opens it again and
 skips. A sample that cannot be read is replaced by another that the position determines, and named in `skipped`.
 
 To add a source: a module here with its section of the recipe (a `Section` with a literal `kind`) and its class, the
@@ -19,25 +19,53 @@ section in `Data`, the opener in `SOURCES`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from pydantic import Field
 from torch import nn
 
+from edit_compile.distill.data.cached import CachedData
+from edit_compile.distill.data.hub import DatasetData
+from edit_compile.distill.data.images import ImagesData
+from edit_compile.distill.data.opening import open_cache, open_pictures, open_prompts
+from edit_compile.distill.data.prompts import PromptsData
 from edit_compile.distill.data.shapes import Shapes, ShapesData
-from edit_compile.distill.data.source import Batch, Request, Source, Split
+from edit_compile.distill.data.source import Batch, Origin, Request, Source, Split
+from edit_compile.distill.data.tar_shards import TarData
 
-Data = ShapesData
+Data = Annotated[ShapesData | ImagesData | DatasetData | TarData | PromptsData | CachedData, Field(discriminator="kind")]
 
-SOURCES: dict[str, Callable[[Any, nn.Module, int], Source]] = {"shapes": Shapes}
+SOURCES: dict[str, Callable[[Any, Origin], Source]] = {
+    "shapes": lambda data, origin: Shapes(data, origin.model, origin.seed),
+    "images": open_pictures,
+    "dataset": open_pictures,
+    "webdataset": open_pictures,
+    "prompts": open_prompts,
+    "cached": open_cache,
+}
 
-__all__ = ["SOURCES", "Batch", "Data", "Request", "Source", "Split", "open_source"]
+__all__ = ["SOURCES", "Batch", "Data", "Origin", "Request", "Source", "Split", "open_source"]
 
 
-def open_source(data: Data, model: nn.Module, seed: int) -> Source:
+def open_source(
+    data: Data,
+    model: nn.Module,
+    seed: int,
+    *,
+    base: str | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Source:
     """The source that a recipe's `data` section describes.
 
     Args:
-        model: the transformer whose conditions are wanted.
+        model: the transformer whose conditions are wanted; if it is converted, its teacher draws what has to be drawn.
         seed: of shuffling and of everything else that is random.
+        base: where its pipeline is, for encoders: a folder, a hub id or a demo model's name.
+        device, dtype: of the encoders. Default: the CPU.
+
+    Raises:
+        DistillError: the data cannot be opened, or the model's encoders not loaded.
     """
-    return SOURCES[data.kind](data, model, seed)
+    return SOURCES[data.kind](data, Origin(model, seed, base, device or torch.device("cpu"), dtype))

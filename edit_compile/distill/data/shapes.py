@@ -39,7 +39,11 @@ class Shapes:
     def batch(self, request: Request) -> Batch:
         drawn = [self._sample(request.split, position) for position in request.positions]
         pictures = torch.from_numpy(np.stack([shapes.render(scene) for scene, _ in drawn])).permute(0, 3, 1, 2) * 2 - 1
-        return Batch(_resized(pictures, request.height, request.width), models.conditions(self.model, [text for _, text in drawn]))
+        captions = tuple(text for _, text in drawn)
+        return Batch(_resized(pictures, request.height, request.width), models.conditions(self.model, captions), captions)
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        return (pictures / 2 + 0.5).clamp(0, 1)
 
     def _sample(self, split: str, position: int) -> tuple[shapes.Scene, str]:
         rng = random.Random(f"{self.seed}/{split}/{position}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Split = Literal["train", "held-out"]
 
@@ -43,10 +44,30 @@ class Batch:
     Attributes:
         pictures: (B, C, H, W), clean, in the model's latent space and scale, on the CPU.
         conditions: keyword arguments of the model's forward that carry the captions; tensors are (B, ...).
+        captions: in words, if the source knows them; for the eye.
     """
 
     pictures: Tensor
     conditions: dict[str, Any]
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a source may use of the run.
+
+    Attributes:
+        model: the transformer whose conditions are wanted.
+        seed: of everything that is random.
+        base: where its pipeline is: a folder, a hub id or a demo model's name.
+        device, dtype: of encoders.
+    """
+
+    model: nn.Module
+    seed: int
+    base: str | None
+    device: torch.device
+    dtype: torch.dtype
 
 
 class Source(Protocol):
@@ -67,4 +88,8 @@ class Source(Protocol):
         Raises:
             DistillError: nothing can be read any more.
         """
+        ...
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        """Pictures of the model's space (B, C, H, W) for the eye: (B, 3, height, width) in [0, 1]."""
         ...
