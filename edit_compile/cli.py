@@ -139,12 +139,16 @@ def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Pat
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as stage.0.steps=500; repeatable")
 @click.option("--dry-run", is_flag=True, help="print the resolved recipe, the plan and what would be trained, and stop")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the student; default: runs/ and the recipe's name")
+@click.option("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository of the hub")
 @click.option("--resume", is_flag=True, help="continue what the folder holds, bit for bit; start if it holds nothing")
 @click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
 @_errors_in_one_line
-def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, resume: bool, as_json: bool) -> None:
+def distill(
+    recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, push_to_hub: str | None, resume: bool, as_json: bool
+) -> None:
     """Convert a model and train it to do what its teacher does. RECIPE: a YAML file, or the name of a shipped recipe."""
-    from edit_compile.distill.progress import print_result, print_row, print_trial
+    from edit_compile.distill.hub import push_to_hub as push
+    from edit_compile.distill.progress import print_result, print_trial, showing
     from edit_compile.distill.recipe_file import load_recipe
     from edit_compile.distill.runner import distill as run
     from edit_compile.distill.trial import trial
@@ -155,13 +159,16 @@ def distill(recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path
         return
     folder = output or Path("runs") / Path(recipe).stem
     try:
-        result = run(resolved, folder, resume=resume, report=None if as_json else print_row)
+        with showing(resolved, quiet=as_json) as report:
+            result = run(resolved, folder, resume=resume, report=report)
     except Interrupted as stopped:
         changes = [part for override in overrides for part in ("--set", override)]
         command = shlex.join(["edit-compile", "distill", recipe, *changes, "-o", str(folder), "--resume"])
         click.echo(f"{stopped}. To continue: {command}", err=True)
         return
     print_result(result, as_json)
+    if push_to_hub is not None:
+        click.echo(f"uploaded to {push(folder, push_to_hub)}", err=True)
 
 
 @main.command()

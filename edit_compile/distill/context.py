@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ class Context:
 
     def predict(self, model: nn.Module, sample: Sample) -> Tensor:
         """A model's prediction, in the run's precision."""
-        with self.accelerator.autocast():
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             return self.denoise(model, sample.x, sample.times, sample.conditions)
 
     def own_rows(self, batch: int, micro_batch: int | None) -> list[range]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from edit_compile.api import compile as compile_blocks
 from edit_compile.api import repeated_blocks
 from edit_compile.distill.recipe import Recipe
+from edit_compile.distill.trackers import chosen_trackers
 from edit_compile.errors import DistillError
 from edit_compile.sites import converted_sites
 
@@ -24,13 +26,23 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The accelerator of a recipe's precision, in whatever processes `accelerate launch` has made."""
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """The accelerator, in whatever processes `accelerate launch` has made.
+
+    Raises:
+        DistillError: it was launched with another precision than the recipe's.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     # A block that drops its text rows leaves the parameters of their projections without gradient.
     options = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no", kwargs_handlers=[options])
+    accelerator = Accelerator(kwargs_handlers=[options], log_with=chosen_trackers(recipe.trackers) or None, project_dir=folder)
+    if accelerator.mixed_precision not in ("no", recipe.precision):
+        raise DistillError(
+            f"launched with {accelerator.mixed_precision} mixed precision, but the recipe says precision: {recipe.precision}; "
+            "launch with --mixed_precision no, and let the recipe decide"
+        )
+    return accelerator
 
 
 def set_precision(student: nn.Module, trained: Iterable[str], precision: str) -> None:

@@ -18,7 +18,7 @@ from edit_compile.distill.state import State, checkpoints, read_state
 from edit_compile.errors import DistillError
 
 # What may differ when a run is continued: it changes nothing about the result.
-_FREE = ("save_every", "keep", "log_every", "max_skipped")
+_FREE = ("save_every", "keep", "log_every", "max_skipped", "trackers", "samples.every", "samples.count", "samples.steps")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class RunFolder:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    def samples(self, total: int) -> Path:
+        """The sample grid drawn after so many steps."""
+        return self.path / "samples" / f"{total:08d}.png"
 
     def open(self, recipe: Recipe, *, resume: bool, writes: bool) -> tuple[State, dict[str, Tensor]] | None:
         """What to continue from, or None to begin.
@@ -79,13 +83,23 @@ class RunFolder:
         _write(self.metrics, "".join(kept))
         _write(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
+    def rows(self) -> list[Row]:
+        """All rows of metrics."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def pictures(self) -> list[Path]:
+        """The loss plot and the last sample grid, relative to the folder."""
+        samples = sorted((self.path / "samples").glob("*.png"))
+        return [path.relative_to(self.path) for path in [self.path / "losses.png", *samples[-1:]] if path.exists()]
+
     def add(self, row: Row) -> None:
         """Append a row of metrics."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Note the result; what was there to resume from goes."""
+    def finish(self, result: dict[str, Any], card: str) -> None:
+        """Note the result and the model card; what was there to resume from goes."""
+        _write(self.path / "README.md", card)
         _write(self.result, json.dumps(result, indent=2))
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 

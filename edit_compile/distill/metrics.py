@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ class Average:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = self.skipped = 0
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was begun."""
+        return time.monotonic() - self.began
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         for name, loss in losses.items():

@@ -63,6 +63,15 @@ class Process:
             return x, noise - pictures
         return x, noise if self.prediction == "epsilon" else a * noise - s * pictures
 
+    def split(self, x: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy pictures and what a model predicts of them to the picture and the noise that it sees in them."""
+        a, s = self._levels(times, x)
+        if self.prediction == "rectified-flow":
+            return x - s * prediction, x + a * prediction
+        if self.prediction == "epsilon":
+            return (x - s * prediction) / a, prediction
+        return a * x - s * prediction, s * x + a * prediction
+
     def _levels(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.alphas is None:
             s = (times / MOST_TIME).to(like)

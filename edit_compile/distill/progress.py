@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from edit_compile.distill.metrics import Row
+from edit_compile.distill.plot import LOSSES
+from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.runner import Result
+from edit_compile.distill.training import steps_of
 from edit_compile.distill.trial import Trial
 from edit_compile.report import PlanTable, plan_summary
 
@@ -18,11 +25,34 @@ def _console(**options: Any) -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False, **options)
 
 
-def print_row(row: dict[str, Any]) -> None:
-    """A row of metrics as a line on stderr."""
-    losses = "  ".join(f"{name} {row[name]:.5f}" for name in ("loss", "task", "output", "feature") if name in row)
-    place = f"{row['phase']}  step {row['step']}/{row['steps']}"
-    _console(stderr=True).print(f"{place}  {losses}  lr {row['lr']:.1e}  {row['samples_per_second']:.1f} samples/s")
+@contextmanager
+def showing(recipe: Recipe, *, quiet: bool) -> Iterator[Callable[[Row], None]]:
+    """Gives what takes rows of metrics: a live bar on a terminal, a line a row elsewhere, nothing if quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield (lambda row: None) if quiet else (lambda row: print(line_of(row), file=sys.stderr, flush=True))
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[losses]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=steps_of(recipe), losses="")
+        yield lambda row: bar.update(task, completed=row["total"], description=row["phase"], losses=losses_of(row))
+
+
+def line_of(row: Row) -> str:
+    """A row of metrics in words."""
+    return f"{row['phase']}  step {row['step']}/{row['steps']}  {losses_of(row)}"
+
+
+def losses_of(row: Row) -> str:
+    """The losses and the speed of a row."""
+    losses = [f"{name} {row[name]:.5f}" for name in LOSSES if name in row]
+    skipped = [f"{row['skipped']} skipped"] if row["skipped"] else []
+    return "  ".join([*losses, *skipped, f"lr {row['lr']:.1e}", f"{row['samples_per_second']:.1f} samples/s"])
 
 
 def print_result(result: Result, as_json: bool) -> None:
@@ -34,6 +64,9 @@ def print_result(result: Result, as_json: bool) -> None:
     buckets = "  ".join(f"{b.low:.0f}-{b.high:.0f}: {b.error:.4f}" for b in after.buckets)
     console = _console()
     console.print(f"held-out relative error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {buckets}")
+    for speed in result.speeds:
+        ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
+        console.print(f"one forward at {speed.height} x {speed.width} px: {ratio}")
     console.print(f"{result.seconds:.0f} s of training; the student is in {result.folder}")
 
 

@@ -101,6 +101,20 @@ class HeldOut(Section):
     buckets: PositiveInt = 4
 
 
+class Samples(Section):
+    """Pictures of teacher and student, drawn in `samples/` while training and at the end.
+
+    Attributes:
+        every: steps between them; null for the end only.
+        count: pictures, of the first held-out captions.
+        steps: of sampling each, without guidance.
+    """
+
+    every: PositiveInt | None = None
+    count: PositiveInt = 4
+    steps: PositiveInt = 20
+
+
 class Recipe(Section):
     """A distillation.
 
@@ -124,6 +138,7 @@ class Recipe(Section):
         save_every: steps between checkpoints to resume from.
         keep: how many of them are kept.
         log_every: steps between rows of `metrics.jsonl`.
+        trackers: of accelerate; null for TensorBoard if it is installed.
     """
 
     model: str
@@ -145,5 +160,7 @@ class Recipe(Section):
     explosion: float = Field(10.0, gt=1)
     save_every: PositiveInt = 500
     keep: PositiveInt = 2
+    samples: Samples = Samples()
     log_every: PositiveInt = 10
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = None
     seed: NonNegativeInt = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch import nn
 from edit_compile.adapters.denoise import denoise as denoise_by_family
 from edit_compile.adapters.models import load_model
 from edit_compile.adapters.schedulers import default_process, process_of_pipeline
-from edit_compile.api import linearize
+from edit_compile.api import linearize, plan_of
 from edit_compile.checkpoint import INDEX, load, save
 from edit_compile.config import LinearizeConfig
 from edit_compile.demo.models import NAMES as DEMOS
+from edit_compile.distill.card import model_card
 from edit_compile.distill.context import Context, Denoise, trained_parameters
 from edit_compile.distill.data import Source, open_source
 from edit_compile.distill.distributed import make_accelerator, set_precision
@@ -26,8 +27,11 @@ from edit_compile.distill.held_out import HeldOutError, held_out_error
 from edit_compile.distill.interrupt import interruptible
 from edit_compile.distill.metrics import Row
 from edit_compile.distill.noise import Process
+from edit_compile.distill.plot import plot_losses
 from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.recipe_file import load_recipe
+from edit_compile.distill.samples import Sampler
+from edit_compile.distill.speed import Speed, speeds
 from edit_compile.distill.training import Restored, Trainer
 from edit_compile.errors import DistillError
 from edit_compile.sharing import unshare
@@ -41,7 +45,8 @@ class Result:
     Attributes:
         folder: where the student is: `edit_compile.load(folder)`.
         before, after: the held-out error of the converted model and of the student, at the last stage's resolution.
-        seconds: of training, measurements left out.
+        seconds: of training; held-out measurements left out.
+        speeds: of teacher and student at each stage's resolution.
     """
 
     folder: Path
@@ -49,10 +54,12 @@ class Result:
     before: HeldOutError
     after: HeldOutError
     seconds: float
+    speeds: tuple[Speed, ...]
 
     def to_dict(self) -> dict[str, Any]:
         errors = {"before": self.before.to_dict(), "after": self.after.to_dict()}
-        return {"folder": str(self.folder), "seconds": round(self.seconds, 1), "held_out_error": errors}
+        speeds = [asdict(speed) for speed in self.speeds]
+        return {"folder": str(self.folder), "seconds": round(self.seconds, 1), "held_out_error": errors, "speeds": speeds}
 
 
 def distill(
@@ -86,7 +93,7 @@ def distill(
     name = "distilled" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = RunFolder(Path(output) if output is not None else Path("runs") / name)
-    accelerator = make_accelerator(recipe)
+    accelerator = make_accelerator(recipe, folder.path)
     base, student, found = _student(recipe) if student is None else (None, student, None)
     if not converted_sites(student):
         raise DistillError(f"{type(student).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
@@ -103,20 +110,26 @@ def distill(
 def _run(context: Context, folder: RunFolder, base: str | None, report: Callable[[Row], None], restored: Restored | None) -> Result:
     recipe, student, main = context.recipe, context.student, context.accelerator.is_main_process
 
-    def both(row: Row) -> None:
+    def note(row: Row) -> None:
         folder.add(row)
+        context.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=row["total"])
         report(row)
 
     _place(context)
     resolution = recipe.stage[-1].resolution
+    sampler = Sampler(context, *resolution)
+    context.accelerator.init_trackers("edit_compile")
     with interruptible() as interrupt:
         before = HeldOutError.from_dict(restored[0].before) if restored else held_out_error(context, *resolution)
-        trainer = Trainer(context, folder.checkpoints, both, interrupt, before.to_dict())
+        trainer = Trainer(context, folder.checkpoints, note, interrupt, before.to_dict(), lambda total: sampler.save(folder.samples(total)))
         trainer.run(restored)
-    result = Result(folder.path, student, before, held_out_error(context, *resolution), trainer.seconds)
+    context.accelerator.end_training()
+    result = Result(folder.path, student, before, held_out_error(context, *resolution), trainer.seconds, speeds(context))
+    sampler.save(folder.samples(trainer.total))
     save(student, folder.path, base=base)
     if main:
-        folder.finish(result.to_dict())
+        plot_losses(folder.rows(), folder.path / "losses.png")
+        folder.finish(result.to_dict(), model_card(recipe, plan_of(student), base, before, result.after, result.speeds, folder.pictures()))
     context.accelerator.wait_for_everyone()
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Trainer:
         report: is given every row of metrics, on the main process.
         interrupt: whether to stop.
         before: the held-out error before training, for the checkpoints.
+        draw: given the number of steps done, draws samples with the average weights.
         seconds: of training, with what a restored run has behind it.
     """
 
@@ -51,6 +52,7 @@ class Trainer:
     report: Callable[[Row], None]
     interrupt: Interrupt
     before: dict[str, Any]
+    draw: Callable[[int], None]
     seconds: float = 0.0
 
     def run(self, restored: Restored | None = None) -> None:
@@ -91,19 +93,26 @@ class Trainer:
         done = self._begin(restored)
         rows = context.own_rows(phase.options.batch, phase.options.micro_batch)
         samples = _samples(context, phase, rows, range(done, steps))
-        losses, since = Average(), time.monotonic()
+        self.interval = Average()
         for step in range(done, steps):
             torch.manual_seed(seed_of(context.recipe.seed, "step", number, step, context.accelerator.process_index))
-            stop = self._step(phase, step, self._gradients(phase, samples, len(rows)), losses)
+            stop = self._step(phase, step, self._gradients(phase, samples, len(rows)))
             self.total += 1
-            saves = stop or self.total % context.recipe.save_every == 0 or self.total == steps_of(context.recipe)
-            if saves or step + 1 == steps or (step + 1) % context.recipe.log_every == 0:
-                self._log(phase, step + 1, losses, time.monotonic() - since)
-                losses, since = Average(), time.monotonic()
-            if saves:
-                place = self._save(number, step + 1)
-                if stop:
-                    raise Interrupted(f"stopped at {phase.name}, step {step + 1} of {steps}; saved in {place}")
+            self._after_step(number, phase, step + 1, stop)
+
+    def _after_step(self, number: int, phase: Phase, step: int, stop: bool) -> None:
+        """Log, draw and save, when it is time to."""
+        recipe = self.context.recipe
+        saves = stop or self.total % recipe.save_every == 0 or self.total == steps_of(recipe)
+        if saves or step == phase.options.steps or step % recipe.log_every == 0:
+            self._log(phase, step)
+        if recipe.samples.every is not None and self.total % recipe.samples.every == 0:
+            with self.average.applied() if self.average is not None else nullcontext():
+                self.draw(self.total)
+        if saves:
+            place = self._save(number, step)
+            if stop:
+                raise Interrupted(f"stopped at {phase.name}, step {step} of {phase.options.steps}; saved in {place}")
 
     def _begin(self, restored: Restored | None) -> int:
         """A phase's optimizer, and what was saved in it; returns how many of its steps are done."""
@@ -124,7 +133,7 @@ class Trainer:
             return warm_start_gradients(self.context, self.live.trained, samples, forwards)
         return stage_gradients(self.context, self.model, samples, forwards, phase.losses)
 
-    def _step(self, phase: Phase, step: int, measured: dict[str, Tensor], losses: Average) -> bool:
+    def _step(self, phase: Phase, step: int, measured: dict[str, Tensor]) -> bool:
         """Take the step, unless it must be left out; returns whether to stop after it."""
         recipe, norm = self.context.recipe, self._clip(phase)
         stop = torch.full_like(norm, self.interrupt.requested, dtype=torch.float32)
@@ -133,9 +142,9 @@ class Trainer:
         self.guard, reason = self.guard.after(loss, largest, recipe.explosion)
         if reason is None:
             self.live.step(learning_rate(step, phase.options))
-            losses.add({**measured, "grad_norm": norm})
+            self.interval.add({**measured, "grad_norm": norm})
         else:
-            losses.skipped += 1
+            self.interval.skipped += 1
         self.live.optimizer.zero_grad()
         if self.guard.skipped_in_a_row > recipe.max_skipped:
             raise DistillError(
@@ -170,13 +179,13 @@ class Trainer:
         self.context.accelerator.wait_for_everyone()
         return place_of(self.checkpoints, self.total)
 
-    def _log(self, phase: Phase, step: int, losses: Average, seconds: float) -> None:
-        accelerator, every = self.context.accelerator, phase.options.batch
-        steps = losses.steps + losses.skipped
+    def _log(self, phase: Phase, step: int) -> None:
+        accelerator, interval, self.interval = self.context.accelerator, self.interval, Average()
+        steps, seconds = interval.steps + interval.skipped, interval.seconds
         place = {"phase": phase.name, "step": step, "steps": phase.options.steps, "total": self.total, "samples": phase.position(step)}
-        taken = {"skipped": losses.skipped, "lr": learning_rate(step - 1, phase.options)}
-        means = losses.means(lambda values: accelerator.reduce(values, "mean"))
-        speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * every / seconds}
+        taken = {"skipped": interval.skipped, "lr": learning_rate(step - 1, phase.options)}
+        means = interval.means(lambda values: accelerator.reduce(values, "mean"))
+        speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * phase.options.batch / seconds}
         if accelerator.is_main_process:
             self.report({**place, **taken, **means, **speed})
 

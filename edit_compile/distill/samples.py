@@ -1,0 +1,60 @@
+"""Sample grids: what teacher and student draw from the same captions and the same noise."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edit_compile.distill.context import Context, Sample
+from edit_compile.distill.data import Request
+from edit_compile.distill.noise import noise_for
+from edit_compile.pictures import picture_grid, save_png
+
+
+@dataclass
+class Sampler:
+    """Draws the first held-out captions, always the same ones from the same noise. The teacher draws once.
+
+    All processes must take part; the main one writes.
+    """
+
+    context: Context
+    height: int
+    width: int
+    teachers: Tensor | None = field(default=None, init=False)
+
+    def save(self, path: Path) -> None:
+        """A grid as PNG: caption, teacher, student."""
+        context, count = self.context, self.context.recipe.samples.count
+        request = Request(0, count, range(count), self.height, self.width, "held-out")
+        batch = context.source.batch(request)
+        noise = noise_for(request.positions, batch.pictures.shape[1:], context.recipe.seed, "samples")
+        start = context.on_device(Sample(noise, torch.zeros(count), batch.conditions, noise))
+        if self.teachers is None:
+            with context.teaching() as model:
+                self.teachers = draw(context, model, start)
+        columns = [("teacher", _pixels(context, self.teachers)), ("student", _pixels(context, draw(context, context.student, start)))]
+        if context.accelerator.is_main_process:
+            save_png(picture_grid(batch.captions or [""] * count, columns), path)
+
+
+@torch.no_grad()
+def draw(context: Context, model: nn.Module, start: Sample) -> Tensor:
+    """Deterministic sampling from noise without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps)."""
+    process, x = context.process, start.x
+    steps = process.times(1 - torch.arange(context.recipe.samples.steps, dtype=torch.float64) / context.recipe.samples.steps - 1e-6)
+    for now, then in itertools.pairwise([*steps.tolist(), None]):
+        times = torch.full((len(x),), now, device=x.device)
+        prediction = context.predict(model, Sample(x, times, start.conditions, x)).float()
+        picture, noise = process.split(x, prediction, times)
+        x = picture if then is None else process.mixed(picture, noise, torch.full_like(times, then))[0]
+    return x
+
+
+def _pixels(context: Context, pictures: Tensor) -> list[np.ndarray]:
+    return list(context.source.pixels(pictures.cpu()).permute(0, 2, 3, 1).float().numpy())

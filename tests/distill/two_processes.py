@@ -1,0 +1,68 @@
+"""What each of two processes does in the tests of distributed training: `python two_processes.py FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import edit_compile as ec
+import toy_distill
+from edit_compile.distill import distill, distributed, training
+from edit_compile.distill.noise import Process
+
+OPTIONS = {
+    "stage": [
+        {"resolution": [12, 16], "steps": 8, "batch": 4, "lr": 1e-3, "warm_up": 2},
+        {"resolution": [16, 20], "steps": 4, "batch": 8, "micro_batch": 2, "lr": 1e-3, "warm_up": 0, "losses": {"task": 0.5}},
+    ],
+    "warm_start": {"steps": 8, "batch": 4, "lr": 2e-3, "warm_up": 2},
+    "held_out": {"samples": 12, "batch": 4, "buckets": 2},
+    "save_every": 5,
+}
+
+
+def run(folder, source=None, **options):
+    return distill(
+        toy_distill.recipe(**OPTIONS),
+        folder,
+        student=toy_distill.student(),
+        source=source or toy_distill.Pictures(),
+        denoise=toy_distill.denoise,
+        process=Process("rectified-flow"),
+        **options,
+    )
+
+
+class Fails(toy_distill.Pictures):
+    """Has nothing from some position on."""
+
+    concurrent = False
+
+    def batch(self, request):
+        if request.split == "train" and request.position >= 50:
+            raise ec.DistillError("no more data")
+        return super().batch(request)
+
+
+def main(folder):
+    run(folder / "ddp")
+
+    def sharded(student, recipe, accelerator):
+        distributed.shard(student)
+        assert all(hasattr(p, "full_tensor") for p in student.parameters())
+        return student
+
+    training.wrap = sharded  # accelerate shards on accelerators only
+    run(folder / "fsdp")
+    with pytest.raises(ec.DistillError, match="no more data"):
+        run(folder / "resumed", Fails())
+    torch.distributed.barrier()
+    run(folder / "resumed", resume=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
