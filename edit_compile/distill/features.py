@@ -14,7 +14,7 @@ from edit_compile.grid import runtime_of
 from edit_compile.sites import converted_sites
 
 Features = dict[str, list[Tensor]]  # a site's tensors by its path
-_KEPT = "_edit_kept"
+_KEPT, _KEY = "_edit_kept", -1
 _SMALLEST = 1e-12
 
 
@@ -22,15 +22,17 @@ _SMALLEST = 1e-12
 def recording(model: nn.Module) -> Iterator[None]:
     """Inside, `recorded` works.
 
-    One function is the hook of all sites, and what it keeps is an attribute of the site: so blocks that are equal stay
-    equal to torch.compile, which must meet the hooks before it compiles.
+    One function is the hook of all sites, under one key (registering would number them), and what it keeps is an attribute
+    of the site: so blocks that are equal stay equal to torch.compile, which must meet the hooks before it compiles.
     """
-    handles = [site.register_forward_hook(_keep) for site in converted_sites(model).values()]
+    hooks = [site._forward_hooks for site in converted_sites(model).values()]
+    for of_site in hooks:
+        of_site[_KEY] = _keep
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for of_site in hooks:
+            del of_site[_KEY]
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+_GRAPHS = 64
+
 
 @contextmanager
 def only_trainable(student: nn.Module, names: Collection[str]) -> Iterator[None]:
@@ -27,4 +29,17 @@ def only_trainable(student: nn.Module, names: Collection[str]) -> Iterator[None]
 def own_random_state(device: torch.device) -> Iterator[None]:
     """Inside, torch's random numbers may be seeded without a trace outside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def room_for_graphs(*, compiled: bool) -> Iterator[None]:
+    """Inside, torch.compile may keep more graphs of one block: teacher and student, with gradients and without, and the
+    first and last block's own shapes are more than its limit of 8."""
+    if not compiled:
+        yield
+        return
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
         yield

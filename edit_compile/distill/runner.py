@@ -26,6 +26,7 @@ from edit_compile.distill.folder import RunFolder
 from edit_compile.distill.held_out import HeldOutError, held_out_error
 from edit_compile.distill.interrupt import interruptible
 from edit_compile.distill.metrics import Row
+from edit_compile.distill.modes import room_for_graphs
 from edit_compile.distill.noise import Process
 from edit_compile.distill.plot import plot_losses
 from edit_compile.distill.recipe import Recipe
@@ -104,7 +105,8 @@ def distill(
     context = Context(recipe, student, teacher, source, denoise or denoise_by_family, process, accelerator)
     with accelerator.main_process_first():
         restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
-    return _run(context, folder, base, report or (lambda row: None), restored)
+    with room_for_graphs(compiled=recipe.compile):
+        return _run(context, folder, base, report or (lambda row: None), restored)
 
 
 def _run(context: Context, folder: RunFolder, base: str | None, report: Callable[[Row], None], restored: Restored | None) -> Result:
