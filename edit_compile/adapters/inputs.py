@@ -128,7 +128,8 @@ class _Family:
         pixels_per_token: of the finished picture, each way.
         limit: why a grid of image tokens is impossible, or None.
         usual: sizes in pixels (height, width) that its users care for.
-        example: rows and columns to capture it with; all sizes differ and none is 1, since equal sizes would merge in the graph.
+        example: rows and columns to capture it with; all sizes differ and none is 1, since equal sizes would merge in the graph;
+            image and text tokens together must not be as many as the model has channels.
     """
 
     make: Callable[[Any, _Sizes], dict[str, Any]]
@@ -142,7 +143,7 @@ class _Family:
 _FAMILIES: dict[str, _Family] = {
     "PixArtTransformer2DModel": _Family(_pixart, 300),
     "SD3Transformer2DModel": _Family(_sd3, 77 + 256, limit=_position_limit),
-    "FluxTransformer2DModel": _Family(_flux, 512, lambda model: 2 * VAE_SCALE, example=lambda model: (5, 7)),
+    "FluxTransformer2DModel": _Family(_flux, 512, lambda model: 2 * VAE_SCALE),
     "DiTTransformer2DModel": _Family(_dit, limit=_square, example=lambda model: (model.config.sample_size // model.config.patch_size,) * 2),
     "VisionTransformer": _Family(
         _vit,
