@@ -1,0 +1,44 @@
+"""The demo teachers are real: small files that diffusers loads, and that draw what their captions say."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+from edit_compile.adapters.models import load_model
+from edit_compile.demo import models, shapes
+from edit_compile.demo.obedience import held_out_scenes, obedience
+
+MOST_BYTES = 8 * 10**6
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mm-dit", diffusers.SD3Transformer2DModel), ("dit", diffusers.PixArtTransformer2DModel)])
+def test_it_is_small_and_diffusers_loads_it(name, kind):
+    folder = models.folder(name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
+    model = kind.from_pretrained(folder)
+    assert model.config.num_layers == models.untrained(name).config.num_layers
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_it_draws_what_the_caption_says(name):
+    """`benchmarks/demo_models.py` measures 200 captions; these few catch a model that has come to harm."""
+    found = obedience(load_model(f"demo/{name}").model, 16, steps=15)
+    assert found.objects >= 16
+    assert found.colour_and_place >= 0.9
+    assert found.shape >= 0.8
+
+
+def test_another_caption_gives_another_picture():
+    first, second = (shapes.caption(scene) for scene in held_out_scenes(2))
+    model = load_model("demo/mm-dit").model
+    assert not torch.equal(models.sample(model, [first], steps=2), models.sample(model, [second], steps=2))
+
+
+def test_obedience_counts_wrong_pictures():
+    """A model that answers with nothing but noise is found out."""
+    scenes = held_out_scenes(20)
+    noise = torch.rand(20, 32, 32, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    found = [check for picture, scene in zip(noise, scenes, strict=True) for check in shapes.check(picture, scene)]
+    assert sum(check.colour_and_place for check in found) <= 0.2 * len(found)
