@@ -1,0 +1,57 @@
+"""Full-size architectures on the meta device: full width, a few blocks of every kind.
+
+`benchmarks/full_size.py` runs all of them whole, against a limit of time and memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from edit_compile.adapters import models
+from edit_compile.adapters.models import load_model
+from edit_compile.api import plan_and_convert
+from edit_compile.bench import conversion_cost
+
+ARCHITECTURES = Path(models.__file__).parent / "arch"
+
+
+def shortened(name, folder, **changes):
+    config = json.loads((ARCHITECTURES / f"{name}.json").read_text()) | changes
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return load_model(str(path)).model
+
+
+def actions(plan):
+    return dict(Counter(site.action for site in plan.sites))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("sd3.5-medium", {"num_layers": 3, "dual_attention_layers": [0]}, {"mm-edit": 3, "edit": 1}),
+        ("flux-dev", {"num_layers": 2, "num_single_layers": 2}, {"mm-edit": 4}),
+        ("pixart-sigma", {"num_layers": 2}, {"edit": 2, "keep": 2}),
+        ("dit-xl-2", {"num_layers": 2}, {"edit": 2}),
+    ],
+)
+def test_full_width(tmp_path, name, changes, expected):
+    plan, student = plan_and_convert(shortened(name, tmp_path, **changes))
+    assert actions(plan) == expected
+    assert all("cross-attention" in site.reason for site in plan.sites if not site.rewritten)
+    assert all(parameter.is_meta for parameter in student.parameters())
+    report = conversion_cost(student)
+    assert [cost.image for cost in report.costs] == [4096, 16384, 65536]
+    channels = {"sd3.5-medium": 1536, "flux-dev": 3072, "pixart-sigma": 1152, "dit-xl-2": 1152}[name]
+    assert report.pays_from == pytest.approx(5 * channels / 4, rel=0.15)  # PAPER.md's formulas: 5 C / reduction
+
+
+def test_sd35_large_ends_at_its_positions(tmp_path):
+    _, student = plan_and_convert(shortened("sd3.5-large", tmp_path, num_layers=1))
+    report = conversion_cost(student)
+    assert [cost.height for cost in report.costs] == [1024, 2048]
+    assert "end at 3072 px" in report.impossible["4096 x 4096"]
