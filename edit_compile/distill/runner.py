@@ -125,7 +125,8 @@ def _run(context: Context, folder: RunFolder, base: str | None, report: Callable
         before = HeldOutError.from_dict(restored[0].before) if restored else held_out_error(context, *resolution)
         trainer = Trainer(context, folder.checkpoints, note, interrupt, before.to_dict(), lambda total: sampler.save(folder.samples(total)))
         trainer.run(restored)
-    context.accelerator.end_training()
+    for tracker in context.accelerator.trackers:  # end_training() would end the process group too
+        tracker.finish()
     result = Result(folder.path, student, before, held_out_error(context, *resolution), trainer.seconds, speeds(context))
     sampler.save(folder.samples(trainer.total))
     save(student, folder.path, base=base)
