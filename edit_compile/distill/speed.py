@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-from torch import nn
-
+from edit_compile.bench import compare_calls
 from edit_compile.distill.context import Context, Sample
 from edit_compile.distill.data import Request
 from edit_compile.distill.phases import phases_of
 
-_REPEATS = 5
+_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,13 @@ def speeds(context: Context) -> tuple[Speed, ...]:
     found = []
     for height, width in dict.fromkeys((phase.height, phase.width) for phase in phases_of(context.recipe) if phase.losses is not None):
         sample = context.on_device(context.draw(Request(0, 1, range(1), height, width, "held-out")))
-        with context.teaching() as model:
-            teacher = _seconds(context, model, sample)
-        found.append(Speed(height, width, teacher, _seconds(context, context.student, sample)))
+        teacher, student, *_ = compare_calls(
+            partial(_taught, context, sample), partial(context.predict, context.student, sample), runs=_RUNS
+        )
+        found.append(Speed(height, width, teacher.median, student.median))
     return tuple(found)
 
 
-@torch.no_grad()
-def _seconds(context: Context, model: nn.Module, sample: Sample) -> float:
-    times = []
-    for _ in range(2 + _REPEATS):
-        start = time.perf_counter()
+def _taught(context: Context, sample: Sample) -> None:
+    with context.teaching() as model:
         context.predict(model, sample)
-        if context.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(context.accelerator.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
