@@ -150,15 +150,19 @@ def _all_dynamic(leaf: Any) -> Any:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor the module holds, plain attributes included, and modules hidden in them, as teachers are."""
+    """Every tensor the module holds, also in plain attributes and in modules that are plain attributes."""
     yield from module.parameters()
     yield from module.buffers()
-    for submodule in module.modules():
-        for leaf in pytree.tree_leaves({name: value for name, value in vars(submodule).items() if name not in _HOLDERS}):
+    pending, seen = list(module.modules()), set(module.modules())
+    while pending:
+        for leaf in pytree.tree_leaves(vars(pending.pop())):
             if isinstance(leaf, Tensor):
                 yield leaf
             elif isinstance(leaf, nn.Module):
-                yield from _tensors_of(leaf)
+                hidden = [m for m in leaf.modules() if m not in seen]
+                pending += hidden
+                seen.update(hidden)
+                yield from (tensor for m in hidden for tensor in [*m.parameters(recurse=False), *m.buffers(recurse=False)])
 
 
 def _meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:

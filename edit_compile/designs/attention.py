@@ -48,6 +48,10 @@ def attention_with_normaliser(q_BHND: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, ma
     scores_BHNP = (q_BHND * scale) @ k_BHPD.transpose(-1, -2)
     if mask is not None:
         scores_BHNP = scores_BHNP.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores_BHNP + mask
-    normaliser_BHN1 = scores_BHNP.float().logsumexp(-1, keepdim=True)
-    weights_BHNP = (scores_BHNP - normaliser_BHN1).exp().to(v_BHPD.dtype)
-    return weights_BHNP @ v_BHPD, normaliser_BHN1
+    scores_BHNP = scores_BHNP.float()
+    lowest, smallest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # where every key is masked: zero, no NaN
+    top_BHN1 = scores_BHNP.detach().amax(-1, keepdim=True).clamp(min=lowest)
+    weights_BHNP = (scores_BHNP - top_BHN1).exp()
+    total_BHN1 = weights_BHNP.sum(-1, keepdim=True).clamp(min=smallest)
+    y_BHND = (weights_BHNP.to(v_BHPD.dtype) @ v_BHPD) / total_BHN1.to(v_BHPD.dtype)
+    return y_BHND, top_BHN1 + total_BHN1.log()

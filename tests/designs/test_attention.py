@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_compile.designs.attention import linear_attention
+from edit_compile.designs.attention import attention_with_normaliser, linear_attention
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -44,3 +44,22 @@ def test_half_precision_stays_in_range_over_many_keys(dtype: torch.dtype):
     full, _ = linear_attention(q.double(), k.double(), v.double())
     half, _ = linear_attention(q.to(dtype), k.to(dtype), v.to(dtype))
     torch.testing.assert_close(half.double(), full, rtol=2e-2, atol=0)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_softmax_and_its_normaliser(n: int, p: int, d: int, masked: bool, seed: int):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, 3, size, d, generator=g) * 3 for size in (n, p, p))
+    mask = (torch.rand(2, 1, 1, p, generator=g) > 0.4) | (torch.arange(p) == 0) if masked else None
+    y, normaliser = attention_with_normaliser(q, k, v, mask, 0.7)
+    scores = 0.7 * q.double() @ k.double().mT
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    torch.testing.assert_close(y.double(), scores.softmax(-1) @ v.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(normaliser.double(), scores.logsumexp(-1, keepdim=True), atol=1e-5, rtol=1e-5)
+
+
+def test_softmax_over_keys_that_are_all_masked_has_no_weight():
+    q, k, v = (torch.randn(1, 1, size, 4) for size in (2, 3, 3))
+    y, normaliser = attention_with_normaliser(q, k, v, torch.zeros(1, 1, 1, 3, dtype=torch.bool), 0.5)
+    assert torch.equal(y, torch.zeros_like(y))
+    assert (normaliser < -1e30).all()
