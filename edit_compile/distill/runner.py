@@ -21,6 +21,7 @@ from edit_compile.demo.models import NAMES as DEMOS
 from edit_compile.distill.card import model_card
 from edit_compile.distill.context import Context, Denoise, trained_parameters
 from edit_compile.distill.data import Source, open_source
+from edit_compile.distill.data.unreadable import write_unreadable
 from edit_compile.distill.distributed import make_accelerator, set_precision
 from edit_compile.distill.folder import RunFolder
 from edit_compile.distill.held_out import HeldOutError, held_out_error
@@ -106,7 +107,10 @@ def distill(
     with accelerator.main_process_first():
         restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
     with room_for_graphs(compiled=recipe.compile):
-        return _run(context, folder, base, report or (lambda row: None), restored)
+        result = _run(context, folder, base, report or (lambda row: None), restored)
+    if accelerator.is_main_process:
+        write_unreadable(folder.path, source.skipped)
+    return result
 
 
 def _run(context: Context, folder: RunFolder, base: str | None, report: Callable[[Row], None], restored: Restored | None) -> Result:

@@ -187,7 +187,7 @@ class Trainer:
         means = interval.means(lambda values: accelerator.reduce(values, "mean"))
         speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * phase.options.batch / seconds}
         if accelerator.is_main_process:
-            self.report({**place, **taken, **means, **speed})
+            self.report({**place, **taken, **means, **speed, "unreadable": len(self.context.source.skipped)})
 
 
 def steps_of(recipe: Recipe) -> int:
