@@ -27,7 +27,6 @@ from edit_compile.adapters.backends import native_attention
 from edit_compile.errors import CaptureError
 
 PROBE_DTYPE = torch.bfloat16
-_HOLDERS = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
@@ -150,19 +149,15 @@ def _all_dynamic(leaf: Any) -> Any:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor the module holds, also in plain attributes and in modules that are plain attributes."""
-    yield from module.parameters()
-    yield from module.buffers()
-    pending, seen = list(module.modules()), set(module.modules())
+    """Every tensor a module holds, also in plain attributes and in modules that are plain attributes, as teachers are."""
+    pending, seen = [module], {module}
     while pending:
         for leaf in pytree.tree_leaves(vars(pending.pop())):
             if isinstance(leaf, Tensor):
                 yield leaf
-            elif isinstance(leaf, nn.Module):
-                hidden = [m for m in leaf.modules() if m not in seen]
-                pending += hidden
-                seen.update(hidden)
-                yield from (tensor for m in hidden for tensor in [*m.parameters(recurse=False), *m.buffers(recurse=False)])
+            elif isinstance(leaf, nn.Module) and leaf not in seen:
+                seen.add(leaf)
+                pending.append(leaf)
 
 
 def _meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
