@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edit_compile.adapters.backends import weights_in
 from edit_compile.demo import models as demo
 from edit_compile.demo import text as demo_text
 from edit_compile.errors import DistillError
@@ -184,7 +185,7 @@ def make_decoder(base: str | None, device: torch.device, dtype: torch.dtype) -> 
     def vae() -> Any:
         from diffusers import AutoModel
 
-        return AutoModel.from_pretrained(base, subfolder="vae", **_in(dtype)).to(device)
+        return AutoModel.from_pretrained(base, subfolder="vae", **weights_in(dtype)).to(device)
 
     return lambda latents: _decoded(vae(), latents)
 
@@ -218,19 +219,11 @@ def load_parts(base: str, dtype: torch.dtype, transformer: nn.Module | None) -> 
             "give the pipeline as model:, or use data of kind cached"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(base, transformer=transformer, **_in(dtype))
+        pipe = DiffusionPipeline.from_pretrained(base, transformer=transformer, **weights_in(dtype))
     except Exception as error:  # a folder that is no pipeline fails in many ways
         raise DistillError(f"the VAE and text encoders of {base} cannot be loaded: {error or type(error).__name__}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _in(dtype: torch.dtype) -> dict[str, Any]:
-    """The option of `from_pretrained` that loads weights in a type: diffusers has renamed it."""
-    import diffusers
-
-    major, minor = diffusers.__version__.split(".")[:2]
-    return {"dtype" if (int(major), int(minor)) >= (0, 42) else "torch_dtype": dtype}
 
 
 def trimmed(conditions: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edit_compile.adapters.backends import weights_in
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
 
@@ -105,7 +106,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) 
     if structure_only:
         return _from_config(folder / "config.json")
     config = json.loads((folder / "config.json").read_text())
-    return _class_of(config, folder).from_pretrained(folder, torch_dtype=dtype).eval()
+    return _class_of(config, folder).from_pretrained(folder, **weights_in(dtype)).eval()
 
 
 def _from_timm(name: str, structure_only: bool) -> nn.Module:
@@ -130,7 +131,7 @@ def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> Loa
         config = Path(hf_hub_download(name, "transformer/config.json"))
         if structure_only:
             return LoadedModel(_from_config(config), name, name, False)
-        model = _class_of(json.loads(config.read_text()), name).from_pretrained(name, subfolder="transformer", torch_dtype=dtype)
+        model = _class_of(json.loads(config.read_text()), name).from_pretrained(name, subfolder="transformer", **weights_in(dtype))
         return LoadedModel(model.eval(), name, name)
     except GatedRepoError as error:
         raise ModelNotFoundError(
