@@ -7,6 +7,8 @@ import math
 import numpy as np
 from torch import nn
 
+import edit_compile as ec
+
 Array = np.ndarray
 
 
@@ -16,6 +18,14 @@ def weight(layer: nn.Module, name: str = "weight") -> Array:
 
 def linear(layer: nn.Module, x: Array) -> Array:
     return x @ weight(layer).T + weight(layer, "bias")
+
+
+def project(module: nn.Module, which: int, x: Array) -> Array:
+    """The query (0), key (1) or value (2) of tokens (N, C), by a Linear of its own or its third of a fused one."""
+    if not hasattr(module, "to_qkv"):
+        return linear((module.to_q, module.to_k, module.to_v)[which], x)
+    channels = x.shape[1]
+    return linear(module.to_qkv, x)[:, which * channels : (which + 1) * channels]
 
 
 def conv(layer: nn.Module, picture: Array, stride: int, depthwise: bool) -> Array:
@@ -53,16 +63,21 @@ def conv_fusion(module: nn.Module, x: Array, h: int, w: int) -> Array:
 def softmax_row(q: Array, keys: Array, values: Array) -> tuple[Array, float]:
     logits = [float(q @ k) / math.sqrt(len(q)) for k in keys]
     weights = [math.exp(logit) for logit in logits]
-    total = sum(weights)
-    return sum(a * v for a, v in zip(weights, values, strict=True)) / total, total
+    return weighted(weights, values), sum(weights)
 
 
 def linear_row(q: Array, keys: Array, values: Array) -> tuple[Array, float]:
     weights = [float(np.maximum(q, 0) @ np.maximum(k, 0)) for k in keys]
+    return weighted(weights, values), sum(weights)
+
+
+def weighted(weights: list[float], values: Array) -> Array:
+    """The weighted mean; zero where nothing has weight, as with a query orthogonal to every key or without any key."""
     total = sum(weights)
-    if total == 0:  # a query orthogonal to every key: the denominator is bounded below, so the answer is zero
-        return np.zeros(values.shape[1]), 0.0
-    return sum(a * v for a, v in zip(weights, values, strict=True)) / total, total
+    mean = np.zeros(values.shape[1])
+    for a, v in zip(weights, values, strict=True):
+        mean += a / total * v if total else 0
+    return mean
 
 
 def rms(x: Array, layer: nn.Module) -> Array:
@@ -79,47 +94,91 @@ def rope(x: Array, positions: Array) -> Array:
     return x * np.cos(angles) + rotated * np.sin(angles)
 
 
-def site(module: nn.Module, image: Array, text: Array | None, h: int, w: int, *, rotary: bool, eta: str, full_text_keys: bool) -> Array:
-    """A converted ToyAttention on one sample: image (N, C) and text (T, C) to all rows in the module's order."""
-    n, t = h * w, 0 if text is None else len(text)
-    offset = t if module.text_first else 0
-    image_positions = offset + np.arange(n)
-    text_positions = (0 if module.text_first else n) + np.arange(t)
-    centres = np.array([i * w + j for i in range(0, h, 2) for j in range(0, w, 2)])
-    heads, channels = module.heads, image.shape[1]
-    size = channels // heads
+def image_projection(module: nn.Module, config: ec.LinearizeConfig, which: int, image: Array, h: int, w: int) -> Array:
+    """Query, key or value of the image tokens under the configured row of the paper's ablation."""
+    name = ("query", "key", "value")[which]
+    kind, added = getattr(config, name), getattr(module.edit, name)
+    if kind == "conv-fusion":
+        return project(module, which, conv_fusion(added, image, h, w))
+    projected = project(module, which, image)
+    if kind == "compressor":
+        return conv(added.conv, projected.reshape(h, w, -1), 2, True).reshape(-1, projected.shape[1])
+    return projected
 
-    q_image = linear(module.to_q, conv_fusion(module.edit.query, image, h, w))
-    k_full, v_full = linear(module.to_k, image), linear(module.to_v, image)
-    k_small, v_small = (
-        conv(part.conv, x.reshape(h, w, -1), 2, True).reshape(-1, channels)
-        for part, x in ((module.edit.key, k_full), (module.edit.value, v_full))
-    )
-    empty = np.zeros((0, channels))
-    q_text, k_text, v_text = (linear(layer, text) if text is not None else empty for layer in (module.to_q, module.to_k, module.to_v))
 
-    rows = np.zeros((n + t, channels))
-    for head in range(heads):
-        cut = slice(head * size, (head + 1) * size)
+def share_of_linear(
+    module: nn.Module, config: ec.LinearizeConfig, head: int, image: int, others: int, z_linear: float, z_text: float
+) -> float:
+    """Eta, from the numbers of tokens or from the normalisers."""
+    if config.eta == "exact":
+        return z_linear / (z_linear + z_text)
+    a = math.exp(float(weight(module.edit, "log_weight")[head, 0, 0])) if config.eta == "calibrated" else 1
+    return image * a / (image * a + others)
 
-        def key(x: Array, positions: Array, norm: nn.Module, cut: slice = cut) -> Array:
-            normed = rms(x[:, cut], norm)
-            return rope(normed, positions) if rotary else normed
 
-        qi, qt = key(q_image, image_positions, module.norm_q), key(q_text, text_positions, module.norm_q)
-        ki, kf = key(k_small, image_positions[centres], module.norm_k), key(k_full, image_positions, module.norm_k)
-        kt, vi, vf, vt = key(k_text, text_positions, module.norm_k), v_small[:, cut], v_full[:, cut], v_text[:, cut]
-        seen_k, seen_v = (kf, vf) if full_text_keys else (ki, vi)
+def site(
+    module: nn.Module,
+    config: ec.LinearizeConfig,
+    image: Array,
+    text: Array | None,
+    h: int,
+    w: int,
+    *,
+    rotary: bool = False,
+    counts: Array | None = None,
+) -> Array:
+    """A converted ToyAttention on one sample.
+
+    Args:
+        image: (R + N, C), registers before the image tokens.
+        text: (T, C).
+        counts: (T,), false for padding.
+
+    Returns:
+        All rows, (R + N + T, C), in the module's order.
+    """
+    n, channels = h * w, image.shape[1]
+    registers, image = np.split(image, [len(image) - n])
+    text = np.zeros((0, channels)) if text is None else text
+    r, t = len(registers), len(text)
+    start = (t if module.text_first else 0) + r
+    image_positions = start + np.arange(n)
+    text_positions = (0 if module.text_first else r + n) + np.arange(t)
+    other_positions = np.concatenate([start - r + np.arange(r), text_positions])
+    others = np.concatenate([registers, text])
+    counted = np.ones(r + t, dtype=bool)
+    if counts is not None:
+        counted[r:] = counts
+
+    compressed = config.key == "compressor"
+    centres = image_positions.reshape(h, w)[::2, ::2].flatten() if compressed else image_positions
+    q_image, k_image, v_image = (image_projection(module, config, which, image, h, w) for which in range(3))
+    q_other, k_other, v_other = (project(module, which, others) for which in range(3))
+    full_text_keys = compressed and config.text_keys == "full"
+    seen_positions = image_positions if full_text_keys else centres
+    k_seen, v_seen = (project(module, 1, image), project(module, 2, image)) if full_text_keys else (k_image, v_image)
+
+    size = channels // module.heads
+    group_size = module.heads // module.key_heads
+    rows = np.zeros((n + r + t, channels))
+    for head in range(module.heads):
+        group = head // group_size
+        cut, key_cut = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
+
+        def turned(x: Array, positions: Array, norm: nn.Module) -> Array:
+            return rope(rms(x, norm), positions) if rotary else rms(x, norm)
+
+        qi, qo = turned(q_image[:, cut], image_positions, module.norm_q), turned(q_other[:, cut], other_positions, module.norm_q)
+        ki, vi = turned(k_image[:, key_cut], centres, module.norm_k), v_image[:, key_cut]
+        ks, vs = turned(k_seen[:, key_cut], seen_positions, module.norm_k), v_seen[:, key_cut]
+        ko, vo = turned(k_other[:, key_cut], other_positions, module.norm_k)[counted], v_other[counted][:, key_cut]
         for i in range(n):
             y, z_linear = linear_row(qi[i], ki, vi)
-            if t:
-                y_text, z_text = softmax_row(qi[i], kt, vt)
-                share = z_linear / (z_linear + z_text) if eta == "exact" else n / (n + t)
-                if eta == "calibrated":
-                    a = math.exp(float(weight(module.edit, "log_weight")[head, 0, 0]))
-                    share = n * a / (n * a + t)
-                y = share * y + (1 - share) * y_text
+            if r + t:
+                y_other, z_other = softmax_row(qi[i], ko, vo)
+                eta = share_of_linear(module, config, head, n, counted.sum(), z_linear, z_other)
+                y = eta * y + (1 - eta) * y_other
             rows[image_positions[i], cut] = y
-        for i in range(t):
-            rows[text_positions[i], cut] = softmax_row(qt[i], np.concatenate([seen_k, kt]), np.concatenate([seen_v, vt]))[0]
+        for i in range(r + t):
+            rows[other_positions[i], cut] = softmax_row(qo[i], np.concatenate([ks, ko]), np.concatenate([vs, vo]))[0]
     return linear(module.to_out, rows)
