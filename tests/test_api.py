@@ -197,14 +197,15 @@ def test_regional_compile_needs_no_more_graphs_than_the_untouched_model_nor_for_
         model = toy.Toy(blocks=blocks, joint=True, rope=True).eval()
         for block in model.blocks:
             block.compile(dynamic=True, fullgraph=True, backend="eager")
-        return graphs(model, RESOLUTIONS[:SOME])
+        return graphs(model, RESOLUTIONS[:2])
 
     def of_student(blocks):
         model = toy.Toy(blocks=blocks, joint=True, rope=True).eval()
-        return graphs(ec.compile(ec.linearize(model, example_inputs=example), backend="eager"), RESOLUTIONS[:SOME])
+        return graphs(ec.compile(ec.linearize(model, example_inputs=example), backend="eager"), RESOLUTIONS[:2])
 
-    assert of_student(2) <= of_teacher(2)
-    assert of_student(8) == of_student(2)
+    two = of_student(2)
+    assert 0 < two <= of_teacher(2)
+    assert of_student(4) == two
 
 
 def test_export_of_the_student(student):
