@@ -12,10 +12,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from edit_compile.config import LinearizeConfig
-from edit_compile.designs import find_design
+from edit_compile.designs import Additions, find_design
 from edit_compile.errors import RewriteError
 from edit_compile.grid import RUNTIME, Runtime
-from edit_compile.passes.rewrite import ADDED, Additions
+from edit_compile.passes.rewrite import ADDED
 
 TEACHER = "_edit_teacher"
 _LIVE = ("training", "forward")  # attributes that act on a converted site as on any module

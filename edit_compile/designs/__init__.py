@@ -2,9 +2,9 @@
 
 from edit_compile.designs.edit import EDIT
 from edit_compile.designs.mm_edit import MM_EDIT
-from edit_compile.designs.registry import Design, design_names, find_design, register
+from edit_compile.designs.registry import Additions, Design, design_names, find_design, register
 
 register(EDIT)
 register(MM_EDIT)
 
-__all__ = ["Design", "design_names", "find_design", "register"]
+__all__ = ["Additions", "Design", "design_names", "find_design", "register"]

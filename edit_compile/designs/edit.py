@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs.attention import linear_attention, log_weights, matching_heads
 from edit_compile.designs.convolution import ConvFusion, SpatialCompressor
-from edit_compile.designs.registry import Design
-
-if TYPE_CHECKING:
-    from edit_compile.passes.rewrite import Additions
+from edit_compile.designs.registry import Additions, Design
 
 
 def projection_module(kind: str, channels: int, config: LinearizeConfig) -> nn.Module | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +9,8 @@ from torch import Tensor, nn
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs.attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
 from edit_compile.designs.edit import projection_module
-from edit_compile.designs.registry import Design
+from edit_compile.designs.registry import Additions, Design
 from edit_compile.designs.segments import image_span
-
-if TYPE_CHECKING:
-    from edit_compile.passes.rewrite import Additions
 
 START_LOG_WEIGHT = -2.0
 

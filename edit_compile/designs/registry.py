@@ -12,7 +12,19 @@ from edit_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from edit_compile.config import LinearizeConfig
-    from edit_compile.passes.rewrite import Additions
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What a rewritten site's design module is built from."""
+
+    design: str
+    channels: dict[str, int]
+    heads: int
+    head_channels: int
+    scale: float | None
+    before: int | None
+    after: int | None
 
 
 @dataclass(frozen=True)

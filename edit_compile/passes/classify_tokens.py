@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from edit_compile.capture import Capture
-from edit_compile.passes.axes import Axis, Piece, Value, flow_axes, fresh, hint, shape_of
+from edit_compile.passes.axes import Axis, Piece, Value, fresh, hint, shape_of
+from edit_compile.passes.axis_flow import flow_axes
 from edit_compile.tokens import Grid, Segment, TokenKind, TokenLayout
 
 MOST_ID_COLUMNS = 4

@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from edit_compile.capture import Capture
 from edit_compile.config import LinearizeConfig
-from edit_compile.designs import find_design
+from edit_compile.designs import Additions, find_design
 from edit_compile.designs.segments import cut_image, sample_axis
 from edit_compile.errors import RewriteError
-from edit_compile.passes.axes import Axis, Piece, Value, axis_size, flow_axes, hint, shape_of
+from edit_compile.passes.axes import Axis, Piece, Value, axis_size, hint, shape_of
+from edit_compile.passes.axis_flow import flow_axes
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.clean import clean, remove_dead
 from edit_compile.passes.find_attention import LINEARS, Attention, find_attention
@@ -26,19 +27,6 @@ from edit_compile.tokens import TokenKind
 
 ADDED = "edit"
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Additions:
-    """What a rewritten site's design module is built from."""
-
-    design: str
-    channels: dict[str, int]
-    heads: int
-    head_channels: int
-    scale: float | None
-    before: int | None
-    after: int | None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from edit_compile.errors import RewriteError
-from edit_compile.passes.axes import Piece, axis_size, flow_axes, shape_of
+from edit_compile.passes.axes import Piece, axis_size, shape_of
+from edit_compile.passes.axis_flow import flow_axes
 from edit_compile.passes.lanes import IMAGE, Lane, is_image, place
 from hand_built import Built, aten
 

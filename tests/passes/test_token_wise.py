@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edit_compile.passes.axes import flow_axes, fresh, shape_of
+from edit_compile.passes.axes import fresh, shape_of
+from edit_compile.passes.axis_flow import flow_axes
 from edit_compile.passes.token_wise import mixing_node
 from hand_built import Built, aten
 
