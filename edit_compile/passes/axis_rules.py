@@ -126,8 +126,8 @@ def _cat(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: 
 def _stack(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     parts = [axes[n] for n in node.args[0]]
     dim = _arg(node, 1, "dim", 0) % len(shape)
-    joined = [reduce(joined, (part[d] for part in parts)) for d in range(len(shape) - 1)]
-    return (*joined[:dim], fresh(shape[dim]), *joined[dim:])
+    common = [reduce(joined, (part[d] for part in parts)) for d in range(len(shape) - 1)]
+    return (*common[:dim], fresh(shape[dim]), *common[dim:])
 
 
 def _linear(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:

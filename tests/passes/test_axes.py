@@ -257,6 +257,12 @@ def test_dimensions_that_go_come_and_move(target, args, expected):
     assert [next(iter(axis[0].sources), None) for axis in axes] == expected
 
 
+def test_stacking_puts_a_new_dimension_between_those_in_common():
+    built = Built()
+    (axes,) = axes_of(built.output(built(aten.stack.default, [built.input("x", 2, 3, 5), built.input("y", 2, 3, 5)], -1)))
+    assert [axis[0].sources for axis in axes] == [{"x0", "y0"}, {"x1", "y1"}, {"x2", "y2"}, frozenset()]
+
+
 @pytest.mark.parametrize("target", [aten.chunk.default, aten.split.Tensor])
 def test_parts_start_where_the_ones_before_end(target):
     built = Built()
