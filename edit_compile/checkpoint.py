@@ -6,7 +6,6 @@ takes effect: killed before, the folder still holds the previous checkpoint. Not
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from edit_compile.adapters.pretrained import origin_of, with_transformer
 from edit_compile.api import linearize, plan_of
 from edit_compile.conversion import FINGERPRINT
 from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError
+from edit_compile.files import flush, sha256
 from edit_compile.fingerprint import TensorPrint, difference, fingerprint
 from edit_compile.grid import converted_model
 from edit_compile.passes.rewrite import ADDED
@@ -93,13 +93,13 @@ def _write(folder: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) ->
     with tempfile.TemporaryDirectory(prefix=".edit_compile-", dir=folder) as name:
         temporary = Path(name)
         save_file(tensors, temporary / "tensors")
-        digest = _sha256(temporary / "tensors")
+        digest = sha256(temporary / "tensors")
         index = _Index(tensors=f"edit_compile-{digest[:12]}.safetensors", sha256=digest, **entries)
         (temporary / "index").write_text(index.model_dump_json())
         for file, final in (("tensors", index.tensors), ("index", INDEX)):
-            _flush(temporary / file)
+            flush(temporary / file)
             os.replace(temporary / file, folder / final)
-            _flush(folder)
+            flush(folder)
     for old in folder.glob("edit_compile-*.safetensors"):
         if old.name != index.tensors:
             old.unlink()
@@ -249,7 +249,7 @@ def _read_tensors(folder: Path, index: _Index) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder / INDEX} names {index.tensors!r}, a path outside the folder")
     path = folder / index.tensors  # may be a link, as in the hub's cache: the hash says whether it is the right file
     try:
-        if _sha256(path) != index.sha256:
+        if sha256(path) != index.sha256:
             raise CheckpointError(f"{path} is damaged: it does not have the hash that {INDEX} gives")
         return load_file(path)
     except FileNotFoundError:
@@ -276,19 +276,3 @@ def _check_names(folder: Path, found: dict[str, Tensor], expected: dict[str, Ten
     for problem, names in (("lacks", missing), ("has unknown", extra), ("has wrong shapes for", sorted(shapes))):
         if names:
             raise CheckpointError(f"{folder} {problem} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}; nothing was loaded")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """To the disk; a folder too, where the system allows that."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

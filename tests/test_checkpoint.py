@@ -289,7 +289,7 @@ def test_missing_and_extra_keys(base, folder, lose, message):
     else:
         tensors["blocks.9.extra"] = torch.zeros(1)
     save_file(tensors, path)
-    change(folder, sha256=checkpoint._sha256(path))
+    change(folder, sha256=checkpoint.sha256(path))
     with pytest.raises(ec.CheckpointError, match=message):
         ec.load(folder, base)
 

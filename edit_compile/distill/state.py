@@ -6,7 +6,6 @@ kept. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from torch import Tensor
 from edit_compile.distill.guard import Guard
 from edit_compile.distill.section import Section
 from edit_compile.errors import DistillError
+from edit_compile.files import flush, sha256
 
 VERSION = 1
 _JSON, _TENSORS, _TEMPORARY = "state.json", "state.safetensors", "unfinished-"
@@ -69,14 +69,14 @@ def write_state(folder: Path, state: State, tensors: dict[str, Tensor], keep: in
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / _TENSORS)
-        state = state.model_copy(update={"sha256": _sha256(temporary / _TENSORS)})
+        state = state.model_copy(update={"sha256": sha256(temporary / _TENSORS)})
         (temporary / _JSON).write_text(state.model_dump_json(indent=2))
         for path in (temporary / _TENSORS, temporary / _JSON, temporary):
-            _flush(path)
+            flush(path)
         if place.exists():
             shutil.rmtree(place)
         os.replace(temporary, place)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DistillError(f"checkpoint {place} cannot be written: {error}; {last_good(folder)}") from error
@@ -134,7 +134,7 @@ def _read(path: Path) -> tuple[State, dict[str, Tensor]]:
         raise ValueError(f"{_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if state.version != VERSION:
         raise ValueError(f"it has version {state.version}, this release reads version {VERSION}")
-    if _sha256(path / _TENSORS) != state.sha256:
+    if sha256(path / _TENSORS) != state.sha256:
         raise ValueError(f"{_TENSORS} does not have the hash that {_JSON} gives")
     return state, load_file(path / _TENSORS)
 
@@ -142,16 +142,3 @@ def _read(path: Path) -> tuple[State, dict[str, Tensor]]:
 def _remove(checkpoint: Path) -> None:
     (checkpoint / _JSON).unlink()  # from here on it is none
     shutil.rmtree(checkpoint)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -84,7 +84,7 @@ def main(folder, seed):
     rng = random.Random(seed)
     toy_distill.student()
     attempt(folder / "straight", {})
-    in_saves = [(state, "_flush"), (state, "save_file"), (state, "_remove"), (state.os, "replace"), (state.shutil, "rmtree")]
+    in_saves = [(state, "flush"), (state, "save_file"), (state, "_remove"), (state.os, "replace"), (state.shutil, "rmtree")]
     kills, in_save = 0, 0
     for number in range(40):
         plan = {"position": rng.randrange(0, 2 * STEPS)} if number % 2 else {"call": (*rng.choice(in_saves), rng.randrange(1, 5))}
