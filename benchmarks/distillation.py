@@ -2,8 +2,12 @@
 
 Both demo models, by their recipes, with and without the layer-wise warm start at equal training time, several seeds. Given are the
 held-out relative output error (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) and caption obedience on
-the same 200 held-out captions and seeds as the teacher's. Finished runs are kept in `OUT`, so a rerun continues;
-`OUT/table.md` is written anew after each.
+the same 200 held-out captions and seeds as the teacher's.
+
+Equal time is a number of steps: without the warm start the stage gets as many more as take its time, by the medians of short runs of
+both, in turns, before anything else. So the comparison holds on a busy machine too, and models may run side by side
+(`--models mm-dit` and `--models dit`, each with a folder). Finished runs are kept in `OUT`, so a rerun continues; `OUT/table.md` is
+written anew after each.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from edit_compile.demo.obedience import Obedience, obedience
 from edit_compile.distill import distill, load_recipe
 
 PROMPTS = 200
+TIMED, TURNS = 12, 3  # steps of a short run, and how many of them
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,26 @@ def run(recipe: str, folder: Path, overrides: Sequence[str]) -> Run:
     return Run(**json.loads(finished.read_text()))
 
 
-def steps_without_warm_start(folder: Path) -> int:
-    """How many steps of the first stage take as long as a finished run's warm start and stage together."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "seconds_per_step" in row]
-    stage = [row["seconds_per_step"] for row in steps if row["phase"] != "warm start"]
-    return round(json.loads((folder / "result.json").read_text())["seconds"] / statistics.mean(stage))
+def seconds_per_step(recipe: str, folder: Path) -> dict[str, float]:
+    """Of the warm start and of the stage, medians over short runs of both in turns; measured now unless it was before."""
+    finished = folder / "seconds_per_step.json"
+    if not finished.exists():
+        seconds: dict[str, list[float]] = {"warm start": [], "stage 0": []}
+        changes = [f"warm_start.steps={TIMED}", f"stage.0.steps={TIMED}", "log_every=1", "held_out.samples=16", "samples.count=1"]
+        for turn in range(TURNS):
+            rows: list[dict[str, Any]] = []
+            distill(load_recipe(recipe, changes), folder / f"timed-{turn}", report=rows.append)
+            for name, found in seconds.items():
+                found += [row["seconds_per_step"] for row in rows if row["phase"] == name and row["step"] > 2]
+        finished.write_text(json.dumps({name: statistics.median(found) for name, found in seconds.items()}))
+    return json.loads(finished.read_text())
+
+
+def steps_without_warm_start(name: str, seconds: dict[str, float]) -> int:
+    """How many steps of the stage take as long as a recipe's warm start and stage together."""
+    recipe = load_recipe(name)
+    assert recipe.warm_start is not None
+    return recipe.stage[0].steps + round(recipe.warm_start.steps * seconds["warm start"] / seconds["stage 0"])
 
 
 def row(name: str, warm: bool, runs: list[Run]) -> str:
@@ -81,18 +100,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=models.NAMES, default=list(models.NAMES))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    timed = {name: seconds_per_step(f"demo-{name}", args.out / name) for name in args.models}
     teachers = {f"demo/{name}": obedience(load_model(f"demo/{name}").model, PROMPTS) for name in args.models}
     runs: dict[tuple[str, bool], list[Run]] = {}
     for seed in range(args.seeds):
         for name in args.models:
-            folder = args.out / f"{name}-warm-{seed}"
-            found = {True: run(f"demo-{name}", folder, [f"seed={seed}"])}
-            cold = ["warm_start=null", f"stage.0.steps={steps_without_warm_start(folder)}", f"seed={seed}"]
-            found[False] = run(f"demo-{name}", args.out / f"{name}-cold-{seed}", cold)
-            for warm, made in found.items():
-                runs.setdefault((f"demo/{name}", warm), []).append(made)
-            (args.out / "table.md").write_text(table(teachers, runs))
-            print(table(teachers, runs), flush=True)
+            longer = ["warm_start=null", f"stage.0.steps={steps_without_warm_start(f'demo-{name}', timed[name])}"]
+            for warm, changes in ((True, []), (False, longer)):
+                folder = args.out / name / f"{'warm' if warm else 'cold'}-{seed}"
+                runs.setdefault((f"demo/{name}", warm), []).append(run(f"demo-{name}", folder, [*changes, f"seed={seed}"]))
+                (args.out / "table.md").write_text(table(teachers, runs))
+                print(table(teachers, runs), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from edit_compile.files import replacing
 
 _MARGIN, _GAP, _FONT_SIZE, _CAPTION_WIDTH = 16, 8, 15, 250
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
@@ -48,9 +49,5 @@ def picture_grid(captions: Sequence[str], columns: Sequence[tuple[str, Sequence[
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a picture at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

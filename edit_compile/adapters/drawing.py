@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.adapters.encoders import load_parts
+from edit_compile.adapters.families import of_family
 from edit_compile.demo import models as demo
 from edit_compile.errors import DistillError
 
@@ -42,10 +43,10 @@ def make_drawer(model: nn.Module, base: str | None, device: torch.device, dtype:
     """
     if base in demo.SOURCES:
         return _demo_drawer(model, options)
-    found = [_FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _FAMILIES]
-    if base is None or not found:
+    family = of_family(model, _FAMILIES)
+    if base is None or family is None:
         raise DistillError(f"a {type(model).__name__} cannot draw samples: its pipeline is not known (known: {', '.join(_FAMILIES)})")
-    (fixed, unpack), pipe = found[0], load_parts(base, dtype, model).to(device)
+    (fixed, unpack), pipe = family, load_parts(base, dtype, model).to(device)
 
     def draw(captions: Sequence[str], shape: tuple[int, int], seeds: Sequence[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

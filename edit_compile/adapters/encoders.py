@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.adapters.backends import weights_in
+from edit_compile.adapters.families import of_family
 from edit_compile.demo import models as demo
 from edit_compile.demo import text as demo_text
 from edit_compile.errors import DistillError
@@ -73,9 +74,9 @@ _FAMILIES = {
 
 
 def _family(model: nn.Module) -> _Family:
-    for base in type(model).__mro__:
-        if base.__name__ in _FAMILIES:
-            return _FAMILIES[base.__name__]
+    family = of_family(model, _FAMILIES)
+    if family is not None:
+        return family
     raise DistillError(
         f"how captions reach a {type(model).__name__} is not known (known: {', '.join(_FAMILIES)}); pass distill(source=...)"
     )

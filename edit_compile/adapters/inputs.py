@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edit_compile.adapters.families import of_family
 from edit_compile.demo.text import TEXT_LENGTH as DEMO_TEXT
 from edit_compile.errors import GridError, NoExampleInputsError
 
@@ -156,9 +157,9 @@ _FAMILIES: dict[str, _Family] = {
 
 
 def _family(model: nn.Module) -> _Family:
-    for base in type(model).__mro__:
-        if base.__name__ in _FAMILIES:
-            return _FAMILIES[base.__name__]
+    family = of_family(model, _FAMILIES)
+    if family is not None:
+        return family
     raise NoExampleInputsError(
         f"no example inputs are known for {type(model).__name__} (known: {', '.join(_FAMILIES)}); pass "
         "example_inputs=dict(...), keyword arguments of one forward, or record them: edit_compile.record(pipe, prompt=...)"

@@ -42,7 +42,7 @@ def architectures() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _ARCHITECTURES.glob("*.json")))
 
 
-def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: bool = False) -> LoadedModel:
+def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: bool = False, random_weights: bool = False) -> LoadedModel:
     """The transformer that a name stands for.
 
     Args:
@@ -50,6 +50,7 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: b
             transformer's `config.json` (no weights), or a hub id.
         dtype: to load the weights in; default: as stored.
         structure_only: no weights, on the meta device, whatever the name.
+        random_weights: what has no weights gets random ones, of torch's generator, instead of none.
 
     Raises:
         ModelNotFoundError: the name leads nowhere, or the hub does not give the model; says what to do.
@@ -63,11 +64,11 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: b
     if kind == "arch":
         if rest not in architectures():
             raise ModelNotFoundError(f"no built-in architecture {rest!r}; there are: {', '.join(architectures())}")
-        return LoadedModel(_from_config(_ARCHITECTURES / f"{rest}.json"), name, None, False)
+        return _without_weights(_ARCHITECTURES / f"{rest}.json", name, random_weights and not structure_only)
     if kind == "timm":
         return LoadedModel(_from_timm(rest, structure_only), name, None, not structure_only)
     if path.is_file():
-        return LoadedModel(_from_config(path), str(path.resolve()), None, False)
+        return _without_weights(path, str(path.resolve()), random_weights and not structure_only)
     if path.is_dir():
         return _from_local(path.resolve(), dtype, structure_only)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -93,12 +94,16 @@ def _class_of(config: dict[str, Any], where: Any) -> Any:
     return found
 
 
-def _from_config(path: Path) -> nn.Module:
+def _without_weights(config: Path, source: str, random_weights: bool) -> LoadedModel:
+    return LoadedModel(_from_config(config, "cpu" if random_weights else "meta"), source, None, random_weights)
+
+
+def _from_config(path: Path, device: str = "meta") -> nn.Module:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ModelNotFoundError(f"{path} is no JSON: {error}") from None
-    with torch.device("meta"):
+    with torch.device(device):
         return _class_of(config, path).from_config(config).eval()
 
 

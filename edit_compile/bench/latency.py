@@ -15,6 +15,8 @@ from torch import nn
 from edit_compile.api import compile as compile_regionally
 from edit_compile.api import teacher
 
+_LONG = 0.05
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -87,6 +89,21 @@ def compare_calls(
     first, second = zip(*pairs, strict=True)
     memory = (_peak(teacher_call), _peak(student_call)) if torch.cuda.is_available() else None
     return Timing.of(first), Timing.of(second), Timing.of([a / b for a, b in pairs]), memory
+
+
+def matrix_product_speed(dtype: torch.dtype) -> float:
+    """FLOPs per second of a product of two square matrices, large if that is fast, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fastest = 0.0
+    for size in (256, 512, 1024, 2048, 4096):
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        product = partial(torch.mm, a, a)
+        product()
+        seconds = min(_seconds(product), _seconds(product))
+        fastest = max(fastest, 2 * size**3 / seconds)
+        if seconds > _LONG:  # some CPUs are a hundred times slower in bfloat16
+            break
+    return fastest
 
 
 def _seconds(call: Callable[[], Any]) -> float:

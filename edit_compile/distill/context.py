@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,9 @@ class Context:
 
     def predict(self, model: nn.Module, sample: Sample) -> Tensor:
         """A model's prediction, in the run's precision."""
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        device = self.accelerator.device.type
+        autocast = torch.autocast(device, torch.bfloat16, enabled=self.recipe.precision == "bf16") if device != "meta" else nullcontext()
+        with autocast:  # the meta device, of dry runs, has none
             return self.denoise(model, sample.x, sample.times, sample.conditions)
 
     def own_rows(self, batch: int, micro_batch: int | None) -> list[range]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from edit_compile.distill.metrics import Row
 from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.state import State, checkpoints, read_state
 from edit_compile.errors import DistillError
+from edit_compile.files import write_text
 
 # What may differ when a run is continued: it changes nothing about the result.
 _FREE = ("save_every", "keep", "log_every", "max_skipped", "trackers", "samples.every", "samples.count", "samples.steps")
@@ -80,8 +80,8 @@ class RunFolder:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         rows = self.metrics.read_text().splitlines(keepends=True) if total and self.metrics.exists() else []
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["total"] <= total]
-        _write(self.metrics, "".join(kept))
-        _write(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        write_text(self.metrics, "".join(kept))
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
     def rows(self) -> list[Row]:
         """All rows of metrics."""
@@ -99,15 +99,9 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any], card: str) -> None:
         """Note the result and the model card; what was there to resume from goes."""
-        _write(self.path / "README.md", card)
-        _write(self.result, json.dumps(result, indent=2))
+        write_text(self.path / "README.md", card)
+        write_text(self.result, json.dumps(result, indent=2))
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from edit_compile.distill.metrics import Row
 from edit_compile.distill.plot import LOSSES
@@ -18,7 +19,7 @@ from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.runner import Result
 from edit_compile.distill.training import steps_of
 from edit_compile.distill.trial import Trial
-from edit_compile.report import PlanTable, plan_summary
+from edit_compile.report import PlanTable, magnitude, plan_summary
 
 
 def _console(**options: Any) -> Console:
@@ -79,4 +80,31 @@ def print_trial(trial: Trial, as_json: bool) -> None:
     console.print(yaml.safe_dump(trial.recipe.model_dump(mode="json"), sort_keys=False), markup=False)
     console.print(PlanTable(trial.plan))
     console.print(f"{trial.trained:,} of {trial.parameters:,} parameters are trained")
-    console.print(f"{trial.state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and moving average; activations come on top")
+    kept = f"{_gibibytes(trial.state_bytes)} for weights, gradients, optimizer and moving average"
+    console.print(f"{kept}; with activations, at the peak of a step in one process:")
+    console.print(_phases_table(trial))
+    for name, reason in trial.impossible.items():
+        console.print(f"{name}: not estimated: {reason}", markup=False)
+    speed = f"{magnitude(round(trial.flops_per_second))}FLOP/s"
+    console.print(f"The time is if everything ran as fast as a large matrix product does here ({speed}); real steps take longer.")
+
+
+def _phases_table(trial: Trial) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("phase", "pixels", "steps", "samples a step", "in forwards of", "FLOPs a step", "memory", "time at least"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in trial.phases:
+        counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", magnitude(phase.flops), _gibibytes(phase.bytes))
+        table.add_row(phase.name, f"{phase.height} x {phase.width}", *counts, _duration(trial.least_seconds(phase)))
+    return table
+
+
+def _gibibytes(number: int) -> str:
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -100,6 +100,12 @@ class HeldOut(Section):
     batch: PositiveInt = 16
     buckets: PositiveInt = 4
 
+    @model_validator(mode="after")
+    def _no_empty_bucket(self) -> HeldOut:
+        if self.samples < self.buckets:
+            raise ValueError(f"{self.samples} samples do not fill {self.buckets} buckets: give more samples, or fewer buckets")
+        return self
+
 
 class Samples(Section):
     """Pictures of teacher and student, drawn in `samples/` while training and at the end.

@@ -21,6 +21,7 @@ from edit_compile.demo.models import NAMES as DEMOS
 from edit_compile.distill.card import model_card
 from edit_compile.distill.context import Context, Denoise, trained_parameters
 from edit_compile.distill.data import Source, open_source
+from edit_compile.distill.data.random_data import RandomData
 from edit_compile.distill.data.unreadable import write_unreadable
 from edit_compile.distill.distributed import make_accelerator, set_precision
 from edit_compile.distill.folder import RunFolder
@@ -166,10 +167,13 @@ def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:
         student = load(recipe.model)
         base = student.__dict__.get("edit_base")
         return base, student, _process(recipe, base)
-    loaded = load_model(recipe.model)
-    torch.manual_seed(recipe.seed)  # of what conversion adds
+    torch.manual_seed(recipe.seed)  # of what conversion adds, and of random weights
+    loaded = load_model(recipe.model, random_weights=isinstance(recipe.data, RandomData))
     if not loaded.has_weights:
-        raise DistillError(f"{recipe.model} is structure only, without weights to distill")
+        raise DistillError(
+            f"{recipe.model} is structure only, without weights to distill; data: {{kind: random}} tries speed and memory "
+            "with random weights"
+        )
     base = loaded.pipeline or loaded.source
     return base, linearize(loaded.model, recipe.convert), _process(recipe, base)
 
@@ -177,6 +181,8 @@ def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:
 def _process(recipe: Recipe, base: str | None) -> Process:
     if recipe.prediction != "auto":
         return default_process(recipe.prediction)
+    if isinstance(recipe.data, RandomData):
+        return default_process("rectified-flow")  # whatever it is: nothing is learned
     if base is None:
         raise DistillError("what the model predicts is not known without its pipeline; set prediction: in the recipe")
     if base in [f"demo/{name}" for name in DEMOS]:

@@ -29,18 +29,25 @@ class Sampler:
     teachers: Tensor | None = field(default=None, init=False)
 
     def save(self, path: Path) -> None:
-        """A grid as PNG: caption, teacher, student."""
+        """A grid as PNG: caption, teacher, student. None where the data's latents cannot be decoded."""
         context, count = self.context, self.context.recipe.samples.count
         request = Request(0, count, range(count), self.height, self.width, "held-out")
         batch = context.source.batch(request)
+        if context.source.pixels(batch.pictures[:1]) is None:
+            return
         noise = noise_for(request.positions, batch.pictures.shape[1:], context.recipe.seed, "samples")
         start = context.on_device(Sample(noise, torch.zeros(count), batch.conditions, noise))
         if self.teachers is None:
             with context.teaching() as model:
                 self.teachers = draw(context, model, start)
-        columns = [("teacher", _pixels(context, self.teachers)), ("student", _pixels(context, draw(context, context.student, start)))]
+        students = draw(context, context.student, start)
         if context.accelerator.is_main_process:
+            columns = [("teacher", self._pixels(self.teachers)), ("student", self._pixels(students))]
             save_png(picture_grid(batch.captions or [""] * count, columns), path)
+
+    def _pixels(self, pictures: Tensor) -> list[np.ndarray]:
+        found = self.context.source.pixels(pictures.cpu())
+        return [] if found is None else list(found.permute(0, 2, 3, 1).float().numpy())
 
 
 @torch.no_grad()
@@ -54,7 +61,3 @@ def draw(context: Context, model: nn.Module, start: Sample) -> Tensor:
         picture, noise = process.split(x, prediction, times)
         x = picture if then is None else process.mixed(picture, noise, torch.full_like(times, then))[0]
     return x
-
-
-def _pixels(context: Context, pictures: Tensor) -> list[np.ndarray]:
-    return list(context.source.pixels(pictures.cpu()).permute(0, 2, 3, 1).float().numpy())

@@ -34,7 +34,7 @@ def fitting(student: nn.Module, share: float) -> Iterator[dict[str, Tensor]]:
 
     def hook(site: ConvertedSite, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with torch.no_grad():
-            expected = site.edit_teacher(*args, **kwargs)
+            expected = site.edit_teach(*args, **kwargs)
         loss = relative_error(tensors_of(output), tensors_of(expected)).mean()
         (loss * share).backward()
         losses[site.edit_path] = losses.get(site.edit_path, 0) + loss.detach() * share

@@ -30,11 +30,12 @@ from edit_compile.distill.data.hub import DatasetData
 from edit_compile.distill.data.images import ImagesData
 from edit_compile.distill.data.opening import open_cache, open_pictures, open_prompts
 from edit_compile.distill.data.prompts import PromptsData
+from edit_compile.distill.data.random_data import Random, RandomData
 from edit_compile.distill.data.shapes import Shapes, ShapesData
 from edit_compile.distill.data.source import Batch, Origin, Request, Source, Split
 from edit_compile.distill.data.tar_shards import TarData
 
-Data = Annotated[ShapesData | ImagesData | DatasetData | TarData | PromptsData | CachedData, Field(discriminator="kind")]
+Data = Annotated[ShapesData | ImagesData | DatasetData | TarData | PromptsData | CachedData | RandomData, Field(discriminator="kind")]
 
 SOURCES: dict[str, Callable[[Any, Origin], Source]] = {
     "shapes": lambda data, origin: Shapes(data, origin.model, origin.seed),
@@ -43,6 +44,7 @@ SOURCES: dict[str, Callable[[Any, Origin], Source]] = {
     "webdataset": open_pictures,
     "prompts": open_prompts,
     "cached": open_cache,
+    "random": lambda data, origin: Random(origin.model, origin.seed),
 }
 
 __all__ = ["SOURCES", "Batch", "Data", "Origin", "Request", "Source", "Split", "open_source"]

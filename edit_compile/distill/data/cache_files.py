@@ -28,6 +28,7 @@ from edit_compile.distill.data.buckets import Shape
 from edit_compile.distill.data.records import Unreadable
 from edit_compile.distill.section import Section
 from edit_compile.errors import DistillError
+from edit_compile.files import replacing
 
 VERSION = 1
 INDEX, EMPTY, UNFINISHED = "index.json", "empty.safetensors", "unfinished.jsonl"
@@ -144,23 +145,10 @@ def _validated(kind: type[Any], text: str, where: str) -> Any:
         raise DistillError(f"{where} cannot be read: {error}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once or not at all, and see it to the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """As `write_text`."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a file of tensors at once or not at all."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def add_line(path: Path, text: str) -> None:

@@ -41,7 +41,7 @@ class Cached:
     def __init__(self, folder: Path, model: nn.Module, decode: Callable[[Tensor], Tensor] | None = None) -> None:
         """
         Args:
-            decode: latents to pictures in [0, 1].
+            decode: latents to pictures in [0, 1]; without it they are not shown.
 
         Raises:
             DistillError: the folder holds no finished cache, or one for another kind of model.
@@ -82,10 +82,8 @@ class Cached:
         conditions = stacked(captions) | other_conditions(self.model, shape, len(samples))
         return Batch(torch.stack(latents).float(), as_floats(conditions), texts)
 
-    def pixels(self, pictures: Tensor) -> Tensor:
-        if self.decode is None:
-            raise DistillError(f"{self.folder} holds latents; to show them the model's pipeline is needed, which is not known")
-        return self.decode(pictures)
+    def pixels(self, pictures: Tensor) -> Tensor | None:
+        return self.decode(pictures) if self.decode is not None else None
 
     def damaged(self) -> dict[str, str]:
         """Every damaged sample by name, with the reason: all of the cache is read."""

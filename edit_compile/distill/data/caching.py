@@ -31,10 +31,10 @@ from edit_compile.distill.data.cache_files import (
     read_unfinished,
     resolution_key,
     write_tensors,
-    write_text,
 )
 from edit_compile.distill.data.records import some_of
 from edit_compile.errors import DistillError
+from edit_compile.files import write_text
 
 Progress = Callable[[int, int], None]  # samples written and skipped so far
 

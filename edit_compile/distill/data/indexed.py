@@ -41,7 +41,7 @@ class Items(Protocol):
 
     def collate(self, samples: Sequence[Any], shape: Shape) -> Batch: ...
 
-    def pixels(self, pictures: Tensor) -> Tensor: ...
+    def pixels(self, pictures: Tensor) -> Tensor | None: ...
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Indexed:
                 return self.items.collate(found, shapes[group])
         raise self._nothing_left(request.split)
 
-    def pixels(self, pictures: Tensor) -> Tensor:
+    def pixels(self, pictures: Tensor) -> Tensor | None:
         return self.items.pixels(pictures)
 
     def _order(self, resolution: Shape, split: Split) -> tuple[list[Shape], Order]:

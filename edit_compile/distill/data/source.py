@@ -90,6 +90,6 @@ class Source(Protocol):
         """
         ...
 
-    def pixels(self, pictures: Tensor) -> Tensor:
-        """Pictures of the model's space (B, C, H, W) for the eye: (B, 3, height, width) in [0, 1]."""
+    def pixels(self, pictures: Tensor) -> Tensor | None:
+        """Pictures of the model's space (B, C, H, W) for the eye: (B, 3, height, width) in [0, 1]. None if nothing can decode them."""
         ...

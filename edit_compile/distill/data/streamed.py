@@ -55,7 +55,7 @@ class Streamed:
         ]
         return encoded(self.encoder, samples, shape)
 
-    def pixels(self, pictures: Tensor) -> Tensor:
+    def pixels(self, pictures: Tensor) -> Tensor | None:
         return self.encoder.pixels(pictures)
 
     def _first(self, candidates: Sequence[Sized], shape: Shape, empty: bool) -> tuple[Tensor, str]:

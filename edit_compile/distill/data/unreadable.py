@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from edit_compile.distill.data.cache_files import write_text
+from edit_compile.files import write_text
 
 FILE = "unreadable.json"
 log = logging.getLogger(__name__)

@@ -95,7 +95,7 @@ def test_a_killed_making_goes_on_and_ends_the_same(folder, tmp_path):
         read_index(tmp_path / "killed")
     with (tmp_path / "killed" / UNFINISHED).open("a") as file:
         file.write('{"file": "shard-0000')  # a line that the kill tore
-    (tmp_path / "killed" / "shard-00002.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "killed" / ".shard-00002.safetensors.tmp").write_bytes(b"half")
     written = []
     assert make(folder, tmp_path / "killed", progress=lambda *numbers: written.append(numbers)) == expected
     assert written == [(12, 0)]

@@ -86,7 +86,7 @@ def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind):
         (tmp_path / "prompts.txt").write_text("a red cat\na dog\nblue\n")
         data = {"path": str(tmp_path / "prompts.txt"), "steps": 2}
     stage = {"resolution": 48, "steps": 2, "batch": 2}
-    common = {"model": str(tmp_path / "pipeline"), "stage": [stage], "held_out": {"samples": 2, "batch": 2}, "log_every": 1}
+    common = {"model": str(tmp_path / "pipeline"), "stage": [stage], "held_out": {"samples": 2, "batch": 2, "buckets": 1}, "log_every": 1}
     made = make_cache(Recipe.model_validate(common | {"data": {"kind": kind, **data}}), tmp_path / "cache")
     assert made.samples == (8 if kind == "images" else 3)
     if (kind == "images") != (name == "sd3"):
