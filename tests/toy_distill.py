@@ -63,7 +63,7 @@ def recipe(**options):
     stage = {"resolution": [12, 16], "steps": 6, "batch": 4, "lr": 1e-3, "warm_up": 2}
     warm_start = {"steps": 6, "batch": 4, "lr": 2e-3, "warm_up": 2}
     held_out = {"samples": 16, "batch": 8, "buckets": 4}
-    common = {"model": "toy", "stage": [stage], "warm_start": warm_start, "held_out": held_out, "ema": 0.9, "log_every": 1}
+    common = {"model": "toy", "stage": [stage], "warm_start": warm_start, "held_out": held_out, "ema": 0.9, "log_every": 1, "trackers": []}
     return Recipe.model_validate(common | options)
 
 

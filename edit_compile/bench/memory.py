@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,9 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 def peak_memory(call: Callable[[], Any]) -> int:
     """Bytes of the tensors made in a call, at the moment when most of them are alive; a backward pass counts too.
 
-    What a kernel uses for itself is not counted, nor what was alive before.
+    What a kernel uses for itself is not counted, nor what was alive before. Attention counts as one fused kernel on the meta device
+    too, which would otherwise make the matrix of scores.
     """
-    with _Counter() as counter:
+    with _fused_on_meta(), _Counter() as counter:
         call()
     return counter.peak
 
@@ -49,6 +52,35 @@ class _Counter(TorchDispatchMode):
 
     def _end(self, size: int) -> None:
         self.live -= size
+
+
+@contextmanager
+def _fused_on_meta() -> Iterator[None]:
+    """Attention on the meta device as one operation. A mode would not do: it ends where checkpointing computes again."""
+    own = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _FusedAttention.apply(query, key, value) if query.is_meta else own(query, key, value, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The tensors of a fused attention kernel: it keeps its inputs, its output, and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -33,10 +33,12 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         DistillError: it was launched with another precision than the recipe's.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import ProjectConfiguration
 
     # A block that drops its text rows leaves the parameters of their projections without gradient.
     options = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    accelerator = Accelerator(kwargs_handlers=[options], log_with=chosen_trackers(recipe.trackers) or None, project_dir=folder)
+    places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
+    accelerator = Accelerator(kwargs_handlers=[options], log_with=chosen_trackers(recipe.trackers) or None, project_config=places)
     if accelerator.mixed_precision not in ("no", recipe.precision):
         raise DistillError(
             f"launched with {accelerator.mixed_precision} mixed precision, but the recipe says precision: {recipe.precision}; "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edit_compile.distill.metrics import Row
 from edit_compile.distill.recipe import Recipe
+from edit_compile.distill.section import flat
 from edit_compile.distill.state import State, checkpoints, read_state
 from edit_compile.errors import DistillError
 from edit_compile.files import write_text
@@ -66,7 +67,7 @@ class RunFolder:
         return restored
 
     def _check_recipe(self, recipe: Recipe, state: State) -> None:
-        now, then = (_flat(content) for content in (recipe.model_dump(mode="json"), state.recipe))
+        now, then = (flat(content) for content in (recipe.model_dump(mode="json"), state.recipe))
         different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key) and key not in _FREE)
         if different:
             changes = ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in different[:3])
@@ -102,11 +103,3 @@ class RunFolder:
         write_text(self.path / "README.md", card)
         write_text(self.result, json.dumps(result, indent=2))
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping from dotted keys to values."""
-    if not isinstance(content, dict | list):
-        return {prefix.removesuffix("."): content}
-    items = content.items() if isinstance(content, dict) else enumerate(content)
-    return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}.").items()}

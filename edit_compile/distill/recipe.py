@@ -144,7 +144,7 @@ class Recipe(Section):
         save_every: steps between checkpoints to resume from.
         keep: how many of them are kept.
         log_every: steps between rows of `metrics.jsonl`.
-        trackers: of accelerate; null for TensorBoard if it is installed.
+        trackers: of accelerate; null for TensorBoard, [] for none.
     """
 
     model: str

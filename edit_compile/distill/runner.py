@@ -35,6 +35,7 @@ from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.recipe_file import load_recipe
 from edit_compile.distill.samples import Sampler
 from edit_compile.distill.speed import Speed, speeds
+from edit_compile.distill.trackers import settings_of
 from edit_compile.distill.training import Restored, Trainer
 from edit_compile.errors import DistillError
 from edit_compile.sharing import unshare
@@ -125,7 +126,7 @@ def _run(context: Context, folder: RunFolder, base: str | None, report: Callable
     _place(context)
     resolution = recipe.stage[-1].resolution
     sampler = Sampler(context, *resolution)
-    context.accelerator.init_trackers("edit_compile")
+    context.accelerator.init_trackers("edit_compile", settings_of(recipe))
     with interruptible() as interrupt:
         before = HeldOutError.from_dict(restored[0].before) if restored else held_out_error(context, *resolution)
         trainer = Trainer(context, folder.checkpoints, note, interrupt, before.to_dict(), lambda total: sampler.save(folder.samples(total)))

@@ -1,24 +1,33 @@
-"""Accelerate's trackers: every number of a row, by name, at its step."""
+"""Accelerate's trackers: the recipe, and every number of a row, by name, at its step."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
+from edit_compile.distill.recipe import Recipe
+from edit_compile.distill.section import flat
 from edit_compile.errors import DistillError
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def chosen_trackers(names: Sequence[str] | None) -> list[str]:
-    """Those named, or, if None, TensorBoard if it is installed.
+    """Those named; TensorBoard if None.
 
     Raises:
         DistillError: one is not installed.
     """
     if names is None:
-        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+        return ["tensorboard"]
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise DistillError(f"trackers: {name} is not installed: pip install {_PACKAGES[name]}")
     return list(names)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as trackers take it: dotted keys to plain values."""
+    content = flat(recipe.model_dump(mode="json"))
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in content.items()}

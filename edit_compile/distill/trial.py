@@ -128,16 +128,14 @@ def _student(recipe: Recipe) -> nn.Module:
 
 
 def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
-    """What is kept from step to step. The teacher has its own attention weights, and with `train: all` its own everything."""
+    """What is kept from step to step. The teacher has its own attention weights, and with `train: all` it is a model of its own."""
     frozen = _DTYPES[recipe.precision].itemsize
     trained = {id(p) for p in trained_parameters(structure, recipe.train).values()}
     of_trained = 4 + 4 + _MOMENTS[recipe.optimizer.kind] + (4 if recipe.ema is not None else 0)  # itself, its gradient, ...
     own = sum(p.numel() * (of_trained if id(p) in trained else frozen) for p in structure.parameters())
-    shared = {id(p) for p in structure.parameters()} if recipe.train != "all" else set()
-    originals = {id(p): p.numel() * frozen for site in converted_sites(structure).values() for p in site.edit_teacher.parameters()}
-    if recipe.train == "all":
-        originals |= {id(p): p.numel() * frozen for p in structure.parameters()}
-    return own + sum(size for key, size in originals.items() if key not in shared)
+    originals = sum(p.numel() for site in converted_sites(structure).values() for p in site.edit_teacher.parameters())
+    teacher = originals if recipe.train != "all" else 2 * originals + sum(p.numel() for p in structure.parameters())
+    return own + frozen * teacher
 
 
 def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) -> PhaseEstimate:

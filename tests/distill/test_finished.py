@@ -11,6 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import edit_compile as ec
 import toy_distill
@@ -23,6 +24,7 @@ from edit_compile.distill.trackers import chosen_trackers
 OPTIONS = {
     "stage": [{"resolution": [12, 16], "steps": 4, "batch": 2}, {"resolution": [16, 16], "steps": 2, "batch": 2}],
     "samples": {"every": 3, "count": 2, "steps": 3},
+    "trackers": None,
 }
 
 
@@ -98,9 +100,19 @@ def test_rows_are_lines_or_nothing(result, capsys):
     assert "1 skipped" in line_of({**row, "skipped": 1})
 
 
+def test_tensorboard_has_the_recipe_and_every_number(result):
+    (folder,) = (result.folder / "trackers").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "feature/blocks.0.attn", "lr"):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({row["total"]: row[name] for row in rows if name in row})
+    (settings,) = folder.glob("*/hparams.yml")
+    assert yaml.safe_load(settings.read_text())["stage.1.steps"] == 2
+
+
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert chosen_trackers(None) == []
     with pytest.raises(ec.DistillError, match="wandb is not installed: pip install wandb"):
         chosen_trackers(("wandb",))
 

@@ -91,10 +91,13 @@ def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind):
     assert made.samples == (8 if kind == "images" else 3)
     if (kind == "images") != (name == "sd3"):
         return  # a distillation takes long: one a family
-    cached = {"kind": "cached", "path": str(tmp_path / "cache")}
-    result = distill(Recipe.model_validate(common | {"data": cached}), tmp_path / "out")
+    common |= {"data": {"kind": "cached", "path": str(tmp_path / "cache")}}
+    if name != "sd3":  # the transformer alone: its latents cannot be shown
+        common |= {"model": str(tmp_path / "pipeline" / "transformer"), "prediction": "epsilon"}
+    result = distill(Recipe.model_validate(common), tmp_path / "out")
     assert 0 < result.after.total < float("inf")
     assert (tmp_path / "out" / "result.json").is_file()
+    assert (tmp_path / "out" / "samples").exists() == (name == "sd3")
 
 
 def test_what_was_skipped_is_counted_and_named_at_the_end(tmp_path, caplog):
