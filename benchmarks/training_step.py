@@ -13,6 +13,7 @@ teacher; weights included. Where there is no GPU that counts, tensors are counte
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -33,7 +34,10 @@ from edit_compile.distill import Recipe, distill, load_recipe
 from edit_compile.distill.data import Request, open_source
 
 UNCOUNTED = 3  # steps at the beginning
-MEASURED = ("prediction=rectified-flow", "warm_start=null", "log_every=1", "samples.count=1", "samples.steps=1", "held_out.buckets=1")
+MEASURED = (
+    *("prediction=rectified-flow", "warm_start=null", "log_every=1"),
+    *("samples.count=1", "samples.steps=1", "held_out.samples=1", "held_out.buckets=1"),
+)
 ALONE = "stage.0.losses={task: 1, output: 0, feature: 0}"
 
 
@@ -81,9 +85,9 @@ def student_of(recipe: Recipe) -> nn.Module:
     return ec.linearize(load_model(recipe.model, random_weights=True).model, recipe.convert)
 
 
-def timed(recipe: Recipe) -> tuple[Timing, Timing, Timing]:
+def timed(recipe: Recipe, student: nn.Module) -> tuple[Timing, Timing, Timing]:
     """Seconds of a step of the first stage, of a bare one, and their ratio."""
-    watch = Watch(recipe, student_of(recipe))
+    watch = Watch(recipe, student)
     with tempfile.TemporaryDirectory() as folder:
         distill(recipe, folder, student=watch.student, report=watch)
     pairs = list(zip(watch.steps, watch.bare, strict=False))[UNCOUNTED:]  # a step, and the bare one before it
@@ -91,9 +95,8 @@ def timed(recipe: Recipe) -> tuple[Timing, Timing, Timing]:
     return Timing.of(steps), Timing.of(bare), Timing.of([a / b for a, b in pairs])
 
 
-def memory(recipe: Recipe) -> int:
+def memory(recipe: Recipe, student: nn.Module) -> int:
     """Bytes at the peak of a run, weights included."""
-    student = student_of(recipe)
     with tempfile.TemporaryDirectory() as folder:
 
         def run() -> None:
@@ -120,9 +123,9 @@ def report(name: str, changes: list[str], steps: int) -> str:
         made = load_recipe(name, [*changes, *MEASURED, *more])
         return made.model_copy(update={"stage": made.stage[:1]})
 
-    step, bare, ratio = timed(recipe(f"stage.0.steps={steps + UNCOUNTED + 1}", "held_out.samples=1"))
-    short = ("stage.0.steps=2", "held_out.samples=1")
-    peaks = memory(recipe(*short)), memory(recipe(*short, ALONE))
+    student = student_of(recipe())
+    step, bare, ratio = timed(recipe(f"stage.0.steps={steps + UNCOUNTED + 1}"), copy.deepcopy(student))
+    peaks = [memory(recipe("stage.0.steps=2", *losses), copy.deepcopy(student)) for losses in ((), (ALONE,))]
     stage, where = (
         recipe().stage[0],
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",

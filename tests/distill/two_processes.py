@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import edit_compile as ec
 import toy_distill
-from edit_compile.distill import distill, distributed, training
+from edit_compile.distill import distill, runner, training
 from edit_compile.distill.noise import Process
 
 OPTIONS = {
@@ -50,12 +51,20 @@ class Fails(toy_distill.Pictures):
 def main(folder):
     run(folder / "ddp")
 
-    def sharded(student, recipe, accelerator):
-        distributed.shard(student)
-        assert all(hasattr(p, "full_tensor") for p in student.parameters())
-        return student
+    make, wrap = runner.make_accelerator, training.wrap
 
-    training.wrap = sharded  # accelerate shards on accelerators only
+    def as_with_gpus(recipe, folder):  # accelerate takes note of FSDP on accelerators only
+        accelerator = make(recipe, folder)
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+        return accelerator
+
+    def sharded(*arguments):
+        model = wrap(*arguments)
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())
+        return model
+
+    runner.make_accelerator, training.wrap = as_with_gpus, sharded
     run(folder / "fsdp")
     with pytest.raises(ec.DistillError, match="no more data"):
         run(folder / "resumed", Fails())
