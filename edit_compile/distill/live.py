@@ -32,12 +32,12 @@ class Live:
         found |= {OPTIMIZER + name: value for name, value in slots.items() if isinstance(value, Tensor)}
         return {name: whole(value).cpu().contiguous() for name, value in found.items()}
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, int | float]:
         """What the optimizer keeps that is no tensor."""
         return {name: value for name, value in slots_of(self.optimizer, self.trained).items() if not isinstance(value, Tensor)}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float]) -> None:
         """The inverse of `tensors` and `numbers`."""
         slots: dict[str, Any] = dict(numbers)
         for key, value in tensors.items():

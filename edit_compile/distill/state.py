@@ -49,7 +49,7 @@ class State(Section):
     total: int
     averages: int
     guard: Guard
-    numbers: dict[str, float]
+    numbers: dict[str, int | float]
     before: dict[str, Any]
     seconds: float
     sha256: str = ""

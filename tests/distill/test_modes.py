@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -95,6 +96,7 @@ def test_training_all_leaves_the_base_alone_and_is_saved(tmp_path):
     assert torch.equal(ec.load(tmp_path / "again", base).out.weight, loaded.out.weight)
 
 
-def test_an_optimizer_that_is_not_installed_says_how_to_get_it():
+def test_an_optimizer_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ec.DistillError, match="pip install bitsandbytes"):
         make_optimizer({"p": torch.nn.Parameter(torch.zeros(1))}, Optimizer(kind="adamw-8bit"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
+from safetensors.torch import load_file
 
 import edit_compile as ec
 import toy_distill
@@ -114,6 +117,18 @@ def unfinished(folder, at_step=9, **options):
     with pytest.raises(ec.DistillError, match="no more data"):
         run(folder, fails(at_step), **options)
     return folder
+
+
+def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    small = functools.partial(AdamW8bit, min_8bit_size=256)  # by default tensors as small as the toy's stay in 32 bits
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit", small)
+    options = {"optimizer": {"kind": "adamw-8bit"}}
+    whole = run(tmp_path / "whole", **options)
+    state = load_file(checkpoints(unfinished(tmp_path / "stopped", **options) / "checkpoints")[-1] / "state.safetensors")
+    assert torch.uint8 in {value.dtype for name, value in state.items() if name.startswith("optimizer:")}
+    again = run(tmp_path / "stopped", resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True))
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
 
 
 def test_checkpoints_are_rotated(tmp_path):
