@@ -30,7 +30,7 @@ class Live:
             found |= {AVERAGE + name: value for name, value in self.average.average.items()}
         slots = slots_of(self.optimizer, self.trained)
         found |= {OPTIMIZER + name: value for name, value in slots.items() if isinstance(value, Tensor)}
-        return {name: whole(value).cpu().contiguous() for name, value in found.items()}
+        return _apart({name: whole(value).cpu().contiguous() for name, value in found.items()})
 
     def numbers(self) -> dict[str, int | float]:
         """What the optimizer keeps that is no tensor."""
@@ -56,3 +56,14 @@ class Live:
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without shared memory, which safetensors refuses: 8-bit optimizers have one table for many parameters."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = tensor.clone()
+        seen.add(place)
+    return tensors
