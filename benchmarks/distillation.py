@@ -13,6 +13,7 @@ written anew after each.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -52,6 +53,14 @@ def run(recipe: str, folder: Path, overrides: Sequence[str]) -> Run:
         made = Run(errors["before"]["total"], errors["after"]["total"], result["seconds"], drawn.colour_and_place, drawn.shape)
         finished.write_text(json.dumps(asdict(made)))
     return Run(**json.loads(finished.read_text()))
+
+
+def of_teacher(name: str, folder: Path) -> Obedience:
+    """What the teacher draws, measured now unless it was before."""
+    finished = folder / "teacher.json"
+    if not finished.exists():
+        finished.write_text(json.dumps(asdict(obedience(load_model(f"demo/{name}").model, PROMPTS))))
+    return Obedience(**json.loads(finished.read_text()))
 
 
 def seconds_per_step(recipe: str, folder: Path) -> dict[str, float]:
@@ -101,16 +110,15 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     timed = {name: seconds_per_step(f"demo-{name}", args.out / name) for name in args.models}
-    teachers = {f"demo/{name}": obedience(load_model(f"demo/{name}").model, PROMPTS) for name in args.models}
+    teachers = {f"demo/{name}": of_teacher(name, args.out / name) for name in args.models}
     runs: dict[tuple[str, bool], list[Run]] = {}
-    for seed in range(args.seeds):
-        for name in args.models:
-            longer = ["warm_start=null", f"stage.0.steps={steps_without_warm_start(f'demo-{name}', timed[name])}"]
-            for warm, changes in ((True, []), (False, longer)):
-                folder = args.out / name / f"{'warm' if warm else 'cold'}-{seed}"
-                runs.setdefault((f"demo/{name}", warm), []).append(run(f"demo-{name}", folder, [*changes, f"seed={seed}"]))
-                (args.out / "table.md").write_text(table(teachers, runs))
-                print(table(teachers, runs), flush=True)
+    for warm, seed, name in itertools.product((True, False), range(args.seeds), args.models):
+        longer = ["warm_start=null", f"stage.0.steps={steps_without_warm_start(f'demo-{name}', timed[name])}"]
+        folder = args.out / name / f"{'warm' if warm else 'cold'}-{seed}"
+        made = run(f"demo-{name}", folder, [*([] if warm else longer), f"seed={seed}"])
+        runs.setdefault((f"demo/{name}", warm), []).append(made)
+        (args.out / "table.md").write_text(table(teachers, runs))
+        print(table(teachers, runs), flush=True)
 
 
 if __name__ == "__main__":

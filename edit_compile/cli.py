@@ -158,13 +158,17 @@ def distill(
         print_trial(trial(resolved), as_json)
         return
     folder = output or Path("runs") / Path(recipe).stem
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, which all run this
     try:
-        with showing(resolved, quiet=as_json) as report:
+        with showing(resolved, quiet=as_json or not speaks) as report:
             result = run(resolved, folder, resume=resume, report=report)
     except Interrupted as stopped:
         changes = [part for override in overrides for part in ("--set", override)]
         command = shlex.join(["edit-compile", "distill", recipe, *changes, "-o", str(folder), "--resume"])
-        click.echo(f"{stopped}. To continue: {command}", err=True)
+        if speaks:
+            click.echo(f"{stopped}. To continue: {command}", err=True)
+        return
+    if not speaks:
         return
     print_result(result, as_json)
     if push_to_hub is not None:

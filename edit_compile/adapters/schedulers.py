@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edit_compile.distill.noise import Process
+from edit_compile.distill.noise import DynamicShift, Process
 from edit_compile.errors import DistillError
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow_prediction": "rectified-flow"}
@@ -53,8 +53,17 @@ def process_of(config: Mapping[str, Any]) -> Process:
     if prediction not in _PREDICTIONS:
         raise DistillError(f"{name} says that its model predicts {prediction!r}; known are: {', '.join(_PREDICTIONS)}")
     if prediction == "flow_prediction":
-        return Process("rectified-flow", shift=float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0))
+        shift = float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0)
+        return Process("rectified-flow", shift=shift, dynamic=_dynamic(scheduler.config))
     return Process(_PREDICTIONS[prediction], scheduler.alphas_cumprod)  # type: ignore[arg-type]
+
+
+def _dynamic(config: Mapping[str, Any]) -> DynamicShift | None:
+    if not config.get("use_dynamic_shifting") or config.get("time_shift_type", "exponential") != "exponential":
+        return None
+    few = config.get("base_image_seq_len", 256), config.get("base_shift", 0.5)
+    many = config.get("max_image_seq_len", 4096), config.get("max_shift", 1.15)
+    return DynamicShift(few, many)
 
 
 def default_process(prediction: str) -> Process:

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from edit_compile.adapters.inputs import pixels_per_token
 from edit_compile.api import teacher
 from edit_compile.distill.data import Request, Source
 from edit_compile.distill.noise import Process, noise_for, spread
@@ -60,12 +61,19 @@ class Context:
 
     def draw(self, request: Request, times: Tensor | None = None) -> Sample:
         """The request's pictures with noise, on the CPU, at timesteps (B,) or, if None, at the recipe's."""
-        batch = self.source.batch(request)
+        batch, process = self.source.batch(request), self.process_at(request.height, request.width)
         if times is None:
-            times = self.process.times(spread(request.positions, self.recipe.seed), self.recipe.timesteps)
+            times = process.times(spread(request.positions, self.recipe.seed), self.recipe.timesteps)
         noise = noise_for(request.positions, batch.pictures.shape[1:], self.recipe.seed, request.split)
-        x, target = self.process.mixed(batch.pictures, noise, times)
+        x, target = process.mixed(batch.pictures, noise, times)
         return Sample(x, times, batch.conditions, target)
+
+    def process_at(self, height: int, width: int) -> Process:
+        """The process for pictures of height x width pixels."""
+        if self.process.dynamic is None:
+            return self.process
+        step = pixels_per_token(self.student)
+        return self.process.at((height // step) * (width // step))
 
     def on_device(self, sample: Sample) -> Sample:
         """The sample on the run's device."""

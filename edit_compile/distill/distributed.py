@@ -7,6 +7,7 @@ gradients are averaged (DDP). The warm start needs none of it: its gradients are
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """The accelerator, in whatever processes `accelerate launch` has made.
 
     Raises:
-        DistillError: it was launched with another precision than the recipe's.
+        DistillError: it was launched with another precision than the recipe's, or as what is not supported.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import ProjectConfiguration
@@ -44,21 +45,33 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             f"launched with {accelerator.mixed_precision} mixed precision, but the recipe says precision: {recipe.precision}; "
             "launch with --mixed_precision no, and let the recipe decide"
         )
+    if accelerator.num_processes > 1:
+        _check_kind(accelerator, recipe)
     return accelerator
 
 
+def _check_kind(accelerator: Accelerator, recipe: Recipe) -> None:
+    kind = accelerator.distributed_type.value
+    if not kind.startswith(("FSDP", "MULTI_")):
+        raise DistillError(f"{kind} is not supported: launch with DDP or with FSDP version 2")
+    if kind != "FSDP":
+        return
+    if not accelerator.is_fsdp2:
+        raise DistillError("FSDP version 1 is not supported: launch with --fsdp_version 2")
+    if recipe.optimizer.kind == "adamw-8bit":
+        raise DistillError("optimizer.kind: adamw-8bit does not know FSDP's shards: choose adamw, or launch with DDP")
+
+
 def set_precision(student: nn.Module, trained: Iterable[str], precision: str) -> None:
-    """Under "bf16", weights to bfloat16 except those of modules that are trained."""
+    """Under "bf16", weights and buffers to bfloat16, except those that are trained: these to float32."""
     if precision != "bf16":
         return
     names = set(trained)
-    sites = converted_sites(student)
-    student.to(torch.bfloat16)
-    for site in sites.values():
+    for site in converted_sites(student).values():
         site.edit_teacher.to(torch.bfloat16)
-    for name, parameter in student.named_parameters():
-        if name in names:
-            parameter.data = parameter.data.float()
+    for name, tensor in itertools.chain(student.named_parameters(), student.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if name in names else torch.bfloat16)
 
 
 def wrap(student: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
@@ -69,11 +82,7 @@ def wrap(student: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Mod
         compile_blocks(student)
     if accelerator.num_processes == 1:
         return student
-    if not accelerator.distributed_type.value.startswith(("FSDP", "MULTI_")):
-        raise DistillError(f"{accelerator.distributed_type.value} is not supported: launch with DDP or with FSDP version 2")
     if accelerator.distributed_type.value == "FSDP":
-        if not accelerator.is_fsdp2:
-            raise DistillError("FSDP version 1 is not supported: launch with --fsdp_version 2")
         plugin = accelerator.state.fsdp_plugin
         return shard(student, reshard_after_forward=plugin.reshard_after_forward, offload_policy=plugin.cpu_offload)
     return accelerator.prepare(student)
@@ -95,6 +104,13 @@ def recompute_blocks(student: nn.Module) -> None:
     for path in repeated_blocks(student):
         block = student.get_submodule(path)
         block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def gathered(items: list[Any]) -> list[Any]:
+    """The items of all processes. All must ask."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
 
 
 def whole(tensor: Tensor) -> Tensor:

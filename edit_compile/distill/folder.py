@@ -18,8 +18,8 @@ from edit_compile.distill.state import State, checkpoints, read_state
 from edit_compile.errors import DistillError
 from edit_compile.files import write_text
 
-# What may differ when a run is continued: it changes nothing about the result.
-_FREE = ("save_every", "keep", "log_every", "max_skipped", "trackers", "samples.every", "samples.count", "samples.steps")
+# What may differ when a run is continued: it changes nothing about the result, `micro_batch` nothing but its rounding.
+_FREE = ("micro_batch", "save_every", "keep", "log_every", "max_skipped", "trackers", "samples.every", "samples.count", "samples.steps")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RunFolder:
 
     def _check_recipe(self, recipe: Recipe, state: State) -> None:
         now, then = (flat(content) for content in (recipe.model_dump(mode="json"), state.recipe))
-        different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key) and key not in _FREE)
+        different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key) and not key.endswith(_FREE))
         if different:
             changes = ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in different[:3])
             raise DistillError(f"{self.path} was begun with another recipe: {changes}; resume with the same, or choose another folder")

@@ -23,14 +23,15 @@ class Live:
     optimizer: torch.optim.Optimizer
     average: MovingAverage | None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, gathered, on the CPU. All processes must ask."""
+    def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """All tensors, gathered, on the CPU. All processes must ask; those that do not keep them get nothing."""
         found: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in self.trained.items()}
         if self.average is not None:
             found |= {AVERAGE + name: value for name, value in self.average.average.items()}
         slots = slots_of(self.optimizer, self.trained)
         found |= {OPTIMIZER + name: value for name, value in slots.items() if isinstance(value, Tensor)}
-        return _apart({name: whole(value).cpu().contiguous() for name, value in found.items()})
+        gathered = ((name, whole(value)) for name, value in found.items())
+        return _apart({name: value.cpu().contiguous() for name, value in gathered if keep})
 
     def numbers(self) -> dict[str, int | float]:
         """What the optimizer keeps that is no tensor."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,6 +34,18 @@ def spread(positions: Sequence[int], seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class DynamicShift:
+    """A shift exp(mu), mu a line through (tokens, mu) of `few` and `many`, as diffusers' pipelines work it out."""
+
+    few: tuple[int, float]
+    many: tuple[int, float]
+
+    def shift(self, tokens: int) -> float:
+        (a, low), (b, high) = self.few, self.many
+        return math.exp(low + (high - low) * (tokens - a) / (b - a))
+
+
+@dataclass(frozen=True)
 class Process:
     """How the teacher was trained to see noise: x_t = a(t) picture + s(t) noise, and what it predicts of it.
 
@@ -41,11 +54,19 @@ class Process:
             "v-prediction": predicts a noise - s picture.
         alphas: (T,), the cumulative products of a discrete schedule: a^2 = alphas[t], s^2 = 1 - alphas[t]; None for a flow.
         shift: of a flow's sigmas, sigma' = shift sigma / (1 + (shift - 1) sigma) (Stable Diffusion 3, arXiv 2403.03206).
+        dynamic: instead of `shift`, where it depends on the number of image tokens (FLUX): see `at`.
     """
 
     prediction: Prediction
     alphas: Tensor | None = None
     shift: float = 1.0
+    dynamic: DynamicShift | None = None
+
+    def at(self, tokens: int) -> Process:
+        """The process for pictures of so many image tokens."""
+        if self.dynamic is None:
+            return self
+        return replace(self, shift=self.dynamic.shift(tokens), dynamic=None)
 
     def times(self, u: Tensor, density: str = "uniform") -> Tensor:
         """Numbers in (0, 1) to timesteps, (B,) float32 in [0, 1000); of a discrete schedule, whole numbers below T."""

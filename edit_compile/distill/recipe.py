@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
+import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from edit_compile.config import LinearizeConfig
@@ -16,6 +17,7 @@ def _square(value: object) -> object:
     return (value, value) if isinstance(value, int) else value
 
 
+Phase = TypeVar("Phase", "Stage", "WarmStart")
 Resolution = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_square)]
 
 
@@ -37,6 +39,12 @@ class Losses(Section):
         if self.task == self.output == self.feature == 0:
             raise ValueError("all three losses are switched off: there is nothing to train")
         return self
+
+
+def _divides(section: Phase) -> Phase:
+    if section.micro_batch is not None and section.batch % section.micro_batch:
+        raise ValueError(f"a batch of {section.batch} does not divide into forwards of {section.micro_batch}: change batch or micro_batch")
+    return section
 
 
 class Stage(Section):
@@ -61,6 +69,7 @@ class Stage(Section):
     warm_up: NonNegativeInt = 50
     lr_end: float = Field(0.0, ge=0, le=1)
     losses: Losses = Losses()
+    _batch_divides = model_validator(mode="after")(_divides)
 
 
 class WarmStart(Section):
@@ -76,6 +85,7 @@ class WarmStart(Section):
     lr: PositiveFloat = 1e-3
     warm_up: NonNegativeInt = 50
     lr_end: float = Field(0.1, ge=0, le=1)
+    _batch_divides = model_validator(mode="after")(_divides)
 
 
 class Optimizer(Section):
@@ -170,3 +180,8 @@ class Recipe(Section):
     log_every: PositiveInt = 10
     trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = None
     seed: NonNegativeInt = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of computation, and of what is not trained."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ from edit_compile.distill.context import Context, Denoise, trained_parameters
 from edit_compile.distill.data import Source, open_source
 from edit_compile.distill.data.random_data import RandomData
 from edit_compile.distill.data.unreadable import write_unreadable
-from edit_compile.distill.distributed import make_accelerator, set_precision
+from edit_compile.distill.distributed import gathered, make_accelerator, set_precision
 from edit_compile.distill.folder import RunFolder
 from edit_compile.distill.held_out import HeldOutError, held_out_error
 from edit_compile.distill.interrupt import interruptible
 from edit_compile.distill.metrics import Row
 from edit_compile.distill.modes import room_for_graphs
 from edit_compile.distill.noise import Process
+from edit_compile.distill.phases import phases_of
 from edit_compile.distill.plot import plot_losses
 from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.recipe_file import load_recipe
@@ -37,9 +39,11 @@ from edit_compile.distill.samples import Sampler
 from edit_compile.distill.speed import Speed, speeds
 from edit_compile.distill.trackers import settings_of
 from edit_compile.distill.training import Restored, Trainer
-from edit_compile.errors import DistillError
+from edit_compile.errors import DistillError, EditCompileError
 from edit_compile.sharing import unshare
 from edit_compile.sites import converted_sites
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Result:
         folder: where the student is: `edit_compile.load(folder)`.
         before, after: the held-out error of the converted model and of the student, at the last stage's resolution.
         seconds: of training; held-out measurements left out.
-        speeds: of teacher and student at each stage's resolution.
+        speeds: of teacher and student at each stage's resolution; empty if they could not be measured.
     """
 
     folder: Path
@@ -103,15 +107,18 @@ def distill(
         raise DistillError(f"{type(student).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
     process = process or found or _process(recipe, None)
     teacher = _teacher(student, recipe)
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    source = source or open_source(recipe.data, teacher, recipe.seed, base=base, device=accelerator.device, dtype=dtype)
+    for model in dict.fromkeys((student, teacher)):
+        _place(model, student, recipe, accelerator.device)
+    source = source or open_source(recipe.data, teacher, recipe.seed, base=base, device=accelerator.device, dtype=recipe.dtype)
     context = Context(recipe, student, teacher, source, denoise or denoise_by_family, process, accelerator)
+    _check(context)
     with accelerator.main_process_first():
         restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
     with room_for_graphs(compiled=recipe.compile):
         result = _run(context, folder, base, report or (lambda row: None), restored)
+    skipped = dict(gathered(list(source.skipped.items())))
     if accelerator.is_main_process:
-        write_unreadable(folder.path, source.skipped)
+        write_unreadable(folder.path, skipped)
     return result
 
 
@@ -120,27 +127,54 @@ def _run(context: Context, folder: RunFolder, base: str | None, report: Callable
 
     def note(row: Row) -> None:
         folder.add(row)
-        context.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=row["total"])
+        context.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=row["total"])
         report(row)
 
-    _place(context)
     resolution = recipe.stage[-1].resolution
     sampler = Sampler(context, *resolution)
+
+    def draw(total: int) -> None:
+        _optional("the sample grid", lambda: sampler.save(folder.samples(total)))
+
     context.accelerator.init_trackers("edit_compile", settings_of(recipe))
     with interruptible() as interrupt:
         before = HeldOutError.from_dict(restored[0].before) if restored else held_out_error(context, *resolution)
-        trainer = Trainer(context, folder.checkpoints, note, interrupt, before.to_dict(), lambda total: sampler.save(folder.samples(total)))
+        trainer = Trainer(context, folder.checkpoints, note, interrupt, before.to_dict(), draw)
         trainer.run(restored)
+    save(student, folder.path, base=base)
     for tracker in context.accelerator.trackers:  # end_training() would end the process group too
         tracker.finish()
-    result = Result(folder.path, student, before, held_out_error(context, *resolution), trainer.seconds, speeds(context))
-    sampler.save(folder.samples(trainer.total))
-    save(student, folder.path, base=base)
+    after = held_out_error(context, *resolution)
+    result = Result(folder.path, student, before, after, trainer.seconds, _optional("the speed", lambda: speeds(context)) or ())
+    draw(trainer.total)
     if main:
         plot_losses(folder.rows(), folder.path / "losses.png")
         folder.finish(result.to_dict(), model_card(recipe, plan_of(student), base, before, result.after, result.speeds, folder.pictures()))
     context.accelerator.wait_for_everyone()
     return result
+
+
+def _optional(what: str, call: Callable[[], Any]) -> Any:
+    """What a run can do without: a picture that does not fit into memory any more must not cost the student."""
+    try:
+        return call()
+    except (OSError, RuntimeError, EditCompileError) as error:
+        log.warning("%s is left out: %s", what, str(error).partition("\n")[0] or type(error).__name__)
+        return None
+
+
+def _check(context: Context) -> None:
+    """Find out now what would end the run when some later phase begins.
+
+    Raises:
+        DistillError: a batch does not divide, or pictures of a resolution cannot be had; says in which phase.
+    """
+    for phase in phases_of(context.recipe):
+        try:
+            context.own_rows(phase.options.batch, phase.options.micro_batch)
+            context.source.check(phase.height, phase.width)
+        except DistillError as error:
+            raise DistillError(f"{phase.name}: {error}") from error
 
 
 def _teacher(student: nn.Module, recipe: Recipe) -> nn.Module:
@@ -152,12 +186,10 @@ def _teacher(student: nn.Module, recipe: Recipe) -> nn.Module:
     return copied.requires_grad_(False)
 
 
-def _place(context: Context) -> None:
-    """Models on their device, in the recipe's precision, and in evaluation mode: teacher and student must see the same."""
-    recipe, student = context.recipe, context.student
-    for model in {id(m): m for m in (student, context.teacher)}.values():
-        model.eval().to(context.accelerator.device)
-        set_precision(model, trained_parameters(student, recipe.train) if model is student else (), recipe.precision)
+def _place(model: nn.Module, student: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """In the recipe's precision, on the device, and in evaluation mode: teacher and student must see the same."""
+    set_precision(model.eval(), trained_parameters(student, recipe.train) if model is student else (), recipe.precision)
+    model.to(device)
 
 
 def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:

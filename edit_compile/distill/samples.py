@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edit_compile.distill.context import Context, Sample
 from edit_compile.distill.data import Request
-from edit_compile.distill.noise import noise_for
+from edit_compile.distill.noise import Process, noise_for
 from edit_compile.pictures import picture_grid, save_png
 
 
@@ -37,23 +37,24 @@ class Sampler:
             return
         noise = noise_for(request.positions, batch.pictures.shape[1:], context.recipe.seed, "samples")
         start = context.on_device(Sample(noise, torch.zeros(count), batch.conditions, noise))
+        process = context.process_at(self.height, self.width)
         if self.teachers is None:
             with context.teaching() as model:
-                self.teachers = draw(context, model, start)
-        students = draw(context, context.student, start)
+                self.teachers = draw(context, process, model, start)
+        students = draw(context, process, context.student, start)
         if context.accelerator.is_main_process:
             columns = [("teacher", self._pixels(self.teachers)), ("student", self._pixels(students))]
             save_png(picture_grid(batch.captions or [""] * count, columns), path)
 
     def _pixels(self, pictures: Tensor) -> list[np.ndarray]:
-        found = self.context.source.pixels(pictures.cpu())
-        return [] if found is None else list(found.permute(0, 2, 3, 1).float().numpy())
+        one_by_one = (self.context.source.pixels(picture) for picture in pictures.cpu().split(1))  # as many as fit on any device
+        return [found[0].permute(1, 2, 0).float().numpy() for found in one_by_one if found is not None]
 
 
 @torch.no_grad()
-def draw(context: Context, model: nn.Module, start: Sample) -> Tensor:
+def draw(context: Context, process: Process, model: nn.Module, start: Sample) -> Tensor:
     """Deterministic sampling from noise without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps)."""
-    process, x = context.process, start.x
+    x = start.x
     steps = process.times(1 - torch.arange(context.recipe.samples.steps, dtype=torch.float64) / context.recipe.samples.steps - 1e-6)
     for now, then in itertools.pairwise([*steps.tolist(), None]):
         times = torch.full((len(x),), now, device=x.device)

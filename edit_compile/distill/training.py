@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edit_compile.api import compile as compile_blocks
 from edit_compile.distill.context import Context, Sample, trained_parameters
 from edit_compile.distill.data import Request
-from edit_compile.distill.distributed import whole, wrap
+from edit_compile.distill.distributed import gathered, whole, wrap
 from edit_compile.distill.features import recording
 from edit_compile.distill.gradients import stage_gradients, warm_start_gradients
 from edit_compile.distill.guard import Guard
@@ -71,19 +72,25 @@ class Trainer:
             modes.enter_context(only_trainable(context.student, set(trained_parameters(context.student, context.recipe.train))))
             modes.enter_context(own_random_state(context.accelerator.device))
             for number in range(state.phase if state else 0, len(phases)):
-                if self.model is None and phases[number].losses is not None:
+                phase = phases[number]
+                if self.model is None and phase.losses is not None:
                     self._begin_stages(modes)
-                self._run(number, phases[number], restored)
+                with only_trainable(context.student, _of_sites(context.student)) if phase.losses is None else nullcontext():
+                    self._run(number, phase, restored)
                 restored = None
         self.seconds = time.monotonic() - self.began
         if self.average is not None:
             self.average.copy_to_parameters()
+            self.average = None
+        del self.live  # the optimizer's memory is needed for what comes now
 
     def _begin_stages(self, modes: ExitStack) -> None:
         student, recipe = self.context.student, self.context.recipe
         modes.enter_context(recording(student))
         if self.context.teacher is not student:
             modes.enter_context(recording(self.context.teacher))
+            if recipe.compile:
+                compile_blocks(self.context.teacher)
         self.model = wrap(student, recipe, self.context.accelerator)
         if recipe.ema is not None:
             self.average = MovingAverage(trained_parameters(student, recipe.train), recipe.ema)
@@ -123,6 +130,7 @@ class Trainer:
             return 0
         state, tensors = restored
         self.live.load(tensors, state.numbers)
+        tensors.clear()  # callers still refer to them
         self.guard = state.guard
         if self.average is not None:
             self.average.updates = state.averages
@@ -158,11 +166,12 @@ class Trainer:
         groups: list[Any] = [list(self.live.trained.values())]
         if phase.losses is None:
             groups = [list(site.parameters()) for site in converted_sites(self.context.student).values()]
-        return torch.stack([whole(nn.utils.clip_grad_norm_(group, self.context.recipe.clip)) for group in groups]).max()
+        norms = [whole(nn.utils.clip_grad_norm_(group, self.context.recipe.clip)) for group in groups]
+        return torch.stack(norms).max().to(self.context.accelerator.device)  # of offloaded shards it is on the CPU
 
     def _save(self, phase: int, step: int) -> Path:
         """A checkpoint. All processes take part, the main one writes."""
-        tensors = self.live.tensors()
+        tensors = self.live.tensors(keep=self.context.accelerator.is_main_process)
         state = State(
             recipe=self.context.recipe.model_dump(mode="json"),
             phase=phase,
@@ -186,13 +195,20 @@ class Trainer:
         taken = {"skipped": interval.skipped, "lr": learning_rate(step - 1, phase.options)}
         means = interval.means(lambda values: accelerator.reduce(values, "mean"))
         speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * phase.options.batch / seconds}
+        unreadable = len(set(gathered(list(self.context.source.skipped))))
         if accelerator.is_main_process:
-            self.report({**place, **taken, **means, **speed, "unreadable": len(self.context.source.skipped)})
+            self.report({**place, **taken, **means, **speed, "unreadable": unreadable})
 
 
 def steps_of(recipe: Recipe) -> int:
     """The steps of all phases."""
     return sum(phase.options.steps for phase in phases_of(recipe))
+
+
+def _of_sites(student: nn.Module) -> set[str]:
+    """What the warm start trains at most: its backward passes must not leave the sites."""
+    sites = tuple(f"{path}." for path in converted_sites(student))
+    return {name for name, parameter in student.named_parameters() if parameter.requires_grad and name.startswith(sites)}
 
 
 def _samples(context: Context, phase: Phase, rows: list[range], steps: range) -> Iterator[Sample]:

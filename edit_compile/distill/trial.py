@@ -33,7 +33,6 @@ from edit_compile.grid import grid
 from edit_compile.plans import Plan
 from edit_compile.sites import converted_sites
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOMENTS = {"adamw": 8, "adamw-8bit": 2}  # bytes of both
 
 
@@ -101,8 +100,7 @@ def trial(recipe: Recipe) -> Trial:
         DistillError, ModelNotFoundError, PlanError: as the run itself would.
     """
     student = _student(recipe)
-    dtype = _DTYPES[recipe.precision]
-    structure = stand_in(student, dtype)
+    structure = stand_in(student, recipe.dtype)
     trained = trained_parameters(structure, recipe.train)
     number, state = sum(p.numel() for p in trained.values()), _state_bytes(structure, recipe)
     phases: list[PhaseEstimate] = []
@@ -118,7 +116,7 @@ def trial(recipe: Recipe) -> Trial:
             except (GridError, NoExampleInputsError) as error:
                 impossible[phase.name] = str(error)
     parameters = sum(p.numel() for p in structure.parameters())
-    return Trial(recipe, plan_of(student), parameters, number, state, tuple(phases), impossible, matrix_product_speed(dtype))
+    return Trial(recipe, plan_of(student), parameters, number, state, tuple(phases), impossible, matrix_product_speed(recipe.dtype))
 
 
 def _student(recipe: Recipe) -> nn.Module:
@@ -129,7 +127,7 @@ def _student(recipe: Recipe) -> nn.Module:
 
 def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
     """What is kept from step to step. The teacher has its own attention weights, and with `train: all` it is a model of its own."""
-    frozen = _DTYPES[recipe.precision].itemsize
+    frozen = recipe.dtype.itemsize
     trained = {id(p) for p in trained_parameters(structure, recipe.train).values()}
     of_trained = 4 + 4 + _MOMENTS[recipe.optimizer.kind] + (4 if recipe.ema is not None else 0)  # itself, its gradient, ...
     own = sum(p.numel() * (of_trained if id(p) in trained else frozen) for p in structure.parameters())
@@ -139,7 +137,7 @@ def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
 
 
 def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) -> PhaseEstimate:
-    options, dtype = phase.options, _DTYPES[recipe.precision]
+    options, dtype = phase.options, recipe.dtype
     size = options.micro_batch or options.batch
     x, conditions = random_batch(structure, phase.height, phase.width, size, "meta", dtype)
     sample = Sample(x, torch.empty(size, device="meta", dtype=dtype), conditions, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,9 +88,11 @@ def test_only_what_is_chosen_is_trained(tmp_path):
     assert all(".attn.edit." in name for name in changed)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    with pytest.raises(ec.DistillError, match="a batch of 4 does not divide into forwards of 3 on 1 processes"):
-        run(tmp_path, warm_start=None, stage=[{"resolution": 12, "steps": 1, "batch": 4, "micro_batch": 3}])
+def test_a_batch_that_does_not_divide_is_refused():
+    stages = [{"resolution": 12, "steps": 1, "batch": 4, "micro_batch": 2}]
+    context = toy_distill.context(toy_distill.student(), SimpleNamespace(num_processes=3, process_index=0), stage=stages)
+    with pytest.raises(ec.DistillError, match="a batch of 4 does not divide into forwards of 2 on 3 processes"):
+        context.own_rows(4, 2)
 
 
 def test_a_model_that_is_not_converted_is_refused(tmp_path):
@@ -148,6 +151,13 @@ def test_the_command_distills_a_demo_model(demo_recipe, tmp_path):
     assert models.sample(student, [""], steps=1).isfinite().all()
     recipe = Recipe.model_validate(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert recipe.stage[0].steps == 1
+
+
+def test_of_several_processes_one_speaks(demo_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as in the second process; that there is no first one does not matter here
+    monkeypatch.setattr("edit_compile.distill.runner.distill", lambda *args, report, **options: report({}))
+    result = CliRunner().invoke(main, ["distill", str(demo_recipe), "-o", str(tmp_path / "out"), "--push-to-hub", "me/student"])
+    assert (result.exit_code, result.output) == (0, "")
 
 
 def test_a_dry_run_trains_nothing(demo_recipe, tmp_path):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import two_processes
 
 import edit_compile as ec
 import toy_distill
+from edit_compile.distill.distributed import make_accelerator
 
 LOSSES = ("loss", "task", "output", "feature", "grad_norm")
 
@@ -63,6 +65,21 @@ def test_the_student_and_its_error_are_those_of_one_process(folder, kind):
     errors = [json.loads((folder / name / "result.json").read_text())["held_out_error"] for name in ("one", kind)]
     for when in ("before", "after"):
         assert errors[1][when]["total"] == pytest.approx(errors[0][when]["total"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "version2", "optimizer", "message"),
+    [
+        ("XLA", False, "adamw", "XLA is not supported: launch with DDP or with FSDP version 2"),
+        ("FSDP", False, "adamw", "FSDP version 1 is not supported: launch with --fsdp_version 2"),
+        ("FSDP", True, "adamw-8bit", "adamw-8bit does not know FSDP's shards"),
+    ],
+)
+def test_what_cannot_be_distributed_is_refused_before_anything_is_trained(monkeypatch, tmp_path, kind, version2, optimizer, message):
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), is_fsdp2=version2, num_processes=2, mixed_precision="no")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: accelerator)
+    with pytest.raises(ec.DistillError, match=message):
+        make_accelerator(toy_distill.recipe(optimizer={"kind": optimizer}), tmp_path)
 
 
 def test_resuming_shards_is_bit_for_bit(folder):

@@ -104,7 +104,7 @@ def test_tensorboard_has_the_recipe_and_every_number(result):
     (folder,) = (result.folder / "trackers").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    for name in ("loss", "feature/blocks.0.attn", "lr"):
+    for name in ("loss", "feature/blocks.0.attn", "lr", "skipped"):
         logged = {event.step: event.value for event in events.Scalars(name)}
         assert logged == pytest.approx({row["total"]: row[name] for row in rows if name in row})
     (settings,) = folder.glob("*/hparams.yml")
@@ -130,6 +130,40 @@ class Api:
 
     def upload_folder(self, **options):
         self.calls.append(options)
+
+
+class Unseen(toy_distill.Pictures):
+    """Latents that nothing can decode in the memory there is."""
+
+    def pixels(self, pictures):
+        raise torch.OutOfMemoryError("out of memory\nmore")
+
+
+def test_a_picture_that_fails_does_not_cost_the_student(tmp_path, caplog, monkeypatch):
+    def fail(context):
+        raise RuntimeError("no time")
+
+    monkeypatch.setattr(runner, "speeds", fail)
+    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow"), "source": Unseen()}
+    result = distill(toy_distill.recipe(**OPTIONS | {"trackers": []}), tmp_path, student=toy_distill.student(), **common)
+    assert result.speeds == ()
+    assert "the sample grid is left out: out of memory" in caplog.text
+    assert "the speed is left out: no time" in caplog.text
+    assert (tmp_path / "result.json").exists()
+    assert not (tmp_path / "samples").exists()
+    ec.load(tmp_path, toy_distill.base())
+
+
+def test_what_would_end_a_later_stage_ends_the_run_at_once(tmp_path):
+    class Small(toy_distill.Pictures):
+        def check(self, height, width):
+            if height > 12:
+                raise ec.DistillError(f"no pictures of {height} pixels")
+
+    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow"), "source": Small()}
+    with pytest.raises(ec.DistillError, match=r"^stage 1: no pictures of 16 pixels"):
+        distill(toy_distill.recipe(**OPTIONS), tmp_path, student=toy_distill.student(), **common)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_uploading(result, monkeypatch):

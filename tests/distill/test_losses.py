@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from edit_compile.distill.data import Request
 from edit_compile.distill.features import recorded, recording, relative_error
 from edit_compile.distill.held_out import held_out_error
 from edit_compile.distill.losses import distillation_losses
+from edit_compile.distill.noise import Process
 from edit_compile.distill.recipe import Losses
 from edit_compile.sites import converted_sites
 
@@ -85,7 +88,9 @@ def test_relative_error_in_half_precision_is_computed_in_float32():
     torch.testing.assert_close(relative_error([a], [b]), torch.full((2,), 0.25))
 
 
-def test_held_out_error_is_the_formula(context):
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_held_out_error_is_the_formula(context, shift):
+    context = dataclasses.replace(context, process=Process("rectified-flow", shift=shift))
     measured = held_out_error(context, H, W)
     samples = context.recipe.held_out.samples
     times = context.process.times((torch.arange(samples).double() + 0.5) / samples)
@@ -103,7 +108,11 @@ def test_held_out_error_is_the_formula(context):
     assert measured.total == pytest.approx(error(slice(None)), rel=1e-4)
     for number, bucket in enumerate(measured.buckets):
         assert bucket.error == pytest.approx(error(slice(4 * number, 4 * number + 4)), rel=1e-4)
-        assert (bucket.low, bucket.high) == (250 * number, 250 * number + 250)
+        own = times[4 * number : 4 * number + 4]
+        assert bucket.low < own.min()
+        assert own.max() < bucket.high
+        even = torch.tensor([number / 4, (number + 1) / 4])
+        torch.testing.assert_close(torch.tensor([bucket.low, bucket.high]), 1000 * shift * even / (1 + (shift - 1) * even))
 
 
 def test_held_out_samples_are_not_training_samples(context):

@@ -14,9 +14,11 @@ import edit_compile as ec
 import toy
 import toy_distill
 from edit_compile.distill import distill, distributed
+from edit_compile.distill.context import trained_parameters
 from edit_compile.distill.noise import Process
 from edit_compile.distill.optimizer import make_optimizer
 from edit_compile.distill.recipe import Optimizer
+from edit_compile.sites import converted_sites
 
 STAGES = [{"resolution": size, "steps": 3, "batch": 2, "lr": 1e-3, "warm_up": 0} for size in ([12, 16], [16, 20])]
 
@@ -75,6 +77,33 @@ def test_half_precision_keeps_what_is_trained_in_full(tmp_path):
         assert parameter.dtype is (torch.float32 if ".attn." in name else torch.bfloat16), name
     assert result.after.total < 0.6 * result.before.total
     assert ec.load(tmp_path, toy_distill.base()).out.weight.dtype is torch.float32
+
+
+def test_half_precision_does_not_round_what_is_trained():
+    model = toy_distill.student()
+    before = copy.deepcopy(model.state_dict())
+    trained = set(trained_parameters(model, "attention"))
+    distributed.set_precision(model, trained, "bf16")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name in trained else before[name].bfloat16()), name
+    assert {p.dtype for site in converted_sites(model).values() for p in site.edit_teacher.parameters()} == {torch.bfloat16}
+
+
+def test_a_warm_start_before_training_all_stays_within_the_sites(tmp_path):
+    model = toy_distill.student()
+    before = copy.deepcopy(model.state_dict())
+    changed = {}
+
+    def report(row):
+        if row["phase"] == "warm start":
+            changed[row["step"]] = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+    recipe = toy_distill.recipe(train="all")
+    flow, source = Process("rectified-flow"), toy_distill.Pictures()
+    distill(recipe, tmp_path, student=model, source=source, denoise=toy_distill.denoise, process=flow, report=report)
+    assert changed[6]
+    assert all(".attn." in name for name in changed[6])
+    assert not torch.equal(model.out.weight, before["out.weight"])
 
 
 def test_training_all_leaves_the_base_alone_and_is_saved(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 import edit_compile as ec
 from edit_compile.adapters.schedulers import default_process, process_of
@@ -58,6 +59,17 @@ def test_a_flow_is_diffusers_own(shift):
     mixed, target = process.mixed(x, noise, some)
     torch.testing.assert_close(mixed, scheduler.scale_noise(x, some, noise), atol=1e-6, rtol=1e-6)
     assert torch.equal(target, noise - x)
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 16384])
+def test_a_shift_that_depends_on_the_tokens_is_the_pipelines_own(tokens):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.5, max_shift=1.15, shift=3.0
+    )
+    process = process_of({**scheduler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.1], mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15))
+    times = process.at(tokens).times(torch.tensor([1.0, 0.75, 0.5, 0.1], dtype=torch.float64))
+    torch.testing.assert_close(times, scheduler.timesteps, atol=1e-3, rtol=1e-5)
 
 
 def test_flow_prediction_of_another_scheduler_is_a_flow():

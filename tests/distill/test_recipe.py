@@ -73,6 +73,12 @@ def test_a_recipe_survives_its_own_dump(file):
             6,
             "data.buckets.max_ratio: 0.5: Input should be greater than or equal to 1",
         ),
+        (
+            "    steps: 10",
+            "    steps: 10\n    batch: 4\n    micro_batch: 3",
+            3,
+            "stage.0: a batch of 4 does not divide into forwards of 3: change batch or micro_batch",
+        ),
         ("    steps: 10", "    steps: 10\n    steps: 11", 5, "stage.0.steps is given twice, first in line 4"),
     ],
 )

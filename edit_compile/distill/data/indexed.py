@@ -70,6 +70,11 @@ class Indexed:
             raise DistillError(f"data.held_out: {count} of {total} samples are to be held out: none is left to train on")
         self._kept_back = {(2 * number + 1) * total // (2 * count) for number in range(count)}
 
+    def check(self, height: int, width: int) -> None:
+        found = (self._shape(index, (height, width)) for index in range(len(self.items)))
+        if all(isinstance(shape, Unreadable) for shape in found):  # ends at the first that can be had
+            raise self._nothing_left("train")
+
     def batch(self, request: Request) -> Batch:
         """The requested rows; of held-out samples the rows are a batch of their own, so that a measurement sees many shapes."""
         size, rows, position = request.size, request.rows, request.position
@@ -91,18 +96,25 @@ class Indexed:
     def _order(self, resolution: Shape, split: Split) -> tuple[list[Shape], Order]:
         if (resolution, split) not in self._orders:
             groups: dict[Shape, list[int]] = {}
-            for index in range(len(self.items)):
-                if (index in self._kept_back) != (split == "held-out"):
-                    continue
-                try:
-                    groups.setdefault(self.items.shape(index, resolution), []).append(index)
-                except Unreadable as reason:
-                    note(self.skipped, self.items.name(index), reason)
+            own = [index for index in range(len(self.items)) if (index in self._kept_back) == (split == "held-out")]
+            with ThreadPoolExecutor(_THREADS, "edit_compile-shapes") as pool:  # it may be files that have to be opened
+                found = list(pool.map(lambda index: self._shape(index, resolution), own))
+            for index, shape in zip(own, found, strict=True):
+                if isinstance(shape, Unreadable):
+                    note(self.skipped, self.items.name(index), shape)
+                else:
+                    groups.setdefault(shape, []).append(index)
             if not groups:
                 raise self._nothing_left(split)
             shapes = sorted(groups)
             self._orders[resolution, split] = shapes, Order([groups[shape] for shape in shapes], self.seed)
         return self._orders[resolution, split]
+
+    def _shape(self, index: int, resolution: Shape) -> Shape | Unreadable:
+        try:
+            return self.items.shape(index, resolution)
+        except Unreadable as reason:
+            return reason
 
     def _samples(self, order: Order, group: int, places: list[int], shape: Shape, resolution: Shape, request: Request) -> list[Any] | None:
         """A sample for each place, or None if none of the group can be read."""

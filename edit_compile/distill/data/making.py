@@ -74,8 +74,7 @@ def make_cache(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, base = _teacher(recipe, device)
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    producer = _producer(recipe, Origin(model, recipe.seed, base, device, dtype), batch)
+    producer = _producer(recipe, Origin(model, recipe.seed, base, device, recipe.dtype), batch)
     data = recipe.data.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
     made_from = {"model": recipe.model, "data": data, "precision": recipe.precision, "samples": samples, "shard_size": shard_size}
     if isinstance(recipe.data, PromptsData):
@@ -126,7 +125,7 @@ def _source(recipe: Recipe) -> str:
 def _teacher(recipe: Recipe, device: torch.device) -> tuple[nn.Module, str]:
     """The model, with weights only if it has to draw, and where its pipeline is."""
     draws = isinstance(recipe.data, PromptsData)
-    loaded = load_model(_source(recipe), structure_only=not draws)
+    loaded = load_model(_source(recipe), dtype=recipe.dtype if draws else None, structure_only=not draws)
     return loaded.model.eval().to(device) if draws else loaded.model, loaded.pipeline or loaded.source
 
 

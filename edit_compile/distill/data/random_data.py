@@ -12,6 +12,7 @@ from edit_compile.adapters.denoise import random_batch
 from edit_compile.distill.data.source import Batch, Request
 from edit_compile.distill.noise import seed_of
 from edit_compile.distill.section import Section
+from edit_compile.errors import DistillError, GridError, NoExampleInputsError
 
 
 class RandomData(Section):
@@ -28,6 +29,12 @@ class Random:
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.model, self.seed = model, seed
         self.skipped: dict[str, str] = {}
+
+    def check(self, height: int, width: int) -> None:
+        try:
+            random_batch(self.model, height, width, 1, "meta")
+        except (GridError, NoExampleInputsError) as error:
+            raise DistillError(str(error)) from error
 
     def batch(self, request: Request) -> Batch:
         samples = [self._sample(request, position) for position in request.positions]

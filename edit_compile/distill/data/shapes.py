@@ -36,6 +36,9 @@ class Shapes:
         self.data, self.model, self.seed = data, model, seed
         self.skipped: dict[str, str] = {}
 
+    def check(self, height: int, width: int) -> None:
+        """Any can be drawn."""
+
     def batch(self, request: Request) -> Batch:
         drawn = [self._sample(request.split, position) for position in request.positions]
         pictures = torch.from_numpy(np.stack([shapes.render(scene) for scene, _ in drawn])).permute(0, 3, 1, 2) * 2 - 1

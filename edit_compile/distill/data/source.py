@@ -82,6 +82,13 @@ class Source(Protocol):
     skipped: dict[str, str]
     concurrent: bool
 
+    def check(self, height: int, width: int) -> None:
+        """
+        Raises:
+            DistillError: pictures of this resolution in pixels cannot be had.
+        """
+        ...
+
     def batch(self, request: Request) -> Batch:
         """The requested rows, in order: a function of the request alone.
 

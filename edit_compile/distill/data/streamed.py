@@ -38,6 +38,9 @@ class Streamed:
         self._window: tuple[tuple[int, int], list[list[Sized]]] | None = None
         self._held_out: list[Sized] | None = None
 
+    def check(self, height: int, width: int) -> None:
+        bucket_shapes(height, width, self.encoder.granularity, self.buckets)
+
     def batch(self, request: Request) -> Batch:
         if request.split == "held-out":
             chosen, others = self._held_out_records(request.rows)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def write_unreadable(folder: Path, skipped: Mapping[str, str]) -> None:
-    """Name the samples that one process skipped, with the reasons, in a file and their number in the log. No file if there are none."""
+    """Name the samples that were skipped, with the reasons, in a file and their number in the log. No file if there are none."""
     path = folder / FILE
     if not skipped:
         path.unlink(missing_ok=True)

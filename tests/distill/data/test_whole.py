@@ -77,8 +77,8 @@ def test_data_that_need_no_cache_say_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
-@pytest.mark.parametrize("kind", ["images", "prompts"])
-def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind):
+@pytest.mark.parametrize(("kind", "precision"), [("images", "fp32"), ("prompts", "fp32"), ("prompts", "bf16")])
+def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind, precision):
     pipelines.PIPELINES[name]().save_pretrained(tmp_path / "pipeline")
     if kind == "images":
         data = {"path": str(data_files.folder_of(tmp_path / "pictures", [(48, 48), (32, 64)] * 4)), "buckets": {"multiple": 16}}
@@ -87,6 +87,7 @@ def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind):
         data = {"path": str(tmp_path / "prompts.txt"), "steps": 2}
     stage = {"resolution": 48, "steps": 2, "batch": 2}
     common = {"model": str(tmp_path / "pipeline"), "stage": [stage], "held_out": {"samples": 2, "batch": 2, "buckets": 1}, "log_every": 1}
+    common |= {"precision": precision, "trackers": []}
     made = make_cache(Recipe.model_validate(common | {"data": {"kind": kind, **data}}), tmp_path / "cache")
     assert made.samples == (8 if kind == "images" else 3)
     if (kind == "images") != (name == "sd3"):
