@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,18 @@ class Watch:
     student: nn.Module
     steps: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
-    _since: float | None = None
+    since: float | None = None
 
     def __call__(self, row: dict[str, Any]) -> None:
         now = _now()
-        if self._since is not None:
-            self.steps.append(now - self._since)
-        began = _now()
+        if self.since is not None:
+            self.steps.append(now - self.since)
         self._bare_step()
-        self._since = _now()
-        self.bare.append(self._since - began)
+        self.since = _now()
+        self.bare.append(self.since - now)
 
     def _bare_step(self) -> None:
-        x, times, conditions = self._inputs()
+        x, times, conditions = self._inputs
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             with torch.no_grad(), ec.teacher(self.student):
                 expected = denoise(self.student, x, times, conditions)
@@ -70,14 +70,13 @@ class Watch:
         for parameter in self.student.parameters():
             parameter.grad = None
 
+    @cached_property
     def _inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        if not hasattr(self, "_batch"):
-            stage, device = self.recipe.stage[0], next(self.student.parameters()).device
-            source = open_source(self.recipe.data, self.student, self.recipe.seed)
-            batch = source.batch(Request(0, stage.batch, range(stage.batch), *stage.resolution))
-            found = (batch.pictures, torch.full((stage.batch,), 500.0), batch.conditions)
-            self._batch = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, found)
-        return self._batch
+        stage, device = self.recipe.stage[0], next(self.student.parameters()).device
+        source = open_source(self.recipe.data, self.student, self.recipe.seed)
+        batch = source.batch(Request(0, stage.batch, range(stage.batch), *stage.resolution))
+        found = (batch.pictures, torch.full((stage.batch,), 500.0), batch.conditions)
+        return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, found)
 
 
 def student_of(recipe: Recipe) -> nn.Module:
@@ -126,10 +125,8 @@ def report(name: str, changes: list[str], steps: int) -> str:
     student = student_of(recipe())
     step, bare, ratio = timed(recipe(f"stage.0.steps={steps + UNCOUNTED + 1}"), copy.deepcopy(student))
     peaks = [memory(recipe("stage.0.steps=2", *losses), copy.deepcopy(student)) for losses in ((), (ALONE,))]
-    stage, where = (
-        recipe().stage[0],
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",
-    )
+    run, where = recipe(), torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    stage = run.stage[0]
     command = " ".join(["benchmarks/training_step.py", name, *(f"--set '{change}'" for change in changes)])
     rows = {
         "seconds of a step": (step.median, step.low, step.high),
@@ -138,8 +135,8 @@ def report(name: str, changes: list[str], steps: int) -> str:
     }
     lines = [
         f"`{command}`, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {where}, load average {os.getloadavg()[0]:.1f} on "
-        f"{os.cpu_count()} cores at the end; {recipe().model} at {stage.resolution[0]} x {stage.resolution[1]} px, batch {stage.batch}, "
-        f"{recipe().precision}, train: {recipe().train}, {steps} steps.",
+        f"{os.cpu_count()} cores at the end; {run.model} at {stage.resolution[0]} x {stage.resolution[1]} px, batch {stage.batch}, "
+        f"{run.precision}, train: {run.train}, {steps} steps.",
         "",
         "| time | median | quartiles |",
         "|---|---|---|",

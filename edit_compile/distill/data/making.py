@@ -125,7 +125,7 @@ def _source(recipe: Recipe) -> str:
 def _teacher(recipe: Recipe, device: torch.device) -> tuple[nn.Module, str]:
     """The model, with weights only if it has to draw, and where its pipeline is."""
     draws = isinstance(recipe.data, PromptsData)
-    loaded = load_model(_source(recipe), dtype=recipe.dtype if draws else None, structure_only=not draws)
+    loaded = load_model(_source(recipe), dtype=recipe.dtype, structure_only=not draws)
     return loaded.model.eval().to(device) if draws else loaded.model, loaded.pipeline or loaded.source
 
 
