@@ -1,7 +1,8 @@
-"""Wrapping the student for its stages: precision, recomputation, compilation, and several processes.
+"""Wrapping the models for training: precision, recomputation, compilation, and several processes.
 
-`accelerate launch` decides on the processes: with FSDP (version 2) parameters are sharded per repeated block, otherwise
-gradients are averaged (DDP). The warm start needs none of it: its gradients are averaged by hand.
+`accelerate launch` decides on the processes: with FSDP (version 2) the student's parameters are sharded per repeated block, from
+the beginning; otherwise gradients are averaged (DDP). The warm start, without a backward pass through the model, averages its
+gradients by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from edit_compile.api import repeated_blocks
 from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.trackers import chosen_trackers
 from edit_compile.errors import DistillError
-from edit_compile.sites import converted_sites
+from edit_compile.sites import converted_sites, is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +55,7 @@ def _check_kind(accelerator: Accelerator, recipe: Recipe) -> None:
     kind = accelerator.distributed_type.value
     if not kind.startswith(("FSDP", "MULTI_")):
         raise DistillError(f"{kind} is not supported: launch with DDP or with FSDP version 2")
-    if kind != "FSDP":
+    if not _is_fsdp(accelerator):
         return
     if not accelerator.is_fsdp2:
         raise DistillError("FSDP version 1 is not supported: launch with --fsdp_version 2")
@@ -74,29 +75,42 @@ def set_precision(student: nn.Module, trained: Iterable[str], precision: str) ->
             tensor.data = tensor.data.to(torch.float32 if name in names else torch.bfloat16)
 
 
-def wrap(student: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
-    """The student as the stages call it; its own forward is prepared in place."""
+def wrap(student: nn.Module, teacher: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
+    """The student as the stages call it; its own forward, and the teacher's, are prepared in place."""
     if recipe.gradient_checkpointing:
         recompute_blocks(student)
     if recipe.compile:
-        compile_blocks(student)
-    if accelerator.num_processes == 1:
-        return student
-    if accelerator.distributed_type.value == "FSDP":
-        plugin = accelerator.state.fsdp_plugin
-        return shard(student, reshard_after_forward=plugin.reshard_after_forward, offload_policy=plugin.cpu_offload)
-    return accelerator.prepare(student)
+        for model in dict.fromkeys((student, teacher)):
+            compile_blocks(model)
+    return student if accelerator.num_processes == 1 or _is_fsdp(accelerator) else accelerator.prepare(student)
 
 
-def shard(student: nn.Module, **options: Any) -> nn.Module:
-    """FSDP2 in place: a group of shards for each repeated block, and one for the rest."""
+def shard(student: nn.Module, accelerator: Accelerator) -> None:
+    """FSDP2 in place, where launched with it: a group of shards for each repeated block, and one for the rest.
+
+    Which parameters require gradients must be settled.
+    """
+    if accelerator.num_processes == 1 or not _is_fsdp(accelerator):
+        return
     from torch.distributed.fsdp import fully_shard
 
-    options = {name: value for name, value in options.items() if value is not None}
+    plugin = accelerator.state.fsdp_plugin
+    given = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for path in repeated_blocks(student):
         fully_shard(student.get_submodule(path), **options)
     fully_shard(student, **options)
-    return student
+
+
+def reshard(student: nn.Module) -> None:
+    """Let go of the whole parameters that a forward without a backward pass leaves behind: they would outlive the next step."""
+    for module in student.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type.value == "FSDP"
 
 
 def recompute_blocks(student: nn.Module) -> None:
@@ -115,19 +129,30 @@ def gathered(items: list[Any]) -> list[Any]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, gathered from its shards. All processes must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process' shard of a tensor, without gradient; the same storage."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def mean_in_shards(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The mean over processes of a whole gradient, as shards like its parameter's; if that is whole, the gradient as it is."""
+    if not is_sharded(parameter):
+        return gradient
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    summed = DTensor.from_local(gradient / mesh.size(), mesh, [Partial("sum")] * mesh.ndim, run_check=False)
+    return summed.redistribute(placements=parameter.placements).to(parameter.device)  # type: ignore[attr-defined]
 
 
 def like(value: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, on another's device and in its shards."""
     value = value.to(other.device)
-    if not hasattr(other, "device_mesh") or value.shape != other.shape:
+    if not is_sharded(other) or value.shape != other.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.distill.context import Context, Sample
+from edit_compile.distill.distributed import reshard
 from edit_compile.distill.losses import distillation_losses
 from edit_compile.distill.metrics import Average
 from edit_compile.distill.recipe import Losses
 from edit_compile.distill.warm_start import fitting
+from edit_compile.sites import is_sharded
 
 
 def warm_start_gradients(
@@ -22,8 +24,9 @@ def warm_start_gradients(
     with fitting(context.student, 1 / forwards) as sites:
         for _ in range(forwards):
             context.predict(context.student, context.on_device(next(samples)))
+    reshard(context.student)
     for parameter in trained.values():
-        if parameter.grad is not None:
+        if parameter.grad is not None and not is_sharded(parameter):
             parameter.grad = context.accelerator.reduce(parameter.grad, "mean")
     loss = torch.stack(list(sites.values())).mean()
     return {"loss": loss, "feature": loss, **_named(sites)}

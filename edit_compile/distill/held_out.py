@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edit_compile.distill.context import Context
 from edit_compile.distill.data import Request
+from edit_compile.errors import DistillError
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class HeldOutError:
 
 
 def held_out_error(context: Context, height: int, width: int) -> HeldOutError:
-    """Measure the student as it is, at a resolution in pixels. All processes take part and get the same answer."""
+    """Measure the student as it is, at a resolution in pixels. All processes take part and get the same answer.
+
+    Raises:
+        DistillError: the teacher predicts the same value everywhere.
+    """
     options, process = context.recipe.held_out, context.process_at(height, width)
     sums = torch.zeros(options.buckets, 4, dtype=torch.float64)  # on the CPU: not every device has float64
     u = (torch.arange(options.samples, dtype=torch.float64) + 0.5) / options.samples
@@ -80,4 +85,7 @@ def _sums(student: Tensor, expected: Tensor) -> Tensor:
 
 def _error(sums: Tensor) -> float:
     difference, first, second, number = sums.tolist()
-    return difference / (second - first**2 / number) if number else float("nan")
+    spread = second - first**2 / number
+    if spread <= 0:
+        raise DistillError("the teacher predicts the same value everywhere: there is nothing to distill; does it have trained weights?")
+    return difference / spread

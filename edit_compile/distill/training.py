@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.api import compile as compile_blocks
 from edit_compile.distill.context import Context, Sample, trained_parameters
 from edit_compile.distill.data import Request
-from edit_compile.distill.distributed import gathered, whole, wrap
+from edit_compile.distill.distributed import gathered, reshard, shard, whole, wrap
 from edit_compile.distill.features import recording
 from edit_compile.distill.gradients import stage_gradients, warm_start_gradients
 from edit_compile.distill.guard import Guard
@@ -71,12 +70,12 @@ class Trainer:
         with ExitStack() as modes:
             modes.enter_context(only_trainable(context.student, set(trained_parameters(context.student, context.recipe.train))))
             modes.enter_context(own_random_state(context.accelerator.device))
+            shard(context.student, context.accelerator)
             for number in range(state.phase if state else 0, len(phases)):
                 phase = phases[number]
                 if self.model is None and phase.losses is not None:
                     self._begin_stages(modes)
-                with only_trainable(context.student, _of_sites(context.student)) if phase.losses is None else nullcontext():
-                    self._run(number, phase, restored)
+                self._run(number, phase, restored)
                 restored = None
         self.seconds = time.monotonic() - self.began
         if self.average is not None:
@@ -85,13 +84,10 @@ class Trainer:
         del self.live  # the optimizer's memory is needed for what comes now
 
     def _begin_stages(self, modes: ExitStack) -> None:
-        student, recipe = self.context.student, self.context.recipe
-        modes.enter_context(recording(student))
-        if self.context.teacher is not student:
-            modes.enter_context(recording(self.context.teacher))
-            if recipe.compile:
-                compile_blocks(self.context.teacher)
-        self.model = wrap(student, recipe, self.context.accelerator)
+        student, teacher, recipe = self.context.student, self.context.teacher, self.context.recipe
+        for model in dict.fromkeys((student, teacher)):
+            modes.enter_context(recording(model))
+        self.model = wrap(student, teacher, recipe, self.context.accelerator)
         if recipe.ema is not None:
             self.average = MovingAverage(trained_parameters(student, recipe.train), recipe.ema)
 
@@ -116,6 +112,7 @@ class Trainer:
         if recipe.samples.every is not None and self.total % recipe.samples.every == 0:
             with self.average.applied() if self.average is not None else nullcontext():
                 self.draw(self.total)
+            reshard(self.context.student)
         if saves:
             place = self._save(number, step)
             if stop:
@@ -203,12 +200,6 @@ class Trainer:
 def steps_of(recipe: Recipe) -> int:
     """The steps of all phases."""
     return sum(phase.options.steps for phase in phases_of(recipe))
-
-
-def _of_sites(student: nn.Module) -> set[str]:
-    """What the warm start trains at most: its backward passes must not leave the sites."""
-    sites = tuple(f"{path}." for path in converted_sites(student))
-    return {name for name, parameter in student.named_parameters() if parameter.requires_grad and name.startswith(sites)}
 
 
 def _samples(context: Context, phase: Phase, rows: list[range], steps: range) -> Iterator[Sample]:

@@ -105,12 +105,12 @@ def trial(recipe: Recipe) -> Trial:
     number, state = sum(p.numel() for p in trained.values()), _state_bytes(structure, recipe)
     phases: list[PhaseEstimate] = []
     impossible: dict[str, str] = {}
-    recomputed = False
+    wanted = phases_of(recipe)
+    first_stage = next(phase for phase in wanted if phase.losses is not None)
     with only_trainable(structure, set(trained)), recording(structure), native_attention():
-        for phase in phases_of(recipe):
-            if recipe.gradient_checkpointing and phase.losses is not None and not recomputed:
+        for phase in wanted:
+            if recipe.gradient_checkpointing and phase is first_stage:
                 recompute_blocks(structure)
-                recomputed = True
             try:
                 phases.append(_estimate(recipe, structure, phase, state + (2 * number if recipe.precision == "bf16" else 0)))
             except (GridError, NoExampleInputsError) as error:

@@ -27,7 +27,7 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folders of a run in one process, and of three in two processes."""
+    """The folders of a run in one process, and of four in two processes."""
     folder = tmp_path_factory.mktemp("runs")
     script = Path(two_processes.__file__)
     with socket.socket() as free:
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "resumed"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "kept_whole", "resumed"])
 def test_losses_are_those_of_one_process(folder, kind):
     one, two = rows(folder / "one"), rows(folder / kind)
     assert [row["total"] for row in one] == [row["total"] for row in two] == list(range(1, 21))
@@ -57,7 +57,7 @@ def test_losses_are_those_of_one_process(folder, kind):
                 assert b[name] == pytest.approx(a[name], rel=2e-4), (a["phase"], a["step"], name)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "resumed"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "kept_whole", "resumed"])
 def test_the_student_and_its_error_are_those_of_one_process(folder, kind):
     one, two = (ec.load(folder / name, toy_distill.base()).state_dict() for name in ("one", kind))
     for name, value in one.items():

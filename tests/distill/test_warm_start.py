@@ -78,6 +78,14 @@ def test_losses_and_gradients_are_each_sites_own(student, call):
     assert not gradients
 
 
+def test_gradients_have_their_parameters_strides(student, call):
+    """Fused optimizers go through the memory of both alike, and convolutions may give gradients with the channels last."""
+    strides = {name: p.stride() for name, p in student.named_parameters()}
+    with only_trainable(student, trained_parameters(student, "attention")), fitting(student, 1.0):
+        call(student)
+        assert {name: p.grad.stride() for name, p in student.named_parameters() if p.grad is not None}.items() <= strides.items()
+
+
 def test_gradients_add_up_over_forwards(student, call):
     _, losses, gradients = fit(student, call)
     with only_trainable(student, trained_parameters(student, "attention")), fitting(student, 0.5) as halves:

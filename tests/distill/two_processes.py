@@ -51,21 +51,22 @@ class Fails(toy_distill.Pictures):
 def main(folder):
     run(folder / "ddp")
 
-    make, wrap = runner.make_accelerator, training.wrap
+    make, shard = runner.make_accelerator, training.shard
 
     def as_with_gpus(recipe, folder):  # accelerate takes note of FSDP on accelerators only
         accelerator = make(recipe, folder)
         accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+        reshards = folder.name != "kept_whole"
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=reshards)
         return accelerator
 
-    def sharded(*arguments):
-        model = wrap(*arguments)
-        assert all(hasattr(p, "full_tensor") for p in model.parameters())
-        return model
+    def sharded(student, accelerator):
+        shard(student, accelerator)
+        assert all(hasattr(p, "full_tensor") for p in student.parameters())
 
-    runner.make_accelerator, training.wrap = as_with_gpus, sharded
+    runner.make_accelerator, training.shard = as_with_gpus, sharded
     run(folder / "fsdp")
+    run(folder / "kept_whole")
     with pytest.raises(ec.DistillError, match="no more data"):
         run(folder / "resumed", Fails())
     torch.distributed.barrier()
