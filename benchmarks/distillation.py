@@ -28,6 +28,7 @@ from edit_compile.demo.obedience import Obedience, obedience
 from edit_compile.distill import distill, load_recipe
 
 PROMPTS = 200
+COLUMNS = "seeds | error before | error after: median (min to max) | colour and place | shape | seconds |"
 TIMED, TURNS = 12, 3  # steps of a short run, and how many of them
 
 
@@ -85,20 +86,20 @@ def steps_without_warm_start(name: str, seconds: dict[str, float]) -> int:
     return recipe.stage[0].steps + round(recipe.warm_start.steps * seconds["warm start"] / seconds["stage 0"])
 
 
-def row(name: str, warm: bool, runs: list[Run]) -> str:
+def summary(runs: list[Run]) -> str:
+    """The columns `COLUMNS` of a table, over seeds."""
     after = [run.after for run in runs]
     middle = {key: statistics.median(getattr(run, key) for run in runs) for key in ("before", "seconds", "colour_and_place", "shape")}
     error = f"{statistics.median(after):.5f} ({min(after):.5f} to {max(after):.5f})"
     drawn = f"{middle['colour_and_place']:.1%} | {middle['shape']:.1%}"
-    return f"| {name} | {'yes' if warm else 'no'} | {len(runs)} | {middle['before']:.3f} | {error} | {drawn} | {middle['seconds']:.0f} |"
+    return f"{len(runs)} | {middle['before']:.3f} | {error} | {drawn} | {middle['seconds']:.0f} |"
 
 
 def table(teachers: dict[str, Obedience], runs: dict[tuple[str, bool], list[Run]]) -> str:
-    head = "| model | warm start | seeds | error before | error after: median (min to max) | colour and place | shape | seconds |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    lines = [f"| model | warm start | {COLUMNS}", "|---" * 8 + "|"]
     for name, drawn in teachers.items():
         lines.append(f"| {name}, teacher | | | | 0 | {drawn.colour_and_place:.1%} | {drawn.shape:.1%} | |")
-        lines += [row(name, warm, found) for (model, warm), found in runs.items() if model == name]
+        lines += [f"| {name} | {'yes' if warm else 'no'} | {summary(found)}" for (model, warm), found in runs.items() if model == name]
     return "\n".join([*lines, ""])
 
 

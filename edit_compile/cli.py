@@ -53,6 +53,11 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
+_dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="of the weights"
+)
+
+
 def _errors_in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -94,15 +99,18 @@ def inspect(model: str, as_json: bool, sizes: tuple[tuple[int, int], ...], text:
 @main.command()
 @_conversion_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the checkpoint")
+@_dtype_option
 @_errors_in_one_line
-def convert(model: str, output: Path, as_json: bool, **options: Any) -> None:
+def convert(model: str, output: Path, dtype: str, as_json: bool, **options: Any) -> None:
     """Convert a model and save the checkpoint: what was added, and the plan."""
+    import torch
+
     from edit_compile.adapters.models import load_model
     from edit_compile.api import linearize, plan_of
     from edit_compile.checkpoint import save
 
     config = LinearizeConfig(**options)
-    loaded = load_model(model)
+    loaded = load_model(model, dtype=getattr(torch, dtype))
     if not loaded.has_weights:
         raise EditCompileError(f"{model} is structure only, without weights to convert; `edit-compile inspect` shows its plan")
     student = linearize(loaded.model, config)
@@ -121,6 +129,7 @@ def convert(model: str, output: Path, as_json: bool, **options: Any) -> None:
 @click.option("--guidance", type=float, help="classifier-free guidance; default: the pipeline's")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--base", help="the base pipeline: hub id or folder; default: as the checkpoint says")
+@_dtype_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="the PNG to write")
 @_errors_in_one_line
 def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Path, **options: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edit_compile.adapters.backends import weights_in
 from edit_compile.api import teacher
 from edit_compile.checkpoint import base_of, load, load_pipeline
 from edit_compile.demo import models as demo
@@ -27,6 +28,7 @@ class SampleOptions:
     Attributes:
         height, width: of the picture, in pixels.
         seed: of the first picture; the n-th has `seed + n`, the same for teacher and student.
+        dtype: of the pipeline's weights: float32, bfloat16 or float16. The demo models draw in float32.
     """
 
     height: int | None = None
@@ -34,6 +36,7 @@ class SampleOptions:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+    dtype: str = "float32"
 
 
 Draw = Callable[[str, int], np.ndarray]  # of a prompt and a seed
@@ -68,6 +71,8 @@ def _demo_sampler(folder: str | Path, options: SampleOptions) -> tuple[nn.Module
     height, width = options.height or shapes.IMAGE_SIZE, options.width or shapes.IMAGE_SIZE
     if height % MULTIPLE or width % MULTIPLE:
         raise ConfigError(f"{height} x {width} px: the demo models draw pictures whose sides are multiples of {MULTIPLE}")
+    if options.dtype != "float32":
+        raise ConfigError(f"the demo models draw in float32, not in {options.dtype}")
     student = load(folder)
     chosen: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -83,7 +88,7 @@ def _demo_sampler(folder: str | Path, options: SampleOptions) -> tuple[nn.Module
 
 
 def _pipeline_sampler(folder: str | Path, base: str | None, options: SampleOptions) -> tuple[nn.Module, Draw]:
-    pipe = load_pipeline(folder, base)
+    pipe = load_pipeline(folder, base, **weights_in(getattr(torch, options.dtype)))
     if torch.cuda.is_available():
         pipe.to("cuda")
     chosen = {

@@ -97,6 +97,7 @@ def test_sample_draws_teacher_and_student_side_by_side(run, converted, tmp_path)
     [
         (("--prompt", "a red elephant"), "do not know ['elephant']"),
         (("--prompt", PROMPT, "--height", "33"), "33 x 32 px: the demo models draw pictures whose sides are multiples of 2"),
+        (("--prompt", PROMPT, "--dtype", "bfloat16"), "the demo models draw in float32, not in bfloat16"),
     ],
 )
 def test_sample_says_what_it_cannot_draw(run, converted, tmp_path, options, message):

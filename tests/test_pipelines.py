@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import edit_compile as ec
 import toy
+from edit_compile.cli import main
 from edit_compile.sites import converted_sites
 from pipelines import PIPELINES, quiet
 
@@ -32,6 +36,20 @@ def student(pipe):
     converted = ec.linearize(pipe)
     toy.shaken(nn.ModuleList(converted_sites(converted.transformer).values()), amount=0.05)
     return converted
+
+
+def test_from_a_pipelines_folder_to_pictures_of_both_at_the_command_line(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    convert = ["convert", "--model", tmp_path / "pipe", "-o", tmp_path / "converted"]
+    sample = ["sample", tmp_path / "converted", "--prompt", "a red circle", "--steps", 2, "-o", tmp_path / "grid.png"]
+    for arguments in (convert, [*sample, "--height", 64, "--width", 64]):
+        result = CliRunner().invoke(main, [str(argument) for argument in (*arguments, "--dtype", "bfloat16")])
+        assert result.exit_code == 0, result.stderr
+    (weights,) = (tmp_path / "converted").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
+    with Image.open(tmp_path / "grid.png") as image:
+        pixels = np.asarray(image)
+    assert len(np.unique(pixels[50:200, 280:420])) > 16  # something was drawn
 
 
 def draw(pipe, options, height, width):

@@ -22,7 +22,7 @@ def native_attention() -> Iterator[None]:
 
 
 def weights_in(dtype: torch.dtype | None) -> dict[str, Any]:
-    """The option of `from_pretrained` that loads weights in a type (None: as stored). diffusers has renamed it."""
+    """The option of `from_pretrained` that loads weights in a type (None: float32). diffusers has renamed it."""
     if dtype is None:
         return {}
     import diffusers

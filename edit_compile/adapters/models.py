@@ -48,7 +48,7 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: b
     Args:
         name: `demo/mm-dit`, `demo/dit`, `arch/NAME` (no weights), `timm/NAME`, a pipeline's or transformer's folder, a
             transformer's `config.json` (no weights), or a hub id.
-        dtype: to load the weights in; default: as stored.
+        dtype: to load the weights in; default: float32, as diffusers does.
         structure_only: no weights, on the meta device, whatever the name.
         random_weights: what has no weights gets random ones, of torch's generator, instead of none.
 
@@ -64,11 +64,11 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: b
     if kind == "arch":
         if rest not in architectures():
             raise ModelNotFoundError(f"no built-in architecture {rest!r}; there are: {', '.join(architectures())}")
-        return _without_weights(_ARCHITECTURES / f"{rest}.json", name, random_weights and not structure_only)
+        return _without_weights(_ARCHITECTURES / f"{rest}.json", name, random_weights and not structure_only, dtype)
     if kind == "timm":
-        return LoadedModel(_from_timm(rest, structure_only), name, None, not structure_only)
+        return LoadedModel(_from_timm(rest, dtype, structure_only), name, None, not structure_only)
     if path.is_file():
-        return _without_weights(path, str(path.resolve()), random_weights and not structure_only)
+        return _without_weights(path, str(path.resolve()), random_weights and not structure_only, dtype)
     if path.is_dir():
         return _from_local(path.resolve(), dtype, structure_only)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -94,8 +94,9 @@ def _class_of(config: dict[str, Any], where: Any) -> Any:
     return found
 
 
-def _without_weights(config: Path, source: str, random_weights: bool) -> LoadedModel:
-    return LoadedModel(_from_config(config, "cpu" if random_weights else "meta"), source, None, random_weights)
+def _without_weights(config: Path, source: str, random_weights: bool, dtype: torch.dtype | None) -> LoadedModel:
+    model = _from_config(config, "cpu" if random_weights else "meta")
+    return LoadedModel(model.to(dtype) if random_weights and dtype is not None else model, source, None, random_weights)
 
 
 def _from_config(path: Path, device: str = "meta") -> nn.Module:
@@ -114,7 +115,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) 
     return _class_of(config, folder).from_pretrained(folder, **weights_in(dtype)).eval()
 
 
-def _from_timm(name: str, structure_only: bool) -> nn.Module:
+def _from_timm(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
@@ -123,7 +124,7 @@ def _from_timm(name: str, structure_only: bool) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False).eval()
     try:
-        return timm.create_model(name, pretrained=True).eval()
+        return timm.create_model(name, pretrained=True).to(dtype or torch.float32).eval()
     except (OSError, RuntimeError) as error:
         raise ModelNotFoundError(f"timm/{name}: its weights cannot be downloaded: {_first_line(error)}") from error
 

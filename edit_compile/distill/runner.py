@@ -201,7 +201,7 @@ def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:
         base = student.__dict__.get("edit_base")
         return base, student, _process(recipe, base)
     torch.manual_seed(recipe.seed)  # of what conversion adds, and of random weights
-    loaded = load_model(recipe.model, random_weights=isinstance(recipe.data, RandomData))
+    loaded = load_model(recipe.model, dtype=recipe.dtype, random_weights=isinstance(recipe.data, RandomData))
     if not loaded.has_weights:
         raise DistillError(
             f"{recipe.model} is structure only, without weights to distill; data: {{kind: random}} tries speed and memory "

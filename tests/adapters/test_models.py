@@ -38,7 +38,11 @@ def test_local_folder_and_config(tmp_path):
     loaded = load_model(str(tmp_path), dtype=torch.bfloat16)
     assert loaded.model.dtype is torch.bfloat16
     assert loaded.source == str(tmp_path)
-    assert not load_model(str(tmp_path / "config.json")).has_weights
+    config = str(tmp_path / "config.json")
+    assert not load_model(config).has_weights
+    assert load_model(config, dtype=torch.bfloat16, random_weights=True).model.dtype is torch.bfloat16
+    loaded.model.save_pretrained(tmp_path / "halves")
+    assert load_model(str(tmp_path / "halves")).model.dtype is torch.float32
 
 
 @pytest.mark.parametrize(
