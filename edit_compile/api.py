@@ -26,6 +26,7 @@ from edit_compile.specs import meta_from
 from edit_compile.tokens import TokenKind
 
 Model = TypeVar("Model")
+REGIONAL: dict[str, Any] = {"dynamic": True, "fullgraph": True}  # how blocks are compiled
 
 
 def plan(model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None) -> Plan:
@@ -179,7 +180,7 @@ def compile(student: Model, **options: Any) -> Model:
     """
     model = converted_model(student)
     for path in repeated_blocks(model):
-        model.get_submodule(path).compile(**{"dynamic": True, "fullgraph": True, **options})
+        model.get_submodule(path).compile(**{**REGIONAL, **options})
     return student
 
 

@@ -68,9 +68,9 @@ def save(student: Any, folder: str | Path, *, base: str | Path | None = None) ->
     """
     model = converted_model(student)
     _check_structure(model)
-    tensors = {name: _gathered(tensor) for name, tensor in trained_tensors(model).items()}
-    _check_values(model, tensors)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    tensors = _gathered(model, keep=writes)
+    if not writes:
         return
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -125,6 +125,19 @@ def _check_structure(student: nn.Module) -> None:
         )
 
 
+def _gathered(student: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """What is the student's own, whole and on the CPU: one tensor at a time, kept or not."""
+    tensors = trained_tensors(student)
+    _check_values(student, tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        check_finite([(name, whole)], "nothing was saved")
+        if keep:  # tied weights, too, get memory of their own
+            found[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return found
+
+
 def _check_values(student: nn.Module, tensors: dict[str, Tensor]) -> None:
     offloaded = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if offloaded:
@@ -135,12 +148,6 @@ def _check_values(student: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"{unsaved[0]}{f' and {len(unsaved) - 1} more' if len(unsaved) > 1 else ''} can be trained, but shares its memory with the "
             "original model, which training would change too; call edit_compile.unshare(student) before training, or freeze it"
         )
-    check_finite(tensors.items(), "nothing was saved")
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return whole.clone(memory_format=torch.contiguous_format)  # tied weights, too, get memory of their own
 
 
 def _name_of(base: str | Path | None) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +83,11 @@ class Context:
 
     def predict(self, model: nn.Module, sample: Sample) -> Tensor:
         """A model's prediction, in the run's precision."""
-        device = self.accelerator.device.type
-        autocast = torch.autocast(device, torch.bfloat16, enabled=self.recipe.precision == "bf16") if device != "meta" else nullcontext()
-        with autocast:  # the meta device, of dry runs, has none
+        device, half = self.accelerator.device.type, self.recipe.precision == "bf16"
+        if device == "meta":  # of dry runs; it has no autocast
+            return self.denoise(model, sample.x, sample.times, sample.conditions)
+        # Without its cache, which would keep a copy of every weight to the end, whether its block is recomputed or its shards are gone.
+        with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
             return self.denoise(model, sample.x, sample.times, sample.conditions)
 
     def own_rows(self, batch: int, micro_batch: int | None) -> list[range]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +20,19 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from edit_compile.api import REGIONAL, repeated_blocks
 from edit_compile.api import compile as compile_blocks
-from edit_compile.api import repeated_blocks
+from edit_compile.distill.features import recording_again
 from edit_compile.distill.recipe import Recipe
 from edit_compile.distill.trackers import chosen_trackers
 from edit_compile.errors import DistillError
+from edit_compile.grid import Runtime, runtime_of
 from edit_compile.sites import converted_sites, is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_PATIENCE = timedelta(hours=2)  # of processes for the first one, which writes checkpoints and encodes alone
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -34,13 +41,16 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     Raises:
         DistillError: it was launched with another precision than the recipe's, or as what is not supported.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
     # A block that drops its text rows leaves the parameters of their projections without gradient.
-    options = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    group = InitProcessGroupKwargs(timeout=_PATIENCE)
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
-    accelerator = Accelerator(kwargs_handlers=[options], log_with=chosen_trackers(recipe.trackers) or None, project_config=places)
+    accelerator = Accelerator(kwargs_handlers=[ddp, group], log_with=chosen_trackers(recipe.trackers) or None, project_config=places)
+    # `accelerate launch --use_fsdp` sets it, and transformers then loads encoders in the first process alone.
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     if accelerator.mixed_precision not in ("no", recipe.precision):
         raise DistillError(
             f"launched with {accelerator.mixed_precision} mixed precision, but the recipe says precision: {recipe.precision}; "
@@ -55,12 +65,22 @@ def _check_kind(accelerator: Accelerator, recipe: Recipe) -> None:
     kind = accelerator.distributed_type.value
     if not kind.startswith(("FSDP", "MULTI_")):
         raise DistillError(f"{kind} is not supported: launch with DDP or with FSDP version 2")
-    if not _is_fsdp(accelerator):
+    if kind != "FSDP":
         return
     if not accelerator.is_fsdp2:
         raise DistillError("FSDP version 1 is not supported: launch with --fsdp_version 2")
     if recipe.optimizer.kind == "adamw-8bit":
         raise DistillError("optimizer.kind: adamw-8bit does not know FSDP's shards: choose adamw, or launch with DDP")
+
+
+@torch.no_grad()
+def share_sites(student: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the first one's sites: conversion draws what it adds at random."""
+    from accelerate.utils import broadcast
+
+    for site in converted_sites(student).values():
+        for tensor in itertools.chain(site.parameters(), site.buffers()):
+            tensor.copy_(broadcast(tensor.to(accelerator.device)))
 
 
 def set_precision(student: nn.Module, trained: Iterable[str], precision: str) -> None:
@@ -78,20 +98,24 @@ def set_precision(student: nn.Module, trained: Iterable[str], precision: str) ->
 def wrap(student: nn.Module, teacher: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
     """The student as the stages call it; its own forward, and the teacher's, are prepared in place."""
     if recipe.gradient_checkpointing:
-        recompute_blocks(student)
+        recompute_blocks(student, compiled=recipe.compile)
     if recipe.compile:
         for model in dict.fromkeys((student, teacher)):
-            compile_blocks(model)
-    return student if accelerator.num_processes == 1 or _is_fsdp(accelerator) else accelerator.prepare(student)
+            if model is teacher or not recipe.gradient_checkpointing:
+                compile_blocks(model)
+    return accelerator.prepare(student) if accelerator.num_processes > 1 and not shards(accelerator) else student
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether the student is sharded."""
+    return accelerator.num_processes > 1 and accelerator.distributed_type.value == "FSDP"
 
 
 def shard(student: nn.Module, accelerator: Accelerator) -> None:
-    """FSDP2 in place, where launched with it: a group of shards for each repeated block, and one for the rest.
+    """FSDP2 in place: a group of shards for each repeated block, and one for the rest; each group is moved to the device in turn.
 
-    Which parameters require gradients must be settled.
+    Which parameters require gradients must be settled. Teachers, which are not sharded, stay where they are.
     """
-    if accelerator.num_processes == 1 or not _is_fsdp(accelerator):
-        return
     from torch.distributed.fsdp import fully_shard
 
     plugin = accelerator.state.fsdp_plugin
@@ -109,15 +133,24 @@ def reshard(student: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def _is_fsdp(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type.value == "FSDP"
+def recompute_blocks(student: nn.Module, *, compiled: bool = False) -> None:
+    """Gradient checkpointing of the repeated blocks, in place, for any model.
 
-
-def recompute_blocks(student: nn.Module) -> None:
-    """Gradient checkpointing of the repeated blocks, in place, for any model."""
+    Args:
+        compiled: compile them as well, inside: what `nn.Module.compile` compiles is the call of a block, and dynamo stops at
+            the checkpointing in it.
+    """
+    runtime = runtime_of(student)
     for path in repeated_blocks(student):
         block = student.get_submodule(path)
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        forward = torch.compile(block.forward, **REGIONAL) if compiled else block.forward
+        options = {"use_reentrant": False, "context_fn": functools.partial(_contexts, block, runtime)}
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, forward, **options)
+
+
+def _contexts(block: nn.Module, runtime: Runtime) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a block's forward, and around its recomputation."""
+    return nullcontext(), recording_again(block, runtime, runtime.recording)
 
 
 def gathered(items: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from edit_compile.grid import runtime_of
+from edit_compile.grid import Runtime, runtime_of
 from edit_compile.sites import converted_sites
 
 Features = dict[str, list[Tensor]]  # a site's tensors by its path
@@ -37,10 +37,7 @@ def recording(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[Features]:
-    """Run the model inside; after that the dictionary holds the tensors that each site gave out, by path.
-
-    What blocks give out when they are computed again in a backward pass, later, is not kept.
-    """
+    """Run the model inside; after that the dictionary holds the tensors that each site gave out, by path."""
     runtime, sites = runtime_of(model), converted_sites(model)
     found: Features = {}
     for site in sites.values():
@@ -52,6 +49,23 @@ def recorded(model: nn.Module) -> Iterator[Features]:
     finally:
         runtime.recording = False
         for site in sites.values():
+            del site.__dict__[_KEPT]
+
+
+@contextmanager
+def recording_again(block: nn.Module, runtime: Runtime, on: bool) -> Iterator[None]:
+    """For a block that is computed again in a backward pass: recording is on or off as it was in its forward, for compiled code
+    differs by it. What sites give out is dropped.
+    """
+    sites = converted_sites(block).values()
+    for site in sites:
+        site.__dict__[_KEPT] = ()
+    runtime.recording = on
+    try:
+        yield
+    finally:
+        runtime.recording = False
+        for site in sites:
             del site.__dict__[_KEPT]
 
 

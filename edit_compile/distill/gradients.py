@@ -21,9 +21,12 @@ def warm_start_gradients(
     context: Context, trained: Mapping[str, nn.Parameter], samples: Iterator[Sample], forwards: int
 ) -> dict[str, Tensor]:
     """Leave a step's gradients in the trained parameters, averaged over processes; returns its losses."""
-    with fitting(context.student, 1 / forwards) as sites:
-        for _ in range(forwards):
-            context.predict(context.student, context.on_device(next(samples)))
+    sites: dict[str, Tensor] = {}
+    for _ in range(forwards):
+        sample = context.on_device(next(samples))  # a source may run the student itself for it
+        with fitting(context.student, 1 / forwards) as measured:
+            context.predict(context.student, sample)
+        sites = {path: sites.get(path, 0) + loss for path, loss in measured.items()}
     reshard(context.student)
     for parameter in trained.values():
         if parameter.grad is not None and not is_sharded(parameter):

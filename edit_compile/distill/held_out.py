@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ def held_out_error(context: Context, height: int, width: int) -> HeldOutError:
     """Measure the student as it is, at a resolution in pixels. All processes take part and get the same answer.
 
     Raises:
-        DistillError: the teacher predicts the same value everywhere.
+        DistillError: the teacher predicts the same value everywhere, or one of the two NaN or infinity.
     """
     options, process = context.recipe.held_out, context.process_at(height, width)
     sums = torch.zeros(options.buckets, 4, dtype=torch.float64)  # on the CPU: not every device has float64
@@ -86,6 +87,8 @@ def _sums(student: Tensor, expected: Tensor) -> Tensor:
 def _error(sums: Tensor) -> float:
     difference, first, second, number = sums.tolist()
     spread = second - first**2 / number
-    if spread <= 0:
-        raise DistillError("the teacher predicts the same value everywhere: there is nothing to distill; does it have trained weights?")
+    if not 0 < spread < math.inf:
+        raise DistillError("the teacher predicts the same value everywhere, or NaN: there is nothing to distill; are its weights trained?")
+    if not math.isfinite(difference):
+        raise DistillError("the student predicts NaN or infinity")
     return difference / spread

@@ -44,7 +44,7 @@ class Live:
         for key, value in tensors.items():
             kind, _, name = key.partition(":")
             if kind + ":" == OPTIMIZER:
-                slots[name] = like(value, self.trained[name.rpartition("/")[0]]) if value.ndim else value
+                slots[name] = like(value, self.trained[name.rpartition("/")[0]])
             else:
                 target = self.trained[name] if kind + ":" == MODEL else self.average.average[name]  # type: ignore[union-attr]
                 target.copy_(like(value, target))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,12 +24,12 @@ from edit_compile.distill.context import Context, Denoise, trained_parameters
 from edit_compile.distill.data import Source, open_source
 from edit_compile.distill.data.random_data import RandomData
 from edit_compile.distill.data.unreadable import write_unreadable
-from edit_compile.distill.distributed import gathered, make_accelerator, set_precision
+from edit_compile.distill.distributed import gathered, make_accelerator, set_precision, shard, shards, share_sites
 from edit_compile.distill.folder import RunFolder
 from edit_compile.distill.held_out import HeldOutError, held_out_error
 from edit_compile.distill.interrupt import interruptible
 from edit_compile.distill.metrics import Row
-from edit_compile.distill.modes import room_for_graphs
+from edit_compile.distill.modes import only_trainable, room_for_graphs
 from edit_compile.distill.noise import Process
 from edit_compile.distill.phases import phases_of
 from edit_compile.distill.plot import plot_losses
@@ -42,6 +42,9 @@ from edit_compile.distill.training import Restored, Trainer
 from edit_compile.errors import DistillError, EditCompileError
 from edit_compile.sharing import unshare
 from edit_compile.sites import converted_sites
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -107,14 +110,17 @@ def distill(
         raise DistillError(f"{type(student).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
     process = process or found or _process(recipe, None)
     teacher = _teacher(student, recipe)
-    for model in dict.fromkeys((student, teacher)):
-        _place(model, student, recipe, accelerator.device)
-    source = source or open_source(recipe.data, teacher, recipe.seed, base=base, device=accelerator.device, dtype=recipe.dtype)
-    context = Context(recipe, student, teacher, source, denoise or denoise_by_family, process, accelerator)
-    _check(context)
-    with accelerator.main_process_first():
-        restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
-    with room_for_graphs(compiled=recipe.compile):
+    trained = set(trained_parameters(student, recipe.train))
+    with only_trainable(student, trained), room_for_graphs(compiled=recipe.compile):
+        _place(student, trained, recipe, accelerator)
+        if teacher is not student:
+            set_precision(teacher.eval(), (), recipe.precision)
+            teacher.to(accelerator.device)
+        source = source or open_source(recipe.data, teacher, recipe.seed, base=base, device=accelerator.device, dtype=recipe.dtype)
+        context = Context(recipe, student, teacher, source, denoise or denoise_by_family, process, accelerator)
+        _check(context)
+        with accelerator.main_process_first():
+            restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
         result = _run(context, folder, base, report or (lambda row: None), restored)
     skipped = dict(gathered(list(source.skipped.items())))
     if accelerator.is_main_process:
@@ -133,8 +139,18 @@ def _run(context: Context, folder: RunFolder, base: str | None, report: Callable
     resolution = recipe.stage[-1].resolution
     sampler = Sampler(context, *resolution)
 
+    def optional(what: str, call: Callable[[], Any]) -> Any:
+        """What a run can do without: a picture that does not fit into memory any more must not cost the student."""
+        try:
+            return call()
+        except (OSError, RuntimeError, EditCompileError) as error:
+            if shards(context.accelerator):
+                raise  # the other processes wait in the middle of a forward
+            log.warning("%s is left out: %s", what, str(error).partition("\n")[0] or type(error).__name__)
+            return None
+
     def draw(total: int) -> None:
-        _optional("the sample grid", lambda: sampler.save(folder.samples(total)))
+        optional("the sample grid", lambda: sampler.save(folder.samples(total)))
 
     context.accelerator.init_trackers("edit_compile", settings_of(recipe))
     with interruptible() as interrupt:
@@ -145,22 +161,13 @@ def _run(context: Context, folder: RunFolder, base: str | None, report: Callable
     for tracker in context.accelerator.trackers:  # end_training() would end the process group too
         tracker.finish()
     after = held_out_error(context, *resolution)
-    result = Result(folder.path, student, before, after, trainer.seconds, _optional("the speed", lambda: speeds(context)) or ())
+    result = Result(folder.path, student, before, after, trainer.seconds, optional("the speed", lambda: speeds(context)) or ())
     draw(trainer.total)
     if main:
         plot_losses(folder.rows(), folder.path / "losses.png")
         folder.finish(result.to_dict(), model_card(recipe, plan_of(student), base, before, result.after, result.speeds, folder.pictures()))
     context.accelerator.wait_for_everyone()
     return result
-
-
-def _optional(what: str, call: Callable[[], Any]) -> Any:
-    """What a run can do without: a picture that does not fit into memory any more must not cost the student."""
-    try:
-        return call()
-    except (OSError, RuntimeError, EditCompileError) as error:
-        log.warning("%s is left out: %s", what, str(error).partition("\n")[0] or type(error).__name__)
-        return None
 
 
 def _check(context: Context) -> None:
@@ -186,10 +193,17 @@ def _teacher(student: nn.Module, recipe: Recipe) -> nn.Module:
     return copied.requires_grad_(False)
 
 
-def _place(model: nn.Module, student: nn.Module, recipe: Recipe, device: torch.device) -> None:
-    """In the recipe's precision, on the device, and in evaluation mode: teacher and student must see the same."""
-    set_precision(model.eval(), trained_parameters(student, recipe.train) if model is student else (), recipe.precision)
-    model.to(device)
+def _place(student: nn.Module, trained: Collection[str], recipe: Recipe, accelerator: Accelerator) -> None:
+    """The student in the recipe's precision, on its devices, and in evaluation mode: teacher and student must see the same."""
+    if accelerator.num_processes > 1:
+        share_sites(student, accelerator)
+    set_precision(student.eval(), trained, recipe.precision)
+    if not shards(accelerator):
+        student.to(accelerator.device)
+        return
+    shard(student, accelerator)
+    for site in converted_sites(student).values():
+        site.edit_teacher.to(accelerator.device)
 
 
 def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:

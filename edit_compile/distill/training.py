@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from edit_compile.distill.context import Context, Sample, trained_parameters
 from edit_compile.distill.data import Request
-from edit_compile.distill.distributed import gathered, reshard, shard, whole, wrap
+from edit_compile.distill.distributed import gathered, reshard, whole, wrap
 from edit_compile.distill.features import recording
 from edit_compile.distill.gradients import stage_gradients, warm_start_gradients
 from edit_compile.distill.guard import Guard
 from edit_compile.distill.interrupt import Interrupt
 from edit_compile.distill.live import Live
 from edit_compile.distill.metrics import Average, Row
-from edit_compile.distill.modes import only_trainable, own_random_state
+from edit_compile.distill.modes import own_random_state
 from edit_compile.distill.noise import seed_of
 from edit_compile.distill.optimizer import MovingAverage, learning_rate, make_optimizer
 from edit_compile.distill.phases import Phase, phases_of
@@ -68,9 +68,8 @@ class Trainer:
         self.model: nn.Module | None = None
         self.average: MovingAverage | None = None
         with ExitStack() as modes:
-            modes.enter_context(only_trainable(context.student, set(trained_parameters(context.student, context.recipe.train))))
             modes.enter_context(own_random_state(context.accelerator.device))
-            shard(context.student, context.accelerator)
+            reshard(context.student)
             for number in range(state.phase if state else 0, len(phases)):
                 phase = phases[number]
                 if self.model is None and phase.losses is not None:

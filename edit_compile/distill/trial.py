@@ -112,7 +112,9 @@ def trial(recipe: Recipe) -> Trial:
             if recipe.gradient_checkpointing and phase is first_stage:
                 recompute_blocks(structure)
             try:
-                phases.append(_estimate(recipe, structure, phase, state + (2 * number if recipe.precision == "bf16" else 0)))
+                # The backward pass needs the trained weights as they were multiplied; recomputed, those of one block, or site, at a time.
+                copies = 2 * number if recipe.precision == "bf16" and phase.losses and not recipe.gradient_checkpointing else 0
+                phases.append(_estimate(recipe, structure, phase, state + copies))
             except (GridError, NoExampleInputsError) as error:
                 impossible[phase.name] = str(error)
     parameters = sum(p.numel() for p in structure.parameters())

@@ -15,6 +15,7 @@ import toy
 import toy_distill
 from edit_compile.distill import distill, distributed
 from edit_compile.distill.context import trained_parameters
+from edit_compile.distill.features import recorded, recording
 from edit_compile.distill.noise import Process
 from edit_compile.distill.optimizer import make_optimizer
 from edit_compile.distill.recipe import Optimizer
@@ -54,6 +55,30 @@ def deeper(blocks):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return ec.linearize(toy.Toy(blocks=blocks, joint=True).eval(), example_inputs=toy.inputs(text=toy_distill.TEXT))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+def test_recomputed_blocks_are_compiled_too_and_once(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    inputs, gradients, graphs = toy.inputs(2, 12, 16, toy_distill.TEXT), [], []
+    for compiled in (False, True):
+        student = deeper(1)
+        counted.clear()
+        distributed.recompute_blocks(student, compiled=compiled)
+        with recording(student):
+            with recorded(student) as features:
+                output = student(**inputs)
+            graphs.append(counted["unique_graphs"])
+            sum(tensor.square().mean() for tensor in (output, *(t for tensors in features.values() for t in tensors))).backward()
+            graphs.append(counted["unique_graphs"])
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    torch._dynamo.reset()
+    assert graphs == [0, 0, 1, 1]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import edit_compile as ec
+import toy
 import toy_distill
-from edit_compile.distill import distill, runner, training
+from edit_compile.distill import distill, runner
 from edit_compile.distill.noise import Process
 
 OPTIONS = {
@@ -26,10 +28,13 @@ OPTIONS = {
 
 
 def run(folder, source=None, **options):
+    student = toy_distill.student()
+    if int(os.environ.get("RANK", 0)):
+        toy.shaken(student.blocks[0].attn.edit)  # as if conversion had drawn what it adds from another seed
     return distill(
         toy_distill.recipe(**OPTIONS),
         folder,
-        student=toy_distill.student(),
+        student=student,
         source=source or toy_distill.Pictures(),
         denoise=toy_distill.denoise,
         process=Process("rectified-flow"),
@@ -51,7 +56,7 @@ class Fails(toy_distill.Pictures):
 def main(folder):
     run(folder / "ddp")
 
-    make, shard = runner.make_accelerator, training.shard
+    make, shard = runner.make_accelerator, runner.shard
 
     def as_with_gpus(recipe, folder):  # accelerate takes note of FSDP on accelerators only
         accelerator = make(recipe, folder)
@@ -64,7 +69,7 @@ def main(folder):
         shard(student, accelerator)
         assert all(hasattr(p, "full_tensor") for p in student.parameters())
 
-    runner.make_accelerator, training.shard = as_with_gpus, sharded
+    runner.make_accelerator, runner.shard = as_with_gpus, sharded
     run(folder / "fsdp")
     run(folder / "kept_whole")
     with pytest.raises(ec.DistillError, match="no more data"):
