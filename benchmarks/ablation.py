@@ -8,6 +8,7 @@ compares with and without the warm start. Finished runs are kept in `OUT`, so a 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from distillation import COLUMNS, Run, run, summary
@@ -40,8 +41,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Run]] = {}
     for seed in args.seeds:
-        for number, (name, overrides) in enumerate(ROWS.items()):
-            made = run("demo-mm-dit", args.out / f"{number}-{seed}", (*args.set, *overrides, f"seed={seed}"))
+        for name, overrides in ROWS.items():
+            folder = args.out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+            made = run("demo-mm-dit", folder, (*args.set, *overrides, f"seed={seed}"))
             runs.setdefault(name, []).append(made)
             (args.out / "table.md").write_text(table(runs))
             print(f"{name}, seed {seed}: {made.after:.5f}", flush=True)

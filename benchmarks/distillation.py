@@ -44,11 +44,17 @@ class Run:
 
 
 def run(recipe: str, folder: Path, overrides: Sequence[str]) -> Run:
-    """A finished run, done now unless it was done before."""
-    finished = folder / "benchmark.json"
+    """A finished run, done now unless it was done before.
+
+    Raises:
+        SystemExit: the folder holds the run of another recipe.
+    """
+    finished, resolved, given = folder / "benchmark.json", load_recipe(recipe, overrides), folder / "recipe.yaml"
+    if given.exists() and load_recipe(given) != resolved:
+        raise SystemExit(f"{folder} holds the run of another recipe; choose another --out")
     if not finished.exists():
         if not (folder / "result.json").exists():
-            distill(load_recipe(recipe, overrides), folder, resume=(folder / "checkpoints").exists())
+            distill(resolved, folder, resume=(folder / "checkpoints").exists())
         result = json.loads((folder / "result.json").read_text())
         errors, drawn = result["held_out_error"], obedience(ec.load(folder), PROMPTS)
         made = Run(errors["before"]["total"], errors["after"]["total"], result["seconds"], drawn.colour_and_place, drawn.shape)

@@ -54,7 +54,7 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _dtype_option = click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="of the weights"
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="type to load weights in"
 )
 
 
@@ -146,7 +146,7 @@ def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Pat
 @main.command()
 @click.argument("recipe")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as stage.0.steps=500; repeatable")
-@click.option("--dry-run", is_flag=True, help="print the resolved recipe, the plan and what would be trained, and stop")
+@click.option("--dry-run", is_flag=True, help="print the recipe, the plan, and each phase's FLOPs, memory and time; stop")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the student; default: runs/ and the recipe's name")
 @click.option("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository of the hub")
 @click.option("--resume", is_flag=True, help="continue what the folder holds, bit for bit; start if it holds nothing")

@@ -119,3 +119,18 @@ def test_held_out_samples_are_not_training_samples(context):
     train = context.draw(Request(0, 2, range(2), H, W))
     held = context.draw(Request(0, 2, range(2), H, W, "held-out"), train.times)
     assert not torch.isclose(train.x, held.x).all(1).any()
+
+
+def test_held_out_error_of_a_teacher_without_trained_weights_is_refused():
+    student = toy_distill.student()
+    torch.nn.init.zeros_(student.out.weight)
+    torch.nn.init.zeros_(student.out.bias)
+    with pytest.raises(ec.DistillError, match="the teacher predicts the same value everywhere, or NaN"):
+        held_out_error(toy_distill.context(student, Accelerator()), H, W)
+
+
+def test_held_out_error_of_a_broken_student_is_refused():
+    student = toy_distill.student()
+    torch.nn.init.constant_(next(iter(converted_sites(student).values())).to_v.weight, torch.nan)
+    with pytest.raises(ec.DistillError, match="the student predicts NaN or infinity"):
+        held_out_error(toy_distill.context(student, Accelerator()), H, W)

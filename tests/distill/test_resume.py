@@ -22,6 +22,7 @@ import toy_distill
 from edit_compile.distill import distill
 from edit_compile.distill.folder import RunFolder
 from edit_compile.distill.guard import Guard
+from edit_compile.distill.live import Live
 from edit_compile.distill.noise import Process
 from edit_compile.distill.prefetch import ahead
 from edit_compile.distill.state import checkpoints
@@ -129,6 +130,17 @@ def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
     again = run(tmp_path / "stopped", resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True))
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_what_is_restored_goes_to_its_parameters_device():
+    """Fused AdamW counts its steps on the device; a checkpoint has been on the CPU."""
+    before, after = (torch.nn.Linear(3, 2, device=device) for device in ("cpu", "meta"))
+    saved, restored = (Live(dict(m.named_parameters()), torch.optim.AdamW(m.parameters()), None) for m in (before, after))
+    before(torch.ones(1, 3)).sum().backward()
+    saved.step(1e-3)
+    restored.load(saved.tensors(), saved.numbers())
+    for parameter in after.parameters():
+        assert {value.device.type for value in restored.optimizer.state[parameter].values()} == {"meta"}
 
 
 def test_checkpoints_are_rotated(tmp_path):

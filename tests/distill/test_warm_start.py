@@ -9,8 +9,10 @@ from torch import nn
 import edit_compile as ec
 import toy
 import toy_distill
+from edit_compile.distill import distill
 from edit_compile.distill.context import trained_parameters
 from edit_compile.distill.modes import only_trainable
+from edit_compile.distill.noise import Process
 from edit_compile.distill.warm_start import fitting
 from edit_compile.grid import as_grid
 from edit_compile.sites import converted_sites
@@ -111,3 +113,22 @@ def test_inserted_leaves_the_models_own_weights_alone(student):
     assert names
     assert all(".attn.edit." in name for name in names)
     assert len(names) < len(trained_parameters(student, "attention"))
+
+
+def test_a_source_may_draw_with_the_student_itself(tmp_path):
+    student = toy_distill.student()
+
+    class Drawn(toy_distill.Pictures):
+        concurrent = False
+
+        def batch(self, request):
+            with torch.no_grad(), ec.teacher(student):
+                student(**toy.inputs(1, H, W, toy_distill.TEXT))
+            return super().batch(request)
+
+    rows = {}
+    for name, model, source in (("drawn", student, Drawn()), ("read", toy_distill.student(), toy_distill.Pictures())):
+        rows[name] = []
+        options = {"source": source, "denoise": toy_distill.denoise, "process": Process("rectified-flow"), "report": rows[name].append}
+        distill(toy_distill.recipe(), tmp_path / name, student=model, **options)
+    assert [row["loss"] for row in rows["drawn"]] == [row["loss"] for row in rows["read"]]
