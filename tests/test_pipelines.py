@@ -38,8 +38,8 @@ def student(pipe):
     return converted
 
 
-def test_from_a_pipelines_folder_to_pictures_of_both_at_the_command_line(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "pipe")
+def test_from_a_pipelines_folder_to_pictures_of_both_at_the_command_line(tmp_path):
+    PIPELINES["sd3"]().save_pretrained(tmp_path / "pipe")
     convert = ["convert", "--model", tmp_path / "pipe", "-o", tmp_path / "converted"]
     sample = ["sample", tmp_path / "converted", "--prompt", "a red circle", "--steps", 2, "-o", tmp_path / "grid.png"]
     for arguments in (convert, [*sample, "--height", 64, "--width", 64]):

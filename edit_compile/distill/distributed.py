@@ -99,10 +99,10 @@ def wrap(student: nn.Module, teacher: nn.Module, recipe: Recipe, accelerator: Ac
     """The student as the stages call it; its own forward, and the teacher's, are prepared in place."""
     if recipe.gradient_checkpointing:
         recompute_blocks(student, compiled=recipe.compile)
-    if recipe.compile:
-        for model in dict.fromkeys((student, teacher)):
-            if model is teacher or not recipe.gradient_checkpointing:
-                compile_blocks(model)
+    elif recipe.compile:
+        compile_blocks(student)
+    if recipe.compile and teacher is not student:
+        compile_blocks(teacher)
     return accelerator.prepare(student) if accelerator.num_processes > 1 and not shards(accelerator) else student
 
 

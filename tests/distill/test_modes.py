@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import edit_compile as ec
 import toy
@@ -66,7 +67,8 @@ def test_recomputed_blocks_are_compiled_too_and_once(monkeypatch):
     for compiled in (False, True):
         student = deeper(1)
         counted.clear()
-        distributed.recompute_blocks(student, compiled=compiled)
+        recipe = toy_distill.recipe(gradient_checkpointing=True, compile=compiled)
+        distributed.wrap(student, student, recipe, Accelerator())
         with recording(student):
             with recorded(student) as features:
                 output = student(**inputs)
