@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models
-from edit_compile.demo.obedience import obedience
+from edit_compile.demo.prompt_adherence import obedience
 
 PROMPTS, STEPS = 200, 25
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import edit_compile as ec
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models
-from edit_compile.demo.obedience import Obedience, obedience
-from edit_compile.distill import distill, load_recipe
+from edit_compile.demo.prompt_adherence import Obedience, obedience
+from edit_compile.distillation import distill, load_recipe
 
 PROMPTS = 200
 COLUMNS = "seeds | error before | error after: median (min to max) | colour and place | shape | seconds |"

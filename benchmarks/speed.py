@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import edit_compile as ec
-from edit_compile.adapters import models
+from edit_compile.adapters import load_model as models
 from edit_compile.adapters.inputs import picture_inputs
 from edit_compile.bench import Row, compare_speed
 

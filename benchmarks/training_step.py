@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 import edit_compile as ec
 from edit_compile.adapters.denoise import denoise
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.bench import Timing, peak_memory
-from edit_compile.distill import Recipe, distill, load_recipe
-from edit_compile.distill.data import Request, open_source
+from edit_compile.distillation import Recipe, distill, load_recipe
+from edit_compile.distillation.data import Request, open_source
 
 UNCOUNTED = 3  # steps at the beginning
 MEASURED = (

@@ -3,9 +3,8 @@
 student = edit_compile.linearize(model)
 """
 
-from edit_compile.adapters.record import record
+from edit_compile.adapters.record_inputs import record
 from edit_compile.api import audit, compile, linearize, plan, plan_of, teacher
-from edit_compile.checkpoint import load, load_pipeline, save
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import (
     AuditError,
@@ -22,10 +21,11 @@ from edit_compile.errors import (
     RecipeError,
     RewriteError,
 )
-from edit_compile.grid import grid
-from edit_compile.plans import Plan, SitePlan
-from edit_compile.sharing import unshare
-from edit_compile.tokens import Grid, Segment, TokenKind, TokenLayout
+from edit_compile.ir.plan import Plan, SitePlan
+from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
+from edit_compile.student.checkpoint import load, load_pipeline, save
+from edit_compile.student.grid import grid
+from edit_compile.student.weights import unshare
 
 __version__ = "0.1.0"
 

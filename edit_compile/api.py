@@ -10,20 +10,21 @@ from typing import Any, TypeVar
 from torch import nn
 
 from edit_compile.adapters.inputs import example_inputs as inputs_of
-from edit_compile.adapters.pretrained import save_whole, with_transformer
-from edit_compile.capture import capture
+from edit_compile.adapters.pipelines import with_transformer
 from edit_compile.config import LinearizeConfig
-from edit_compile.conversion import PLAN, SiteRewriter, converted, require_plain_forwards
 from edit_compile.errors import AuditError, ConfigError, PlanError
-from edit_compile.grid import converted_model, grid, runtime_of
+from edit_compile.ir.input_spec import meta_from
+from edit_compile.ir.plan import Plan, SizesOfInputs
+from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.audit import Audit
 from edit_compile.passes.audit import audit as audit_graph
-from edit_compile.planning import make_plan
-from edit_compile.plans import Plan, SizesOfInputs
-from edit_compile.sharing import original_weights
-from edit_compile.sites import converted_sites
-from edit_compile.specs import meta_from
-from edit_compile.tokens import TokenKind
+from edit_compile.passes.capture import capture
+from edit_compile.passes.planner import make_plan
+from edit_compile.student.checkpoint import attach_save_pretrained
+from edit_compile.student.convert import PLAN, SiteRewriter, converted, require_plain_forwards
+from edit_compile.student.grid import converted_model, grid, runtime_of
+from edit_compile.student.site import converted_sites
+from edit_compile.student.weights import original_weights
 
 Model = TypeVar("Model")
 REGIONAL: dict[str, Any] = {"dynamic": True, "fullgraph": True}  # how blocks are compiled
@@ -97,10 +98,10 @@ def linearize(
         require_plain_forwards(model)
         rewriter = SiteRewriter(model, meta_from(plan.inputs), plan.config)
         rewriter.prepare(plan.rewritten)
-        return save_whole(converted(model, plan, rewriter))  # type: ignore[return-value]
+        return attach_save_pretrained(converted(model, plan, rewriter))  # type: ignore[return-value]
     student = converted(model, *_planned(model, config, example_inputs))
     audit(student)
-    return save_whole(student)  # type: ignore[return-value]
+    return attach_save_pretrained(student)  # type: ignore[return-value]
 
 
 def audit(student: nn.Module) -> Audit:

@@ -83,10 +83,10 @@ def main() -> None:
 @_errors_in_one_line
 def inspect(model: str, as_json: bool, sizes: tuple[tuple[int, int], ...], text: int | None, **options: Any) -> None:
     """Show what would be done to a model, site by site, and why; what it adds and saves. Needs no weights."""
-    from edit_compile.adapters.models import load_model
+    from edit_compile.adapters.load_model import load_model
     from edit_compile.api import plan_and_convert
     from edit_compile.bench import conversion_cost
-    from edit_compile.report import cost_summary, cost_table
+    from edit_compile.report.tables import cost_summary, cost_table
 
     loaded = load_model(model, structure_only=True)
     plan, student = plan_and_convert(loaded.model, LinearizeConfig(**options))
@@ -105,9 +105,9 @@ def convert(model: str, output: Path, dtype: str, as_json: bool, **options: Any)
     """Convert a model and save the checkpoint: what was added, and the plan."""
     import torch
 
-    from edit_compile.adapters.models import load_model
+    from edit_compile.adapters.load_model import load_model
     from edit_compile.api import linearize, plan_of
-    from edit_compile.checkpoint import save
+    from edit_compile.student.checkpoint import save
 
     config = LinearizeConfig(**options)
     loaded = load_model(model, dtype=getattr(torch, dtype))
@@ -134,8 +134,8 @@ def convert(model: str, output: Path, dtype: str, as_json: bool, **options: Any)
 @_errors_in_one_line
 def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Path, **options: Any) -> None:
     """Draw with teacher and student, side by side, from the same noise."""
-    from edit_compile.pictures import picture_grid, save_png
-    from edit_compile.sampling import SampleOptions, side_by_side
+    from edit_compile.report.compare_samples import SampleOptions, side_by_side
+    from edit_compile.report.image_grid import picture_grid, save_png
 
     pairs = side_by_side(folder, prompts, SampleOptions(**options), base)
     originals, students = zip(*pairs, strict=True)
@@ -156,11 +156,11 @@ def distill(
     recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, push_to_hub: str | None, resume: bool, as_json: bool
 ) -> None:
     """Convert a model and train it to do what its teacher does. RECIPE: a YAML file, or the name of a shipped recipe."""
-    from edit_compile.distill.hub import push_to_hub as push
-    from edit_compile.distill.progress import print_result, print_trial, showing
-    from edit_compile.distill.recipe_file import load_recipe
-    from edit_compile.distill.runner import distill as run
-    from edit_compile.distill.trial import trial
+    from edit_compile.distillation.console import print_result, print_trial, showing
+    from edit_compile.distillation.dry_run import trial
+    from edit_compile.distillation.output.hub import push_to_hub as push
+    from edit_compile.distillation.recipe.load import load_recipe
+    from edit_compile.distillation.run import distill as run
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
@@ -196,8 +196,8 @@ def distill(
 @_errors_in_one_line
 def cache(recipe: str, overrides: tuple[str, ...], output: Path, verify: bool, as_json: bool, **options: Any) -> None:
     """Encode a recipe's data once: latents, and text embeddings. Killed, it goes on where it was. RECIPE: as for `distill`."""
-    from edit_compile.distill.data.making import make_cache, verify_cache
-    from edit_compile.distill.recipe_file import load_recipe
+    from edit_compile.distillation.make_cache import make_cache, verify_cache
+    from edit_compile.distillation.recipe.load import load_recipe
 
     def progress(written: int, skipped: int) -> None:
         click.echo(f"{written:,} samples written, {skipped:,} skipped", err=True)
@@ -217,7 +217,7 @@ def cache(recipe: str, overrides: tuple[str, ...], output: Path, verify: bool, a
 
 
 def _show(plan: Any, as_json: bool, more: dict[str, Any]) -> None:
-    from edit_compile.report import PlanTable, plan_summary
+    from edit_compile.report.tables import PlanTable, plan_summary
 
     if as_json:
         click.echo(json.dumps({**more, **plan_summary(plan)}, indent=2))

@@ -5,7 +5,7 @@ import tempfile
 import torch
 
 import edit_compile as ec
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models
 
 model = load_model("demo/mm-dit").model  # a diffusers SD3Transformer2DModel

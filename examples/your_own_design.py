@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import edit_compile as ec
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.designs import Design, register
-from edit_compile.designs.attention import linear_attention
+from edit_compile.designs.ops.linear_attention import linear_attention
 
 
 class Cosine(nn.Module):

@@ -14,13 +14,13 @@ from rich.table import Table
 from torch import nn
 
 import edit_compile as ec
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.bench import compare_speed
 from edit_compile.cli import main as command_line
 from edit_compile.demo import models, shapes
-from edit_compile.demo.obedience import held_out_scenes, obedience
-from edit_compile.pictures import picture_grid, save_png
-from edit_compile.report import speed_table
+from edit_compile.demo.prompt_adherence import held_out_scenes, obedience
+from edit_compile.report.image_grid import picture_grid, save_png
+from edit_compile.report.tables import speed_table
 
 MODEL = "demo/mm-dit"
 SHORTER = ("--set", "warm_start.steps=400", "--set", "stage.0.steps=600")  # the whole recipe takes ten minutes by itself

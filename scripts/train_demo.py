@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edit_compile.demo import models, shapes
-from edit_compile.demo.obedience import obedience
+from edit_compile.demo.prompt_adherence import obedience
 
 COOL_DOWN = 1 / 3
 STEPS = {"mm-dit": 4_500, "dit": 3_500}

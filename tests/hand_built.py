@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edit_compile.capture import Capture, Source
+from edit_compile.passes.capture import Capture, Source
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import edit_compile as ec
 import toy
-from edit_compile.sites import converted_sites
+from edit_compile.student.site import converted_sites
 
 TEXT = 5
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import edit_compile as ec
 import toy
-from edit_compile.measure import evaluator, grid_of_ids
-from edit_compile.specs import describe, meta_from
+from edit_compile.ir.input_spec import describe, meta_from
+from edit_compile.student.grid_sources import evaluator, grid_of_ids
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # whose time it is depends on the machine's load
 

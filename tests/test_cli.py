@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import edit_compile as ec
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.cli import UNTRAINED, main
 from edit_compile.demo import models
 from edit_compile.demo.text import TEXT_CHANNELS, TEXT_LENGTH

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import edit_compile as ec
-from edit_compile.sites import converted_sites
+from edit_compile.student.site import converted_sites
 from families import FAMILIES, TEXT, build
 
 ONE_SITE = {

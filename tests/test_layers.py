@@ -14,10 +14,10 @@ import edit_compile
 PACKAGE = Path(edit_compile.__file__).parent
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 ONLY = {  # a library, and the files that may import it
-    "diffusers": ("adapters/", "demo/", "checkpoint.py"),
+    "diffusers": ("adapters/", "demo/", "student/checkpoint.py"),
     "timm": ("adapters/",),
     "click": ("cli.py",),
-    "rich": ("cli.py", "report.py", "distill/progress.py"),
+    "rich": ("cli.py", "report/", "distillation/console.py"),
 }
 BELOW = {  # a layer, and the layers it must not know
     "tokens.py": ("passes", "designs", "api", "checkpoint", "cli", "plans", "adapters"),

@@ -14,7 +14,7 @@ from torch import nn
 import edit_compile as ec
 import toy
 from edit_compile.cli import main
-from edit_compile.sites import converted_sites
+from edit_compile.student.site import converted_sites
 from pipelines import PIPELINES, quiet
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}

@@ -9,10 +9,11 @@ import torch
 
 import edit_compile as ec
 import toy
-from edit_compile.distill import Recipe
-from edit_compile.distill.context import Context
-from edit_compile.distill.data import Batch
-from edit_compile.distill.noise import Process, noise_for
+from edit_compile.adapters.noise_schedule import Process
+from edit_compile.distillation import Recipe
+from edit_compile.distillation.context import Context
+from edit_compile.distillation.data import Batch
+from edit_compile.distillation.data.seeding import noise_for
 
 TEXT = 5
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.families import of_family
+from edit_compile.adapters.family import of_family
 from edit_compile.adapters.inputs import picture_inputs
 from edit_compile.errors import NoExampleInputsError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.adapters.encoders import load_parts
-from edit_compile.adapters.families import of_family
+from edit_compile.adapters.family import of_family
 from edit_compile.demo import models as demo
 from edit_compile.errors import DistillError
 

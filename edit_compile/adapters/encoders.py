@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.backends import weights_in
-from edit_compile.adapters.families import of_family
+from edit_compile.adapters.family import of_family
+from edit_compile.adapters.pipelines import weights_in
 from edit_compile.demo import models as demo
 from edit_compile.demo import text as demo_text
 from edit_compile.errors import DistillError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.families import of_family
+from edit_compile.adapters.family import of_family
 from edit_compile.demo.text import TEXT_LENGTH as DEMO_TEXT
 from edit_compile.errors import GridError, NoExampleInputsError
 

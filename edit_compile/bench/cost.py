@@ -17,14 +17,14 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from edit_compile.adapters.backends import native_attention
 from edit_compile.adapters.inputs import picture_inputs, pixels_per_token, usual_sizes
 from edit_compile.api import plan_of, repeated_blocks, teacher
-from edit_compile.capture import meta_inputs, stand_in
 from edit_compile.errors import GridError
-from edit_compile.grid import grid
+from edit_compile.passes.capture import meta_inputs, stand_in
+from edit_compile.passes.native_attention import native_attention
 from edit_compile.passes.rewrite import ADDED
-from edit_compile.structure import structure_key
+from edit_compile.passes.structural_hash import structure_key
+from edit_compile.student.grid import grid
 
 
 @dataclass(frozen=True)

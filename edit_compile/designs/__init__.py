@@ -1,8 +1,8 @@
 """Attention designs: what the compiler can rewrite a site's attention to, and the parts they share."""
 
+from edit_compile.designs.base import Additions, Design, design_names, find_design, register
 from edit_compile.designs.edit import EDIT
 from edit_compile.designs.mm_edit import MM_EDIT
-from edit_compile.designs.registry import Additions, Design, design_names, find_design, register
 
 register(EDIT)
 register(MM_EDIT)

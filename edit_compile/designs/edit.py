@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from edit_compile.config import LinearizeConfig
-from edit_compile.designs.attention import linear_attention, log_weights, matching_heads
-from edit_compile.designs.convolution import ConvFusion, SpatialCompressor
-from edit_compile.designs.registry import Additions, Design
+from edit_compile.designs.base import Additions, Design
+from edit_compile.designs.ops.conv_modules import ConvFusion, SpatialCompressor
+from edit_compile.designs.ops.linear_attention import linear_attention, log_weights, matching_heads
 
 
 def projection_module(kind: str, channels: int, config: LinearizeConfig) -> nn.Module | None:

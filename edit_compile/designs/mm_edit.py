@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit_compile.config import LinearizeConfig
-from edit_compile.designs.attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
+from edit_compile.designs.base import Additions, Design
 from edit_compile.designs.edit import projection_module
-from edit_compile.designs.registry import Additions, Design
-from edit_compile.designs.segments import image_span
+from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
+from edit_compile.designs.ops.token_spans import image_span
 
 START_LOG_WEIGHT = -2.0
 

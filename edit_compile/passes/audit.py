@@ -12,13 +12,13 @@ from itertools import combinations
 
 from torch import fx
 
-from edit_compile.capture import Capture
-from edit_compile.passes.axes import Axis, axis_size
+from edit_compile.ir.tokens import TokenKind
+from edit_compile.passes.axes.algebra import Axis, axis_size
 from edit_compile.passes.canonicalize import canonicalize
+from edit_compile.passes.capture import Capture
 from edit_compile.passes.classify_tokens import Tokens, classify_tokens
 from edit_compile.passes.find_attention import module_path
-from edit_compile.passes.token_wise import name_of
-from edit_compile.tokens import TokenKind
+from edit_compile.passes.op_traits import name_of
 
 _PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum")
 _SOFTMAX_ATTENTION = "scaled_dot_product"  # in the name of every kernel for it

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from edit_compile.capture import Capture
-from edit_compile.passes.axes import Axis, Piece, Value, fresh, hint, shape_of
-from edit_compile.passes.axis_flow import flow_axes
-from edit_compile.tokens import Grid, Segment, TokenKind, TokenLayout
+from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
+from edit_compile.passes.axes.algebra import Axis, Piece, Value, fresh, hint, shape_of
+from edit_compile.passes.axes.propagate import flow_axes
+from edit_compile.passes.capture import Capture
 
 MOST_ID_COLUMNS = 4
 

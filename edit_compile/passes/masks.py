@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from edit_compile.passes.axes import hint, shape_of
-from edit_compile.passes.token_wise import MOVES, name_of
+from edit_compile.passes.axes.algebra import hint, shape_of
+from edit_compile.passes.op_traits import MOVES, name_of
 
 _EXPANDS = ("expand", "repeat", "broadcast_to", "expand_as")
 _KEEPS = MOVES | {"cat", "pad", "constant_pad_nd", "repeat_interleave", "to", "_to_copy", "type_as"}

@@ -12,13 +12,13 @@ from torch import fx
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs import find_design
 from edit_compile.errors import PlanError
-from edit_compile.passes.axes import Axes, Axis, Piece, axis_size, shape_of
+from edit_compile.ir.plan import SitePlan
+from edit_compile.ir.tokens import TokenKind, TokenLayout
+from edit_compile.passes.axes.algebra import Axes, Axis, Piece, axis_size, shape_of
 from edit_compile.passes.canonicalize import SOFTMAXES
 from edit_compile.passes.classify_tokens import Tokens
 from edit_compile.passes.find_attention import Attention, contractions, module_path, projections
 from edit_compile.passes.masks import same_for_all_queries
-from edit_compile.plans import SitePlan
-from edit_compile.tokens import TokenKind, TokenLayout
 
 
 def plan_sites(graph: fx.Graph, attentions: list[Attention], tokens: Tokens, config: LinearizeConfig) -> list[SitePlan]:

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from edit_compile.capture import Capture
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs import Additions, find_design
-from edit_compile.designs.segments import cut_image, sample_axis
+from edit_compile.designs.ops.token_spans import cut_image, sample_axis
 from edit_compile.errors import RewriteError
-from edit_compile.passes.axes import Axis, Piece, Value, axis_size, hint, shape_of
-from edit_compile.passes.axis_flow import flow_axes
+from edit_compile.ir.plan import SitePlan
+from edit_compile.ir.tokens import TokenKind
+from edit_compile.passes.axes.algebra import Axis, Piece, Value, axis_size, hint, shape_of
+from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.canonicalize import canonicalize
-from edit_compile.passes.clean import clean, remove_dead
+from edit_compile.passes.capture import Capture
+from edit_compile.passes.clone_branch import IMAGE, Lane, is_image, place
 from edit_compile.passes.find_attention import LINEARS, Attention, find_attention
-from edit_compile.passes.lanes import IMAGE, Lane, is_image, place
-from edit_compile.passes.token_wise import MOVES, mixing_node, name_of
-from edit_compile.plans import SitePlan
-from edit_compile.tokens import TokenKind
+from edit_compile.passes.normalize import clean, remove_dead
+from edit_compile.passes.op_traits import MOVES, mixing_node, name_of
 
 ADDED = "edit"
 aten = torch.ops.aten

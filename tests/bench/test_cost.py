@@ -14,11 +14,11 @@ import edit_compile as ec
 import families
 import toy
 from edit_compile.adapters.inputs import picture_inputs, usual_sizes
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.api import plan_and_convert, repeated_blocks
 from edit_compile.bench import conversion_cost, count_flops
 from edit_compile.bench.cost import Cost, pays_from
-from edit_compile.capture import meta_inputs, stand_in
+from edit_compile.passes.capture import meta_inputs, stand_in
 
 
 class Hand(nn.Module):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edit_compile.adapters import models
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters import load_model as models
+from edit_compile.adapters.load_model import load_model
 from edit_compile.api import plan_and_convert
 from edit_compile.bench import conversion_cost
 

@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
+from test_tables import shown
 
 import edit_compile as ec
 import toy
 from edit_compile.api import plan_and_convert
 from edit_compile.bench import Row, Timing, compare_calls, compare_speed, latency
-from edit_compile.report import speed_summary, speed_table
-from test_report import shown
+from edit_compile.report.tables import speed_summary, speed_table
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from edit_compile.adapters.models import load_model
+from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models, shapes
-from edit_compile.demo.obedience import held_out_scenes, obedience
+from edit_compile.demo.prompt_adherence import held_out_scenes, obedience
 
 MOST_BYTES = 8 * 10**6
 

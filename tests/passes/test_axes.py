@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_compile.passes.axes import Piece, axis_size, cut, fresh, regroup, shape_of
-from edit_compile.passes.axis_flow import flow_axes
+from edit_compile.passes.axes.algebra import Piece, axis_size, cut, fresh, regroup, shape_of
+from edit_compile.passes.axes.propagate import flow_axes
 from hand_built import Built, aten, run
 
 sizes = st.sampled_from([1, 2, 3, 4, 6])

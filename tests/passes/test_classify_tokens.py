@@ -6,9 +6,9 @@ import operator
 
 import pytest
 
-from edit_compile.passes.axes import Piece
+from edit_compile.ir.tokens import TokenKind
+from edit_compile.passes.axes.algebra import Piece
 from edit_compile.passes.classify_tokens import Tokens, classify_tokens, position_ids
-from edit_compile.tokens import TokenKind
 from hand_built import Built, aten, attend
 
 H, W, C = 5, 7, 8

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from edit_compile.capture import capture
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import PlanError
 from edit_compile.passes.canonicalize import canonicalize
+from edit_compile.passes.capture import capture
 from edit_compile.passes.classify_tokens import classify_tokens
 from edit_compile.passes.find_attention import SDPA, find_attention
 from edit_compile.passes.masks import same_for_all_queries

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from edit_compile.capture import capture
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs import find_design
 from edit_compile.errors import RewriteError
+from edit_compile.ir.plan import SitePlan
+from edit_compile.ir.tokens import TokenLayout
+from edit_compile.passes.capture import capture
 from edit_compile.passes.find_attention import SDPA
 from edit_compile.passes.rewrite import rewrite_site
-from edit_compile.plans import SitePlan
-from edit_compile.tokens import TokenLayout
 
 B, H, W, C, HEADS = 2, 5, 7, 8, 2
 N = H * W

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 import toy
-from edit_compile.capture import capture
 from edit_compile.config import LinearizeConfig
-from edit_compile.passes import PASSES, Analysis, analyse
+from edit_compile.passes.analysis import PASSES, Analysis, analyse
+from edit_compile.passes.capture import capture
 
 
 def test_every_pass_runs_in_order_and_is_recorded(caplog):
@@ -22,7 +22,7 @@ def test_every_pass_runs_in_order_and_is_recorded(caplog):
     assert all(record.milliseconds > 0 for record in analysis.records)
     assert [site.path for site in analysis.sites] == ["blocks.0.attn"]
     assert analysis.classified.pictures == {"x"}
-    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "edit_compile.passes"] == [name for name, _ in PASSES]
+    assert [r.getMessage().split(":")[0] for r in caplog.records if r.name == "edit_compile.passes.analysis"] == [name for name, _ in PASSES]
 
 
 def test_what_no_pass_has_found_yet_is_not_there():

@@ -1,0 +1,157 @@
+"""From a name to a model: demo models, built-in architectures, timm, local folders, and the hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edit_compile.adapters.pipelines import weights_in
+from edit_compile.demo import models as demo
+from edit_compile.errors import ModelNotFoundError
+
+ALIASES = {
+    "stabilityai/sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "stabilityai/sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+}
+_ARCHITECTURES = Path(__file__).parent / "arch"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformer and where it came from.
+
+    Attributes:
+        source: the canonical id or absolute path, from which it can be loaded again.
+        pipeline: where the whole pipeline is, if the transformer is part of one.
+        has_weights: False for structure only, on the meta device.
+    """
+
+    model: nn.Module
+    source: str
+    pipeline: str | None = None
+    has_weights: bool = True
+
+
+def architectures() -> tuple[str, ...]:
+    """The built-in full-size architectures."""
+    return tuple(sorted(path.stem for path in _ARCHITECTURES.glob("*.json")))
+
+
+def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: bool = False, random_weights: bool = False) -> LoadedModel:
+    """The transformer that a name stands for.
+
+    Args:
+        name: `demo/mm-dit`, `demo/dit`, `arch/NAME` (no weights), `timm/NAME`, a pipeline's or transformer's folder, a
+            transformer's `config.json` (no weights), or a hub id.
+        dtype: to load the weights in; default: float32, as diffusers does.
+        structure_only: no weights, on the meta device, whatever the name.
+        random_weights: what has no weights gets random ones, of torch's generator, instead of none.
+
+    Raises:
+        ModelNotFoundError: the name leads nowhere, or the hub does not give the model; says what to do.
+    """
+    kind, _, rest = name.partition("/")
+    path = Path(name)
+    if kind == "demo":
+        if rest not in demo.NAMES or not (demo.folder(rest) / "config.json").is_file():
+            raise ModelNotFoundError(f"no demo model {rest!r}; there are: {', '.join(n for n in demo.NAMES if demo.folder(n).is_dir())}")
+        return LoadedModel(_from_folder(demo.folder(rest), dtype, structure_only), name, None, not structure_only)
+    if kind == "arch":
+        if rest not in architectures():
+            raise ModelNotFoundError(f"no built-in architecture {rest!r}; there are: {', '.join(architectures())}")
+        return _without_weights(_ARCHITECTURES / f"{rest}.json", name, random_weights and not structure_only, dtype)
+    if kind == "timm":
+        return LoadedModel(_from_timm(rest, dtype, structure_only), name, None, not structure_only)
+    if path.is_file():
+        return _without_weights(path, str(path.resolve()), random_weights and not structure_only, dtype)
+    if path.is_dir():
+        return _from_local(path.resolve(), dtype, structure_only)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelNotFoundError(f"{name} does not exist; give a folder, a config.json, demo/NAME, arch/NAME, timm/NAME or a hub id")
+    return _from_hub(ALIASES.get(name, name), dtype, structure_only)
+
+
+def _from_local(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
+    whole = (folder / "model_index.json").is_file()
+    inner = folder / "transformer" if whole else folder
+    if not (inner / "config.json").is_file():
+        raise ModelNotFoundError(f"{inner} has no config.json: {folder} is neither a pipeline with a transformer nor a transformer")
+    return LoadedModel(_from_folder(inner, dtype, structure_only), str(folder), str(folder) if whole else None, not structure_only)
+
+
+def _class_of(config: dict[str, Any], where: Any) -> Any:
+    import diffusers
+
+    name = config.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if found is None:
+        raise ModelNotFoundError(f"{where}: diffusers {diffusers.__version__} has no model class {name!r}")
+    return found
+
+
+def _without_weights(config: Path, source: str, random_weights: bool, dtype: torch.dtype | None) -> LoadedModel:
+    model = _from_config(config, "cpu" if random_weights else "meta")
+    return LoadedModel(model.to(dtype) if random_weights and dtype is not None else model, source, None, random_weights)
+
+
+def _from_config(path: Path, device: str = "meta") -> nn.Module:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelNotFoundError(f"{path} is no JSON: {error}") from None
+    with torch.device(device):
+        return _class_of(config, path).from_config(config).eval()
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
+    if structure_only:
+        return _from_config(folder / "config.json")
+    config = json.loads((folder / "config.json").read_text())
+    return _class_of(config, folder).from_pretrained(folder, **weights_in(dtype)).eval()
+
+
+def _from_timm(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise ModelNotFoundError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists them")
+    if structure_only:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False).eval()
+    try:
+        return timm.create_model(name, pretrained=True).to(dtype or torch.float32).eval()
+    except (OSError, RuntimeError) as error:
+        raise ModelNotFoundError(f"timm/{name}: its weights cannot be downloaded: {_first_line(error)}") from error
+
+
+def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        config = Path(hf_hub_download(name, "transformer/config.json"))
+        if structure_only:
+            return LoadedModel(_from_config(config), name, name, False)
+        model = _class_of(json.loads(config.read_text()), name).from_pretrained(name, subfolder="transformer", **weights_in(dtype))
+        return LoadedModel(model.eval(), name, name)
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{name} is gated: accept its licence on its hub page and run `hf auth login`, or give the path of a local copy"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(f"the hub has no {name}, or it is private: check the name, or run `hf auth login`") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(f"the hub cannot be reached for {name}, and no copy is cached: give the path of a local copy") from error
+    except EntryNotFoundError as error:
+        raise ModelNotFoundError(f"{name} has no transformer/config.json: it is no pipeline with a transformer") from error
+    except OSError as error:
+        raise ModelNotFoundError(f"{name} cannot be downloaded: {_first_line(error)}; give the path of a local copy") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,33 @@
+"""diffusers' pipelines: where a model came from, exchanging a transformer, loading weights in a dtype."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def origin_of(model: Any) -> str | None:
+    """The hub id or folder that a model or pipeline was loaded from, if it remembers one."""
+    config = getattr(model, "config", None)
+    name = config.get("_name_or_path") if isinstance(config, dict) else None
+    return str(name) if name else None
+
+
+def with_transformer(pipeline: Any, transformer: nn.Module) -> Any:
+    """A pipeline with the same components and settings but another transformer."""
+    changed = copy.copy(pipeline)
+    changed.register_modules(transformer=transformer)
+    return changed
+
+
+def weights_in(dtype: torch.dtype | None) -> dict[str, Any]:
+    """The option of `from_pretrained` that loads weights in a type (None: float32). diffusers has renamed it."""
+    if dtype is None:
+        return {}
+    import diffusers
+
+    major, minor = diffusers.__version__.split(".")[:2]
+    return {"dtype" if (int(major), int(minor)) >= (0, 42) else "torch_dtype": dtype}

@@ -1,0 +1,1 @@
+"""What designs are made of: arithmetic on tokens, convolutions over grids."""

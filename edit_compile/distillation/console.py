@@ -1,0 +1,110 @@
+"""What the user sees of a distillation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edit_compile.distillation.dry_run import Trial
+from edit_compile.distillation.output.plot import LOSSES
+from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.run import Result
+from edit_compile.distillation.train.metrics import Row
+from edit_compile.distillation.train.trainer import steps_of
+from edit_compile.report.tables import PlanTable, magnitude, plan_summary
+
+
+def _console(**options: Any) -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, **options)
+
+
+@contextmanager
+def showing(recipe: Recipe, *, quiet: bool) -> Iterator[Callable[[Row], None]]:
+    """Gives what takes rows of metrics: a live bar on a terminal, a line a row elsewhere, nothing if quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield (lambda row: None) if quiet else (lambda row: print(line_of(row), file=sys.stderr, flush=True))
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[losses]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=steps_of(recipe), losses="")
+        yield lambda row: bar.update(task, completed=row["total"], description=row["phase"], losses=losses_of(row))
+
+
+def line_of(row: Row) -> str:
+    """A row of metrics in words."""
+    return f"{row['phase']}  step {row['step']}/{row['steps']}  {losses_of(row)}"
+
+
+def losses_of(row: Row) -> str:
+    """The losses and the speed of a row."""
+    losses = [f"{name} {row[name]:.5f}" for name in LOSSES if name in row]
+    skipped = [f"{row['skipped']} skipped"] if row["skipped"] else []
+    return "  ".join([*losses, *skipped, f"lr {row['lr']:.1e}", f"{row['samples_per_second']:.1f} samples/s"])
+
+
+def print_result(result: Result, as_json: bool) -> None:
+    """The errors before and after, and where the student is."""
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    before, after = result.before, result.after
+    buckets = "  ".join(f"{b.low:.0f}-{b.high:.0f}: {b.error:.4f}" for b in after.buckets)
+    console = _console()
+    console.print(f"held-out relative error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {buckets}")
+    for speed in result.speeds:
+        ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
+        console.print(f"one forward at {speed.height} x {speed.width} px: {ratio}")
+    console.print(f"{result.seconds:.0f} s of training; the student is in {result.folder}")
+
+
+def print_trial(trial: Trial, as_json: bool) -> None:
+    """The resolved recipe, the plan, and the numbers."""
+    if as_json:
+        print(json.dumps({**trial.to_dict(), "plan": plan_summary(trial.plan)}, indent=2))
+        return
+    console = _console()
+    console.print(yaml.safe_dump(trial.recipe.model_dump(mode="json"), sort_keys=False), markup=False)
+    console.print(PlanTable(trial.plan))
+    console.print(f"{trial.trained:,} of {trial.parameters:,} parameters are trained")
+    kept = f"{_gibibytes(trial.state_bytes)} for weights, gradients, optimizer and moving average"
+    console.print(f"{kept}; with activations, at the peak of a step in one process:")
+    console.print(_phases_table(trial))
+    for name, reason in trial.impossible.items():
+        console.print(f"{name}: not estimated: {reason}", markup=False)
+    speed = f"{magnitude(round(trial.flops_per_second))}FLOP/s"
+    console.print(f"The time is if everything ran as fast as a large matrix product does here ({speed}); real steps take longer.")
+
+
+def _phases_table(trial: Trial) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("phase", "pixels", "steps", "samples a step", "in forwards of", "FLOPs a step", "memory", "time at least"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in trial.phases:
+        counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", magnitude(phase.flops), _gibibytes(phase.bytes))
+        table.add_row(phase.name, f"{phase.height} x {phase.width}", *counts, _duration(trial.least_seconds(phase)))
+    return table
+
+
+def _gibibytes(number: int) -> str:
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"

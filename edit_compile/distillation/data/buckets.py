@@ -1,0 +1,76 @@
+"""Aspect-ratio buckets: shapes of about equal area, so that pictures keep most of what they show when a batch needs one shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Annotated
+
+from PIL import Image
+from pydantic import Field, PositiveInt
+
+from edit_compile.errors import DistillError
+from edit_compile.frozen import Section
+
+Shape = tuple[int, int]  # height, width
+_STEPS_PER_SIDE = 16
+
+
+class Buckets(Section):
+    """The shapes of pictures at a stage's resolution.
+
+    Attributes:
+        max_ratio: of the longer side to the shorter one.
+        multiple: sides are multiples of it. Default: a sixteenth of the resolution's side, such as 64 at 1024 pixels, so that
+            the ratios are the same at every resolution, and a multiple of what the model can divide.
+    """
+
+    max_ratio: Annotated[float, Field(ge=1, le=16)] = 2.0
+    multiple: PositiveInt | None = None
+
+
+@lru_cache
+def bucket_shapes(height: int, width: int, granularity: int, buckets: Buckets | None) -> tuple[Shape, ...]:
+    """The shapes for a resolution, from flat to tall: the resolution itself, and shapes of at most its area.
+
+    Args:
+        granularity: sides must be multiples of it.
+        buckets: None for the resolution alone.
+
+    Raises:
+        DistillError: the resolution or `multiple` does not fit the granularity.
+    """
+    if height % granularity or width % granularity:
+        raise DistillError(f"stage resolution {height} x {width}: this model needs sides that are multiples of {granularity}")
+    shapes = {(height, width)}
+    if buckets is not None:
+        step = buckets.multiple or _default_multiple(math.sqrt(height * width), granularity)
+        if step % granularity:
+            raise DistillError(f"data.buckets.multiple: {step}: this model needs a multiple of {granularity}")
+        for h in range(step, int(math.sqrt(height * width * buckets.max_ratio)) + 1, step):
+            w = height * width // h // step * step
+            if w and max(h / w, w / h) <= buckets.max_ratio:
+                shapes.add((h, w))
+    return tuple(sorted(shapes, key=lambda shape: shape[0] / shape[1]))
+
+
+def _default_multiple(side: float, granularity: int) -> int:
+    return granularity * max(1, round(side / _STEPS_PER_SIDE / granularity))
+
+
+def nearest_shape(size: Shape, shapes: Sequence[Shape]) -> Shape:
+    """The shape whose ratio is nearest to that of a picture's size, the larger one of equals."""
+    ratio = math.log(size[0] / size[1])
+    return min(shapes, key=lambda shape: (abs(math.log(shape[0] / shape[1]) - ratio), -shape[0] * shape[1], shape))
+
+
+def fitted(picture: Image.Image, shape: Shape) -> Image.Image:
+    """The picture scaled until it covers the shape, and cropped at the centre to it."""
+    height, width = shape
+    scale = max(height / picture.height, width / picture.width)
+    if scale != 1:
+        size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

@@ -1,0 +1,172 @@
+"""A dry run: what a recipe would do and need, found out on the model's structure alone, on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from edit_compile.adapters.denoise import denoise, random_batch
+from edit_compile.adapters.inputs import pixels_per_token
+from edit_compile.adapters.load_model import load_model
+from edit_compile.api import linearize, plan_of
+from edit_compile.bench import matrix_product_speed, peak_memory
+from edit_compile.distillation.context import Context, Sample, trained_parameters
+from edit_compile.distillation.recipe.schedule import Phase, phases_of
+from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.train.distributed import recompute_blocks
+from edit_compile.distillation.train.features import recording
+from edit_compile.distillation.train.layerwise import fitting
+from edit_compile.distillation.train.losses import distillation_losses
+from edit_compile.distillation.train.modes import only_trainable
+from edit_compile.errors import GridError, NoExampleInputsError
+from edit_compile.ir.plan import Plan
+from edit_compile.passes.capture import stand_in
+from edit_compile.passes.native_attention import native_attention
+from edit_compile.student.checkpoint import INDEX, load
+from edit_compile.student.grid import grid
+from edit_compile.student.site import converted_sites
+
+_MOMENTS = {"adamw": 8, "adamw-8bit": 2}  # bytes of both
+
+
+@dataclass(frozen=True)
+class PhaseEstimate:
+    """A warm start or stage, in one process.
+
+    Attributes:
+        height, width: of its pictures in pixels.
+        samples: of a step; `micro_batch` of a forward.
+        flops: of a step: teacher, student, backward pass, and what checkpointing computes again.
+        bytes: at the peak of a step: weights, gradients, optimizer, moving average, activations. What kernels use for themselves
+            comes on top.
+    """
+
+    name: str
+    height: int
+    width: int
+    steps: int
+    samples: int
+    micro_batch: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a recipe would do.
+
+    Attributes:
+        parameters, trained: numbers of the student's parameters, and of those trained.
+        state_bytes: of all weights, and of gradients, optimizer and moving average of those trained.
+        phases: in order; those that could not be estimated are in `impossible`, with the reason.
+        flops_per_second: of a large matrix product here, which no step exceeds.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    parameters: int
+    trained: int
+    state_bytes: int
+    phases: tuple[PhaseEstimate, ...]
+    impossible: dict[str, str]
+    flops_per_second: float
+
+    def least_seconds(self, phase: PhaseEstimate) -> float:
+        """What a phase takes if every operation is as fast as a large matrix product."""
+        return phase.steps * phase.flops / self.flops_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "state_bytes": self.state_bytes,
+            "phases": [{**asdict(phase), "least_seconds": self.least_seconds(phase)} for phase in self.phases],
+            "impossible": self.impossible,
+        }
+
+
+def trial(recipe: Recipe) -> Trial:
+    """Work it out without weights, where the model's name allows that.
+
+    Raises:
+        DistillError, ModelNotFoundError, PlanError: as the run itself would.
+    """
+    student = _student(recipe)
+    structure = stand_in(student, recipe.dtype)
+    trained = trained_parameters(structure, recipe.train)
+    number, state = sum(p.numel() for p in trained.values()), _state_bytes(structure, recipe)
+    phases: list[PhaseEstimate] = []
+    impossible: dict[str, str] = {}
+    wanted = phases_of(recipe)
+    first_stage = next(phase for phase in wanted if phase.losses is not None)
+    with only_trainable(structure, set(trained)), recording(structure), native_attention():
+        for phase in wanted:
+            if recipe.gradient_checkpointing and phase is first_stage:
+                recompute_blocks(structure)
+            try:
+                # The backward pass needs the trained weights as they were multiplied; recomputed, those of one block, or site, at a time.
+                copies = 2 * number if recipe.precision == "bf16" and phase.losses and not recipe.gradient_checkpointing else 0
+                phases.append(_estimate(recipe, structure, phase, state + copies))
+            except (GridError, NoExampleInputsError) as error:
+                impossible[phase.name] = str(error)
+    parameters = sum(p.numel() for p in structure.parameters())
+    return Trial(recipe, plan_of(student), parameters, number, state, tuple(phases), impossible, matrix_product_speed(recipe.dtype))
+
+
+def _student(recipe: Recipe) -> nn.Module:
+    if (Path(recipe.model) / INDEX).is_file():
+        return load(recipe.model)
+    return linearize(load_model(recipe.model, structure_only=True).model, recipe.convert)
+
+
+def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
+    """What is kept from step to step. The teacher has its own attention weights, and with `train: all` it is a model of its own."""
+    frozen = recipe.dtype.itemsize
+    trained = {id(p) for p in trained_parameters(structure, recipe.train).values()}
+    of_trained = 4 + 4 + _MOMENTS[recipe.optimizer.kind] + (4 if recipe.ema is not None else 0)  # itself, its gradient, ...
+    own = sum(p.numel() * (of_trained if id(p) in trained else frozen) for p in structure.parameters())
+    originals = sum(p.numel() for site in converted_sites(structure).values() for p in site.edit_teacher.parameters())
+    teacher = originals if recipe.train != "all" else 2 * originals + sum(p.numel() for p in structure.parameters())
+    return own + frozen * teacher
+
+
+def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) -> PhaseEstimate:
+    options, dtype = phase.options, recipe.dtype
+    size = options.micro_batch or options.batch
+    x, conditions = random_batch(structure, phase.height, phase.width, size, "meta", dtype)
+    sample = Sample(x, torch.empty(size, device="meta", dtype=dtype), conditions, x)
+    step = pixels_per_token(structure)
+    call = partial(_warm_start if phase.losses is None else _stage, _context(recipe, structure), sample, phase)
+    with grid(structure, phase.height // step, phase.width // step):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        activations = peak_memory(call)  # the gradients of the first call are there now, as with accumulation
+    for parameter in structure.parameters():
+        parameter.grad = None
+    flops = counter.get_total_flops() * (options.batch // size)
+    place = (phase.name, phase.height, phase.width)
+    return PhaseEstimate(*place, options.steps, options.batch, size, flops, state + activations)
+
+
+def _context(recipe: Recipe, structure: nn.Module) -> Context:
+    """A context of the meta device that can run a model, and nothing else."""
+    nothing = cast(Any, SimpleNamespace(device=torch.device("meta")))
+    return Context(recipe, structure, structure, nothing, denoise, nothing, nothing)
+
+
+def _warm_start(context: Context, sample: Sample, phase: Phase) -> None:
+    with fitting(context.student, 1.0):
+        context.predict(context.student, sample)
+
+
+def _stage(context: Context, sample: Sample, phase: Phase) -> None:
+    assert phase.losses is not None
+    distillation_losses(context, context.student, sample, phase.losses).total.backward()

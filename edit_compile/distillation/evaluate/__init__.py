@@ -1,0 +1,1 @@
+"""Held-out errors, sample grids, speed."""

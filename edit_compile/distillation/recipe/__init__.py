@@ -1,0 +1,1 @@
+"""Recipes: their schema, their files, their schedule."""

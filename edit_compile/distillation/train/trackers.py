@@ -1,0 +1,33 @@
+"""Accelerate's trackers: the recipe, and every number of a row, by name, at its step."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.errors import DistillError
+from edit_compile.frozen import flat
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def chosen_trackers(names: Sequence[str] | None) -> list[str]:
+    """Those named; TensorBoard if None.
+
+    Raises:
+        DistillError: one is not installed.
+    """
+    if names is None:
+        return ["tensorboard"]
+    for name in names:
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise DistillError(f"trackers: {name} is not installed: pip install {_PACKAGES[name]}")
+    return list(names)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as trackers take it: dotted keys to plain values."""
+    content = flat(recipe.model_dump(mode="json"))
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in content.items()}

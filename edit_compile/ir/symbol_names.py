@@ -1,0 +1,112 @@
+"""Readable names for the symbolic sizes of a plan: `image h*w, text t` where the graph says `image ((s20//2))*((s33//2)), text s31`."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from edit_compile.ir.plan import Plan, PositionIds, SitePlan, SizesOfInputs
+from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
+
+AXES = {2: ("h", "w"), 3: ("f", "h", "w")}  # video has frames before rows and columns
+MEANINGS = {"f": "frames", "h": "rows of image tokens", "w": "columns of image tokens"}
+OTHERS = {TokenKind.IMAGE: ("n", "image tokens"), TokenKind.TEXT: ("t", "text tokens"), TokenKind.OTHER: ("r", "other tokens")}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Attributes:
+    by_expression: names of size expressions in canonical spelling.
+    meanings: what each name stands for.
+    """
+
+    by_expression: dict[str, str] = field(default_factory=dict)
+    meanings: dict[str, str] = field(default_factory=dict)
+
+    def add(self, expression: str, name: str, meaning: str) -> str:
+        """Name an expression unless it has a name or is a number; a name that is taken gets a number."""
+        key = _canonical(expression)
+        if key.isdigit():
+            return key
+        if key not in self.by_expression:
+            free = next(n for n in itertools.chain([name], map(f"{name}{{}}".format, itertools.count(2))) if n not in self.meanings)
+            self.by_expression[key], self.meanings[free] = free, meaning
+        return self.by_expression[key]
+
+    def of(self, expression: str) -> str:
+        """The expression with each part that has a name replaced by it."""
+        tree = _parsed(expression)
+        return expression if tree is None else ast.unparse(_Renamed(self.by_expression).visit(tree)).replace(" * ", "*")
+
+    def layout(self, layout: TokenLayout) -> str:
+        return ", ".join(f"{segment.kind} {self.of(segment.length)}" for segment in layout.segments)
+
+    def grid(self, grid: Grid | None) -> str | None:
+        return " x ".join(map(self.of, grid.sizes)) if grid is not None else None
+
+
+class _Renamed(ast.NodeTransformer):
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        name = self.names.get(ast.unparse(node))
+        return ast.Name(name) if name is not None else self.generic_visit(node)
+
+
+def _parsed(expression: str) -> ast.expr | None:
+    try:
+        return ast.parse(expression, mode="eval").body
+    except SyntaxError:
+        return None
+
+
+def _canonical(expression: str) -> str:
+    tree = _parsed(expression)
+    return expression if tree is None else ast.unparse(tree)
+
+
+def readable_names(plan: Plan) -> Names:
+    """Names for the sizes in a plan: h and w for the grid (f for frames), t for text tokens, n and r for image and other tokens."""
+    names = Names()
+    for site in plan.sites:
+        if site.grid is not None and len(site.grid.sizes) in AXES:
+            _name_grid(names, site.grid, plan)
+    for segment in _segments(plan.sites):
+        if segment.kind is TokenKind.IMAGE and isinstance(plan.grid, PositionIds) and segment.length.isidentifier():
+            names.by_expression.setdefault(segment.length, "h*w")
+            names.meanings.update({name: f"{MEANINGS[name]}, read from {plan.grid.input}" for name in AXES[2]})
+        for symbol in _symbols(names.of(segment.length), names):
+            names.add(symbol, *OTHERS[segment.kind])
+    return names
+
+
+def _name_grid(names: Names, grid: Grid, plan: Plan) -> None:
+    own = [names.add(size, name, _meaning(name, size, plan)) for name, size in zip(AXES[len(grid.sizes)], grid.sizes, strict=True)]
+    if any(name.isdigit() for name in own):
+        return
+    for order in itertools.permutations(range(len(own))):
+        product = _canonical("*".join(f"({grid.sizes[i]})" for i in order))
+        names.by_expression.setdefault(product, "*".join(own))
+
+
+def _meaning(name: str, expression: str, plan: Plan) -> str:
+    """Rows of image tokens, hidden_states.shape[2] // 2."""
+    symbols = plan.grid.symbols if isinstance(plan.grid, SizesOfInputs) else {}
+    shapes = {symbol: f"{argument}.shape[{dim}]" for symbol, (argument, dim) in symbols.items()}
+    known = Names(shapes).of(expression)
+    return MEANINGS[name] if known == expression else f"{MEANINGS[name]}, {known}"
+
+
+def _segments(sites: tuple[SitePlan, ...]) -> Iterator[Segment]:
+    for site in sites:
+        yield from (*site.query_layout.segments, *site.key_layout.segments)
+
+
+def _symbols(expression: str, names: Names) -> list[str]:
+    """The symbols in an expression that have no name yet."""
+    tree = _parsed(expression)
+    found = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)] if tree is not None else []
+    return [name for name in dict.fromkeys(found) if not any(name in readable.split("*") for readable in names.by_expression.values())]

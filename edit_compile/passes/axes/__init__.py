@@ -1,0 +1,1 @@
+"""Axes: what every dimension of a tensor is made of, and how operations change it."""

@@ -1,0 +1,18 @@
+"""Capture under torch's own attention: other backends of diffusers hide the attention node from the graph."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def native_attention() -> Iterator[None]:
+    """Inside, diffusers' models use torch's own attention, whose node capture knows; the caller's choice is restored after."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is None or not hasattr(dispatch, "_AttentionBackendRegistry"):
+        yield
+        return
+    with dispatch.attention_backend(dispatch.AttentionBackendName.NATIVE):
+        yield

@@ -1,0 +1,1 @@
+"""The converted model, at run time and on disk."""

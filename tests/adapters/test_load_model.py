@@ -1,0 +1,99 @@
+"""Names to models, and what is said when a name leads nowhere."""
+
+from __future__ import annotations
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+
+import edit_compile as ec
+from edit_compile.adapters.inputs import example_inputs
+from edit_compile.adapters.load_model import architectures, load_model
+
+
+def test_demo_model_has_weights_and_can_be_had_without():
+    loaded = load_model("demo/mm-dit")
+    assert loaded.has_weights
+    assert next(loaded.model.parameters()).device.type == "cpu"
+    structure = load_model("demo/mm-dit", structure_only=True)
+    assert not structure.has_weights
+    assert structure.model.config.num_layers == loaded.model.config.num_layers
+
+
+def test_architectures_are_full_size_and_on_meta():
+    billions = {"pixart-sigma": 0.61, "sd3.5-medium": 2.24, "flux-dev": 11.9}
+    assert {"pixart-sigma", "sd3.5-medium", "sd3.5-large", "flux-dev", "dit-xl-2"} == set(architectures())
+    for name, expected in billions.items():
+        model = load_model(f"arch/{name}").model
+        assert all(p.is_meta for p in model.parameters())
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+def test_local_folder_and_config(tmp_path):
+    model = load_model("demo/mm-dit").model
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype=torch.bfloat16)
+    assert loaded.model.dtype is torch.bfloat16
+    assert loaded.source == str(tmp_path)
+    config = str(tmp_path / "config.json")
+    assert not load_model(config).has_weights
+    assert load_model(config, dtype=torch.bfloat16, random_weights=True).model.dtype is torch.bfloat16
+    loaded.model.save_pretrained(tmp_path / "halves")
+    assert load_model(str(tmp_path / "halves")).model.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("demo/nothing", "no demo model 'nothing'; there are: mm-dit"),
+        ("arch/nothing", "there are: dit-xl-2, flux-dev, pixart-sigma"),
+        ("timm/nothing", "has no model 'nothing'"),
+        ("./nothing/here", "does not exist; give a folder"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ec.ModelNotFoundError, match=message):
+        load_model(name)
+
+
+def test_unknown_class_and_no_model(tmp_path):
+    with pytest.raises(ec.ModelNotFoundError, match=r"has no config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "NoSuchModel"}))
+    with pytest.raises(ec.ModelNotFoundError, match="no model class 'NoSuchModel'"):
+        load_model(str(tmp_path))
+
+
+def bare(kind):
+    """A hub error without the response that its constructor asks for."""
+    error = kind.__new__(kind)
+    error.args = ("no",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: bare(errors.GatedRepoError), "is gated: accept its licence .* `hf auth login`"),
+        (lambda: bare(errors.RepositoryNotFoundError), "the hub has no stabilityai/stable-diffusion-3.5-medium"),
+        (lambda: bare(errors.LocalEntryNotFoundError), "cannot be reached .* local copy"),
+        (lambda: OSError("disk full"), "cannot be downloaded: disk full"),
+    ],
+)
+def test_hub_errors_say_what_to_do(monkeypatch, error, message):
+    def fails(*_args, **_options):
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(ec.ModelNotFoundError, match=message):
+        load_model("stabilityai/sd3.5-medium")
+
+
+@pytest.mark.parametrize("name", ["demo/mm-dit", "timm/vit_tiny_patch16_224"])
+def test_example_inputs_run(name):
+    model = load_model(name, structure_only=True).model.to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(**example_inputs(model)) is not None

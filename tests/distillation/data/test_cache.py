@@ -1,0 +1,227 @@
+"""Caches: what is read is what was encoded; damage is noticed; making one survives being killed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import data_files
+import edit_compile as ec
+from edit_compile.distillation.data import Request
+from edit_compile.distillation.data.buckets import Buckets
+from edit_compile.distillation.data.cache.encode import PictureProducer, records_of
+from edit_compile.distillation.data.cache.format import INDEX, UNFINISHED, read_index
+from edit_compile.distillation.data.cache.write import write_cache
+from edit_compile.distillation.data.captioned import Captioned
+from edit_compile.distillation.data.map_style import Indexed
+from edit_compile.distillation.data.sources.cached import Cached
+from edit_compile.distillation.data.sources.folder import Folder
+
+SIZES = [(24, 24)] * 5 + [(20, 40)] * 4 + [(48, 24)] * 3
+RESOLUTIONS = [(16, 16), (32, 32)]
+BUCKETS = Buckets()
+
+
+class PixArtTransformer2DModel(torch.nn.Module):
+    """Stands for a model whose conditions need no pipeline."""
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return data_files.folder_of(tmp_path / "pictures", SIZES)
+
+
+def make(pictures, cache, *, progress=lambda written, skipped: None, made_from=None, samples=None):
+    unreadable = {}
+    corpus = Folder(pictures, None, unreadable)
+    producer = PictureProducer(lambda start: records_of(corpus, start), data_files.Letters(), BUCKETS, 2, unreadable)
+    head = {"model": "PixArtTransformer2DModel", "made_from": made_from or {"data": "folder"}, "resolutions": RESOLUTIONS}
+    return write_cache(cache, producer, head, shard_size=4, samples=samples, progress=progress)
+
+
+def source(cache, **options):
+    items = Cached(cache, PixArtTransformer2DModel())
+    return Indexed(items, 0, skipped=dict(items.index.skipped), **options)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_a_cache_gives_what_encoding_gives(folder, tmp_path, resolution, split):
+    make(folder, tmp_path / "cache")
+    cached = source(tmp_path / "cache", empty_captions=0.3, held_out=3)
+    direct = Indexed(Captioned(Folder(folder, None, {}), data_files.Letters(), BUCKETS), 0, 3, 0.3)
+    for step in range(6):
+        request = Request(4 * step if split == "train" else 0, 4, range(4), *resolution, split)
+        found, expected = cached.batch(request), direct.batch(request)
+        assert found.captions == expected.captions
+        assert torch.equal(found.pictures, expected.pictures)
+        mask = found.conditions["encoder_attention_mask"]
+        length = mask.shape[1]
+        assert torch.equal(mask, expected.conditions["encoder_attention_mask"][:, :length])
+        assert not expected.conditions["encoder_attention_mask"][:, length:].any()
+        assert torch.equal(
+            found.conditions["encoder_hidden_states"] * mask[..., None],
+            expected.conditions["encoder_hidden_states"][:, :length] * mask[..., None],
+        )
+
+
+def test_padding_is_trimmed(folder, tmp_path):
+    make(folder, tmp_path / "cache")
+    cached = source(tmp_path / "cache", empty_captions=0)
+    batch = cached.batch(Request(0, 4, range(4), 16, 16))
+    assert batch.conditions["encoder_hidden_states"].shape[1] == max(map(len, batch.captions)) < data_files.Letters.length
+
+
+def test_a_killed_making_goes_on_and_ends_the_same(folder, tmp_path):
+    expected = make(folder, tmp_path / "whole")
+
+    def killed(written, skipped):
+        if written == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make(folder, tmp_path / "killed", progress=killed)
+    with pytest.raises(ec.DistillError, match=r"holds no cache: it is unfinished: run the same"):
+        read_index(tmp_path / "killed")
+    with (tmp_path / "killed" / UNFINISHED).open("a") as file:
+        file.write('{"file": "shard-0000')  # a line that the kill tore
+    (tmp_path / "killed" / ".shard-00002.safetensors.tmp").write_bytes(b"half")
+    written = []
+    assert make(folder, tmp_path / "killed", progress=lambda *numbers: written.append(numbers)) == expected
+    assert written == [(12, 0)]
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_shard_that_is_gone_is_made_again(folder, tmp_path):
+    make(folder, tmp_path / "whole")
+
+    def killed(written, skipped):
+        if written == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make(folder, tmp_path / "killed", progress=killed)
+    (tmp_path / "killed" / "shard-00000.safetensors").write_bytes(b"short")
+    make(folder, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_finished_cache_is_left_alone(folder, tmp_path):
+    make(folder, tmp_path / "cache")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    make(folder, tmp_path / "cache", progress=lambda *numbers: pytest.fail("it was made again"))
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == before
+
+
+def test_another_cache_is_not_overwritten(folder, tmp_path):
+    make(folder, tmp_path / "cache")
+    with pytest.raises(ec.DistillError, match=r"holds a cache made otherwise \(data differ\)"):
+        make(folder, tmp_path / "cache", made_from={"data": "other"})
+
+
+def test_a_limit_of_samples_holds_over_a_kill(folder, tmp_path):
+    def killed(written, skipped):
+        raise Killed
+
+    with pytest.raises(Killed):
+        make(folder, tmp_path / "cache", samples=6, progress=killed)
+    index = make(folder, tmp_path / "cache", samples=6)
+    assert [len(shard.samples) for shard in index.shards] == [4, 2]
+
+
+def test_what_cannot_be_read_is_named_in_the_cache(folder, tmp_path):
+    (folder / "001.png").write_bytes(b"no picture")
+    (folder / "002.txt").unlink()
+    (folder / "metadata.jsonl").write_text("{")
+    index = make(folder, tmp_path / "cache")
+    assert sum(len(shard.samples) for shard in index.shards) == 10
+    assert {os.path.basename(name) for name in index.skipped} == {"001.png", "002.png", "metadata.jsonl:1"}  # noqa: PTH119
+    assert source(tmp_path / "cache").skipped == index.skipped
+
+
+def test_nothing_readable_is_an_error_and_leaves_nothing(folder, tmp_path):
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(ec.DistillError, match=r"nothing could be read: .*there is no 000.txt"):
+        make(folder, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def flip(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 255
+    path.write_bytes(content)
+
+
+def test_damaged_entries_are_replaced_and_named(folder, tmp_path):
+    make(folder, tmp_path / "cache")
+    flip(tmp_path / "cache" / "shard-00000.safetensors", -3)  # in the last tensor of one sample
+    (tmp_path / "cache" / "shard-00001.safetensors").write_bytes(b"no tensors")
+    data = source(tmp_path / "cache", held_out=1, empty_captions=0)
+    trained = {caption for step in range(30) for caption in data.batch(Request(4 * step, 4, range(4), 32, 32)).captions}
+    damaged = data.items.damaged()
+    assert len(damaged) == 5
+    assert data.skipped.keys() <= damaged.keys()
+    assert len(trained) in (6, 7)  # one of the other 8 is held out, and of the damaged one only some tensors are
+    assert all("checksum" in reason or "cannot be read" in reason for reason in damaged.values())
+
+
+def test_a_missing_shard_is_passed_over(folder, tmp_path):
+    make(folder, tmp_path / "cache")
+    (tmp_path / "cache" / "shard-00002.safetensors").unlink()
+    data = source(tmp_path / "cache", held_out=1)
+    for step in range(12):
+        data.batch(Request(4 * step, 4, range(4), 16, 16))
+    assert len(data.skipped) == 4
+
+
+def test_a_full_disk_is_reported_and_the_rest_stays(folder, tmp_path, monkeypatch):
+    import edit_compile.distillation.data.cache.write as caching
+
+    original, calls = caching.write_tensors, []
+
+    def full(path, tensors):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        original(path, tensors)
+
+    monkeypatch.setattr(caching, "write_tensors", full)
+    with pytest.raises(ec.DistillError, match=r"cannot be written: .*No space left on device; what is finished stays"):
+        make(folder, tmp_path / "cache")
+    assert make(folder, tmp_path / "cache") == make(folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cache: (cache / INDEX).unlink(), "index.json is missing"),
+        (lambda cache: (cache / INDEX).write_text("{"), "index.json cannot be read"),
+        (lambda cache: (cache / INDEX).write_text('{"version": 9}'), "has version 9, this release reads version 1"),
+        (lambda cache: (cache / INDEX).write_text('{"version": 1}'), "index.json: model: Field required"),
+        (lambda cache: flip(cache / "empty.safetensors", -1), "empty.safetensors.* does not have the checksum"),
+    ],
+)
+def test_a_cache_that_cannot_be_used_says_why(folder, tmp_path, change, message):
+    make(folder, tmp_path / "cache")
+    change(tmp_path / "cache")
+    with pytest.raises(ec.DistillError, match=message):
+        source(tmp_path / "cache")
+
+
+def test_resolutions_and_models_must_be_those_of_the_cache(folder, tmp_path):
+    make(folder, tmp_path / "cache")
+    with pytest.raises(ec.DistillError, match="has no latents for 64x64 pixels, only for 16x16, 32x32"):
+        source(tmp_path / "cache").batch(Request(0, 4, range(4), 64, 64))
+    with pytest.raises(ec.DistillError, match="was made for a PixArtTransformer2DModel, this model is a Linear"):
+        Cached(tmp_path / "cache", torch.nn.Linear(1, 1))

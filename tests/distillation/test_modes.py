@@ -1,0 +1,159 @@
+"""What a recipe can switch on: recomputation, compilation, half precision, training all weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import edit_compile as ec
+import toy
+import toy_distill
+from edit_compile.adapters.noise_schedule import Process
+from edit_compile.distillation import distill
+from edit_compile.distillation.context import trained_parameters
+from edit_compile.distillation.recipe.schema import Optimizer
+from edit_compile.distillation.train import distributed
+from edit_compile.distillation.train.features import recorded, recording
+from edit_compile.distillation.train.optimizer import make_optimizer
+from edit_compile.student.site import converted_sites
+
+STAGES = [{"resolution": size, "steps": 3, "batch": 2, "lr": 1e-3, "warm_up": 0} for size in ([12, 16], [16, 20])]
+
+
+def run(folder, model=None, **options):
+    recipe = toy_distill.recipe(**{"stage": STAGES, "warm_start": None} | options)
+    flow, student = Process("rectified-flow"), model or toy_distill.student()
+    return distill(recipe, folder, student=student, source=toy_distill.Pictures(), denoise=toy_distill.denoise, process=flow)
+
+
+def losses(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in found for name in ("loss", "task", "output", "feature", "grad_norm")]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    run(folder)
+    return losses(folder)
+
+
+@pytest.mark.parametrize("weights", [{"output": 1, "feature": 1}, {"output": 0, "feature": 1}])
+def test_recomputing_blocks_changes_nothing(tmp_path, weights):
+    """Also where the loss is of the sites' outputs alone, so that the backward pass begins inside the model."""
+    stages = [{**stage, "losses": weights} for stage in STAGES]
+    run(tmp_path / "kept", stage=stages)
+    run(tmp_path / "again", stage=stages, gradient_checkpointing=True)
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), rel=1e-4)
+
+
+def deeper(blocks):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ec.linearize(toy.Toy(blocks=blocks, joint=True).eval(), example_inputs=toy.inputs(text=toy_distill.TEXT))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+def test_recomputed_blocks_are_compiled_too_and_once(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    inputs, gradients, graphs = toy.inputs(2, 12, 16, toy_distill.TEXT), [], []
+    for compiled in (False, True):
+        student = deeper(1)
+        counted.clear()
+        recipe = toy_distill.recipe(gradient_checkpointing=True, compile=compiled)
+        distributed.wrap(student, student, recipe, Accelerator())
+        with recording(student):
+            with recorded(student) as features:
+                output = student(**inputs)
+            graphs.append(counted["unique_graphs"])
+            sum(tensor.square().mean() for tensor in (output, *(t for tensors in features.values() for t in tensors))).backward()
+            graphs.append(counted["unique_graphs"])
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    torch._dynamo.reset()
+    assert graphs == [0, 0, 1, 1]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+def test_compiled_blocks_learn_the_same_and_more_of_them_need_no_more_graphs(tmp_path, monkeypatch, plain):
+    monkeypatch.setattr(distributed, "compile_blocks", functools.partial(ec.compile, backend="eager"))
+    graphs = []
+    for blocks in (2, 3):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        run(tmp_path / str(blocks), toy_distill.student() if blocks == 2 else deeper(blocks), compile=True)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] == graphs[1]
+    assert losses(tmp_path / "2") == pytest.approx(plain, rel=1e-4)
+
+
+def test_half_precision_keeps_what_is_trained_in_full(tmp_path):
+    model = toy_distill.student()
+    result = run(tmp_path, model, precision="bf16", warm_start={"steps": 20, "batch": 4, "lr": 5e-3})
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype is (torch.float32 if ".attn." in name else torch.bfloat16), name
+    assert result.after.total < 0.6 * result.before.total
+    assert ec.load(tmp_path, toy_distill.base()).out.weight.dtype is torch.float32
+
+
+def test_half_precision_does_not_round_what_is_trained():
+    model = toy_distill.student()
+    before = copy.deepcopy(model.state_dict())
+    trained = set(trained_parameters(model, "attention"))
+    distributed.set_precision(model, trained, "bf16")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name in trained else before[name].bfloat16()), name
+    assert {p.dtype for site in converted_sites(model).values() for p in site.edit_teacher.parameters()} == {torch.bfloat16}
+
+
+def test_a_warm_start_before_training_all_stays_within_the_sites(tmp_path):
+    model = toy_distill.student()
+    before = copy.deepcopy(model.state_dict())
+    changed = {}
+
+    def report(row):
+        if row["phase"] == "warm start":
+            changed[row["step"]] = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+    recipe = toy_distill.recipe(train="all")
+    flow, source = Process("rectified-flow"), toy_distill.Pictures()
+    distill(recipe, tmp_path, student=model, source=source, denoise=toy_distill.denoise, process=flow, report=report)
+    assert changed[6]
+    assert all(".attn." in name for name in changed[6])
+    assert not torch.equal(model.out.weight, before["out.weight"])
+
+
+def test_training_all_leaves_the_base_alone_and_is_saved(tmp_path):
+    base = toy_distill.base()
+    before = copy.deepcopy(base.state_dict())
+    model = ec.linearize(base, example_inputs=toy.inputs(text=toy_distill.TEXT))
+    result = run(tmp_path, model, train="all", gradient_checkpointing=True)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    assert not torch.equal(model.out.weight, base.out.weight)
+    assert result.after.total < result.before.total
+    loaded = ec.load(tmp_path, base)
+    inputs = toy.inputs(2, 12, 16, toy_distill.TEXT)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs), result.student(**inputs))
+        assert torch.equal(base(**inputs), toy_distill.base()(**inputs))
+    with torch.no_grad(), ec.teacher(loaded):
+        assert torch.equal(loaded(**inputs), base(**inputs))
+    ec.save(loaded, tmp_path / "again")
+    assert torch.equal(ec.load(tmp_path / "again", base).out.weight, loaded.out.weight)
+
+
+def test_an_optimizer_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ec.DistillError, match="pip install bitsandbytes"):
+        make_optimizer({"p": torch.nn.Parameter(torch.zeros(1))}, Optimizer(kind="adamw-8bit"))

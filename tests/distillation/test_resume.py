@@ -1,0 +1,293 @@
+"""A run that is stopped, killed, or out of disk, and what continues from it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
+from safetensors.torch import load_file
+
+import edit_compile as ec
+import toy_distill
+from edit_compile.adapters.noise_schedule import Process
+from edit_compile.distillation import distill
+from edit_compile.distillation.data.prefetch import ahead
+from edit_compile.distillation.output.run_folder import RunFolder
+from edit_compile.distillation.train.checkpoints import checkpoints
+from edit_compile.distillation.train.spike_guard import Guard
+from edit_compile.distillation.train.train_state import Live
+
+WARM, STAGE, BATCH = 5, 6, 2
+TIMES = ("seconds_per_step", "samples_per_second")
+
+
+class Source(toy_distill.Pictures):
+    """Calls `at` when the batch of a position is asked for."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at = at or (lambda position: None)
+
+    def batch(self, request):
+        if request.split == "train":
+            self.at(request.position)
+        return super().batch(request)
+
+
+def run(folder, at=None, resume=False, change=None, **options):
+    phases = {
+        "stage": [{"resolution": [12, 16], "steps": STAGE, "batch": BATCH}],
+        "warm_start": {"steps": WARM, "batch": BATCH},
+        "held_out": {"samples": 2, "batch": 2, "buckets": 1},
+    }
+    source = Source(at)
+    source.concurrent = False
+    recipe = toy_distill.recipe(**phases | {"save_every": 2, "log_every": 1} | options)
+    flow, student = Process("rectified-flow"), toy_distill.student()
+    return distill(recipe, folder, resume=resume, student=student, source=source, denoise=toy_distill.denoise, process=flow)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return run(folder).student.state_dict(), rows(folder)
+
+
+def rows(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in found]
+
+
+def same(result, straight):
+    return all(torch.equal(value, straight[0][name]) for name, value in result.student.state_dict().items())
+
+
+def send(number, step):
+    def at(position):
+        if position == step * BATCH:
+            os.kill(os.getpid(), number)
+
+    return at
+
+
+@pytest.mark.parametrize("step", [0, 2, WARM - 1, WARM, WARM + STAGE - 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_rest_is_the_same_bit_for_bit(tmp_path, straight, number, step):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ec.Interrupted, match=rf"stopped at .*, step {step % WARM + 1} of"):
+        run(tmp_path, send(number, step))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert not (tmp_path / "result.json").exists()
+    result = run(tmp_path, resume=True)
+    assert same(result, straight)
+    assert rows(tmp_path) == straight[1]
+
+
+def test_a_sigkill_at_any_time_costs_nothing(tmp_path):
+    script = Path(__file__).parent / "killed_run.py"
+    paths = os.pathsep.join([str(Path(ec.__file__).parents[1]), str(script.parents[1])])
+    found = subprocess.run(
+        [sys.executable, script, tmp_path, "0"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    outcome = json.loads(found.stdout.splitlines()[-1])
+    assert outcome["kills"] >= 3
+    assert outcome["in_save"] >= 1
+    assert outcome["equal"]
+
+
+def fails(at_step):
+    def at(position):
+        if position == at_step * BATCH:
+            raise ec.DistillError("no more data")
+
+    return at
+
+
+def unfinished(folder, at_step=9, **options):
+    with pytest.raises(ec.DistillError, match="no more data"):
+        run(folder, fails(at_step), **options)
+    return folder
+
+
+def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    small = functools.partial(AdamW8bit, min_8bit_size=256)  # by default tensors as small as the toy's stay in 32 bits
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit", small)
+    options = {"optimizer": {"kind": "adamw-8bit"}}
+    whole = run(tmp_path / "whole", **options)
+    state = load_file(checkpoints(unfinished(tmp_path / "stopped", **options) / "checkpoints")[-1] / "state.safetensors")
+    assert torch.uint8 in {value.dtype for name, value in state.items() if name.startswith("optimizer:")}
+    again = run(tmp_path / "stopped", resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True))
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_what_is_restored_goes_to_its_parameters_device():
+    """Fused AdamW counts its steps on the device; a checkpoint has been on the CPU."""
+    before, after = (torch.nn.Linear(3, 2, device=device) for device in ("cpu", "meta"))
+    saved, restored = (Live(dict(m.named_parameters()), torch.optim.AdamW(m.parameters()), None) for m in (before, after))
+    before(torch.ones(1, 3)).sum().backward()
+    saved.step(1e-3)
+    restored.load(saved.tensors(), saved.numbers())
+    for parameter in after.parameters():
+        assert {value.device.type for value in restored.optimizer.state[parameter].values()} == {"meta"}
+
+
+def test_checkpoints_are_rotated(tmp_path):
+    unfinished(tmp_path, keep=3)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["00000004", "00000006", "00000008"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000006", "00000008"]
+
+
+def test_a_finished_run_leaves_no_checkpoints(tmp_path):
+    run(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    with pytest.raises(ec.DistillError, match="holds a finished run: there is nothing to resume"):
+        run(tmp_path, resume=True)
+    run(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["tensors", "json", "version"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, straight, damage, caplog):
+    newest = checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
+    if damage == "tensors":
+        path = newest / "state.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    elif damage == "json":
+        (newest / "state.json").write_text("{")
+    else:
+        content = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps(content | {"version": 99}))
+    result = run(tmp_path, resume=True)
+    assert f"{newest} is damaged" in caplog.text
+    assert same(result, straight)
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    for path in checkpoints(unfinished(tmp_path) / "checkpoints"):
+        (path / "state.json").write_text("")
+    with pytest.raises(ec.DistillError, match=r"all checkpoints in .* are damaged"):
+        run(tmp_path, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, straight):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(position):
+        if position == 5 * BATCH:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    try:
+        with pytest.raises(ec.DistillError, match=r"cannot be written: .*; the last good checkpoint is .*00000004"):
+            run(tmp_path, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
+    assert same(run(tmp_path, resume=True), straight)
+
+
+def test_forwards_may_be_smaller_when_a_run_goes_on(tmp_path, straight):
+    unfinished(tmp_path)
+    stage = {"resolution": [12, 16], "steps": STAGE, "batch": BATCH, "micro_batch": 1}
+    result = run(tmp_path, resume=True, stage=[stage])
+    for name, value in result.student.state_dict().items():
+        torch.testing.assert_close(value, straight[0][name], atol=1e-5, rtol=1e-3)
+
+
+def test_another_run_is_not_overwritten(tmp_path):
+    unfinished(tmp_path)
+    with pytest.raises(ec.DistillError, match="holds an unfinished run: continue it with --resume"):
+        run(tmp_path)
+    with pytest.raises(ec.DistillError, match=r"another recipe: seed \(0 then, 1 now\)"):
+        run(tmp_path, resume=True, seed=1)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ec.DistillError, match="is a file"):
+        run(file)
+
+
+def test_what_changes_no_result_may_change_on_resuming(tmp_path, straight):
+    unfinished(tmp_path)
+    assert same(run(tmp_path, resume=True, keep=1, save_every=100, log_every=3), straight)
+
+
+def test_resuming_nothing_is_beginning(tmp_path, straight):
+    assert same(run(tmp_path, resume=True), straight)
+
+
+class Broken(toy_distill.Pictures):
+    """Some positions give no number."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions = positions
+
+    def batch(self, request):
+        batch = super().batch(request)
+        if request.split == "train" and request.position in self.positions:
+            batch.pictures[:] = math.nan
+        return batch
+
+
+@pytest.mark.parametrize("warm_start", [None, {"steps": 6, "batch": 1}])
+def test_steps_without_a_number_are_left_out(tmp_path, warm_start):
+    stage = {"resolution": [12, 16], "steps": 6, "batch": 1}
+    recipe = toy_distill.recipe(stage=[stage], warm_start=warm_start, max_skipped=2)
+    model = toy_distill.student()
+    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow")}
+    distill(recipe, tmp_path, student=model, source=Broken({1, 2, 5}), **common)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert [row["skipped"] for row in rows(tmp_path)][:6] == [0, 1, 1, 0, 0, 1]
+
+
+def test_too_many_in_a_row_stop_the_run_and_name_the_last_checkpoint(tmp_path):
+    stage = {"resolution": [12, 16], "steps": 12, "batch": 1}
+    recipe = toy_distill.recipe(stage=[stage], warm_start=None, max_skipped=2, save_every=4)
+    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow")}
+    with pytest.raises(ec.DistillError, match=r"stage 0, step 8: its loss is nan; .*2 steps before it.*last good checkpoint is .*00000004"):
+        distill(recipe, tmp_path, student=toy_distill.student(), source=Broken(set(range(5, 12))), **common)
+
+
+def test_an_exploding_loss_is_left_out():
+    guard = Guard()
+    for _ in range(30):
+        guard, reason = guard.after(1.0, 1.0, 10)
+        assert reason is None
+    guard, reason = guard.after(11.0, 1.0, 10)
+    assert reason == "its loss 11 is more than 10 times the recent 1"
+    assert guard.skipped_in_a_row == 1
+    assert guard.typical == pytest.approx(1)
+    guard, reason = guard.after(9.0, 1.0, 10)
+    assert reason is None
+    assert guard.skipped_in_a_row == 0
+    assert guard.after(1.0, math.inf, 10)[1] == "its gradient's norm is inf"
+
+
+def test_prefetching_keeps_order_and_errors():
+    assert list(ahead(lambda x: x * x, range(20))) == [x * x for x in range(20)]
+
+    def draw(x):
+        if x == 3:
+            raise ValueError("three")
+        return x
+
+    found = ahead(draw, range(10))
+    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(found)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ec.DistillError, match="is a file"):
+        RunFolder(tmp_path / "file").open(toy_distill.recipe(), resume=False, writes=True)
