@@ -1,39 +1,83 @@
 """edit_compile rewrites the softmax attention of diffusion transformers to linear compressed attention.
 
 student = edit_compile.linearize(model)
+
+Public names are imported when they are first used: `import edit_compile` alone loads neither torch nor diffusers.
 """
 
-from edit_compile.adapters.record_inputs import record
-from edit_compile.api import audit, compile, linearize, plan, plan_of, teacher
-from edit_compile.config import LinearizeConfig
-from edit_compile.errors import (
-    AuditError,
-    CaptureError,
-    CheckpointError,
-    ConfigError,
-    DistillError,
-    EditCompileError,
-    GridError,
-    Interrupted,
-    ModelNotFoundError,
-    NoExampleInputsError,
-    PlanError,
-    RecipeError,
-    RewriteError,
-)
-from edit_compile.ir.plan import Plan, SitePlan
-from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
-from edit_compile.student.checkpoint import load, load_pipeline, save
-from edit_compile.student.grid import grid
-from edit_compile.student.weights import unshare
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edit_compile.adapters.load_model import load_model
+    from edit_compile.adapters.record_inputs import record
+    from edit_compile.api import audit, compile, linearize, plan, plan_of, teacher
+    from edit_compile.config import LinearizeConfig
+    from edit_compile.designs import Design, register
+    from edit_compile.distillation.recipe.schema import Recipe
+    from edit_compile.distillation.run import distill
+    from edit_compile.errors import (
+        AuditError,
+        CaptureError,
+        CheckpointError,
+        ConfigError,
+        DistillError,
+        EditCompileError,
+        GridError,
+        Interrupted,
+        ModelNotFoundError,
+        NoExampleInputsError,
+        PlanError,
+        RecipeError,
+        RewriteError,
+    )
+    from edit_compile.ir.plan import Plan, SitePlan
+    from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
+    from edit_compile.student.checkpoint import load, load_pipeline, save
+    from edit_compile.student.grid import grid
+    from edit_compile.student.weights import unshare
 
 __version__ = "0.1.0"
+
+_HOMES = {  # the same imports, for `__getattr__`
+    "adapters.load_model": ("load_model",),
+    "adapters.record_inputs": ("record",),
+    "api": ("audit", "compile", "linearize", "plan", "plan_of", "teacher"),
+    "config": ("LinearizeConfig",),
+    "designs": ("Design", "register"),
+    "distillation.recipe.schema": ("Recipe",),
+    "distillation.run": ("distill",),
+    "errors": (
+        "AuditError",
+        "CaptureError",
+        "CheckpointError",
+        "ConfigError",
+        "DistillError",
+        "EditCompileError",
+        "GridError",
+        "Interrupted",
+        "ModelNotFoundError",
+        "NoExampleInputsError",
+        "PlanError",
+        "RecipeError",
+        "RewriteError",
+    ),
+    "ir.plan": ("Plan", "SitePlan"),
+    "ir.tokens": ("Grid", "Segment", "TokenKind", "TokenLayout"),
+    "student.checkpoint": ("load", "load_pipeline", "save"),
+    "student.grid": ("grid",),
+    "student.weights": ("unshare",),
+}
+_HOME = {name: f"edit_compile.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AuditError",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "Design",
     "DistillError",
     "EditCompileError",
     "Grid",
@@ -44,6 +88,7 @@ __all__ = [
     "NoExampleInputsError",
     "Plan",
     "PlanError",
+    "Recipe",
     "RecipeError",
     "RewriteError",
     "Segment",
@@ -52,14 +97,29 @@ __all__ = [
     "TokenLayout",
     "audit",
     "compile",
+    "distill",
     "grid",
     "linearize",
     "load",
+    "load_model",
     "load_pipeline",
     "plan",
     "plan_of",
     "record",
+    "register",
     "save",
     "teacher",
     "unshare",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module (PEP 562), once."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
