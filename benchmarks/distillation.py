@@ -1,7 +1,7 @@
 """How good a distilled student is, and what the warm start brings: `python benchmarks/distillation.py --out runs/distillation`.
 
 Both demo models, by their recipes, with and without the layer-wise warm start at equal training time, several seeds. Given are the
-held-out relative output error (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) and caption obedience on
+held-out relative output error (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) and prompt adherence on
 the same 200 held-out captions and seeds as the teacher's.
 
 Equal time is a number of steps: without the warm start the stage gets as many more as take its time, by the medians of short runs of
@@ -24,7 +24,7 @@ from typing import Any
 import edit_compile as ec
 from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models
-from edit_compile.demo.prompt_adherence import Obedience, obedience
+from edit_compile.demo.prompt_adherence import PromptAdherence, prompt_adherence
 from edit_compile.distillation import distill, load_recipe
 
 PROMPTS = 200
@@ -56,26 +56,26 @@ def run(recipe: str, folder: Path, overrides: Sequence[str]) -> Run:
         if not (folder / "result.json").exists():
             distill(resolved, folder, resume=(folder / "checkpoints").exists())
         result = json.loads((folder / "result.json").read_text())
-        errors, drawn = result["held_out_error"], obedience(ec.load(folder), PROMPTS)
+        errors, drawn = result["held_out_error"], prompt_adherence(ec.load(folder), PROMPTS)
         made = Run(errors["before"]["total"], errors["after"]["total"], result["seconds"], drawn.colour_and_place, drawn.shape)
         finished.write_text(json.dumps(asdict(made)))
     return Run(**json.loads(finished.read_text()))
 
 
-def of_teacher(name: str, folder: Path) -> Obedience:
+def of_teacher(name: str, folder: Path) -> PromptAdherence:
     """What the teacher draws, measured now unless it was before."""
     finished = folder / "teacher.json"
     if not finished.exists():
-        finished.write_text(json.dumps(asdict(obedience(load_model(f"demo/{name}").model, PROMPTS))))
-    return Obedience(**json.loads(finished.read_text()))
+        finished.write_text(json.dumps(asdict(prompt_adherence(load_model(f"demo/{name}").model, PROMPTS))))
+    return PromptAdherence(**json.loads(finished.read_text()))
 
 
 def seconds_per_step(recipe: str, folder: Path) -> dict[str, float]:
     """Of the warm start and of the stage, medians over short runs of both in turns; measured now unless it was before."""
     finished = folder / "seconds_per_step.json"
     if not finished.exists():
-        seconds: dict[str, list[float]] = {"warm start": [], "stage 0": []}
-        changes = [f"warm_start.steps={TIMED}", f"stage.0.steps={TIMED}", "log_every=1", "held_out.samples=16", "samples.count=1"]
+        seconds: dict[str, list[float]] = {"layerwise fit": [], "stage 0": []}
+        changes = [f"layerwise.steps={TIMED}", f"stages.0.steps={TIMED}", "log_every=1", "validation.samples=16", "samples.count=1"]
         for turn in range(TURNS):
             rows: list[dict[str, Any]] = []
             distill(load_recipe(recipe, changes), folder / f"timed-{turn}", report=rows.append)
@@ -88,8 +88,8 @@ def seconds_per_step(recipe: str, folder: Path) -> dict[str, float]:
 def steps_without_warm_start(name: str, seconds: dict[str, float]) -> int:
     """How many steps of the stage take as long as a recipe's warm start and stage together."""
     recipe = load_recipe(name)
-    assert recipe.warm_start is not None
-    return recipe.stage[0].steps + round(recipe.warm_start.steps * seconds["warm start"] / seconds["stage 0"])
+    assert recipe.layerwise is not None
+    return recipe.stages[0].steps + round(recipe.layerwise.steps * seconds["layerwise fit"] / seconds["stage 0"])
 
 
 def summary(runs: list[Run]) -> str:
@@ -101,7 +101,7 @@ def summary(runs: list[Run]) -> str:
     return f"{len(runs)} | {middle['before']:.3f} | {error} | {drawn} | {middle['seconds']:.0f} |"
 
 
-def table(teachers: dict[str, Obedience], runs: dict[tuple[str, bool], list[Run]]) -> str:
+def table(teachers: dict[str, PromptAdherence], runs: dict[tuple[str, bool], list[Run]]) -> str:
     lines = [f"| model | warm start | {COLUMNS}", "|---" * 8 + "|"]
     for name, drawn in teachers.items():
         lines.append(f"| {name}, teacher | | | | 0 | {drawn.colour_and_place:.1%} | {drawn.shape:.1%} | |")
@@ -120,7 +120,7 @@ def main() -> None:
     teachers = {f"demo/{name}": of_teacher(name, args.out / name) for name in args.models}
     runs: dict[tuple[str, bool], list[Run]] = {}
     for warm, seed, name in itertools.product((True, False), range(args.seeds), args.models):
-        longer = ["warm_start=null", f"stage.0.steps={steps_without_warm_start(f'demo-{name}', timed[name])}"]
+        longer = ["layerwise=null", f"stages.0.steps={steps_without_warm_start(f'demo-{name}', timed[name])}"]
         folder = args.out / name / f"{'warm' if warm else 'cold'}-{seed}"
         made = run(f"demo-{name}", folder, [*([] if warm else longer), f"seed={seed}"])
         runs.setdefault((f"demo/{name}", warm), []).append(made)

@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py -o benchmarks/results/DATE-training-step.md
     python benchmarks/training_step.py sd3.5-medium --steps 10 --set model=arch/sd3.5-medium --set 'data={kind: random}' \\
-        --set stage.0.resolution=1024 --set stage.0.batch=1 --set stage.0.micro_batch=1 --set compile=false
+        --set stages.0.resolution=1024 --set stages.0.global_batch_size=1 --set stages.0.micro_batch_size=1 --set compile=false
 
 Time: the runner's own steps (data, noise, losses, clipping, optimizer, moving average, metrics and all), each followed in the same
 process by a bare one: the teacher's forward, the student's forward, a mean squared error and its backward. The ratio of neighbours is
@@ -36,10 +36,10 @@ from edit_compile.distillation.data import Request, open_source
 
 UNCOUNTED = 3  # steps at the beginning
 MEASURED = (
-    *("prediction=rectified-flow", "warm_start=null", "log_every=1"),
-    *("samples.count=1", "samples.steps=1", "held_out.samples=1", "held_out.buckets=1"),
+    *("prediction=rectified-flow", "layerwise=null", "log_every=1"),
+    *("samples.count=1", "samples.steps=1", "validation.samples=1", "validation.timestep_bins=1"),
 )
-ALONE = "stage.0.losses={task: 1, output: 0, feature: 0}"
+ALONE = "stages.0.losses={task: 1, output: 0, feature: 0}"
 
 
 @dataclass
@@ -72,10 +72,10 @@ class Watch:
 
     @cached_property
     def _inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        stage, device = self.recipe.stage[0], next(self.student.parameters()).device
+        stage, device = self.recipe.stages[0], next(self.student.parameters()).device
         source = open_source(self.recipe.data, self.student, self.recipe.seed)
-        batch = source.batch(Request(0, stage.batch, range(stage.batch), *stage.resolution))
-        found = (batch.pictures, torch.full((stage.batch,), 500.0), batch.conditions)
+        batch = source.batch(Request(0, stage.global_batch_size, range(stage.global_batch_size), *stage.resolution))
+        found = (batch.pictures, torch.full((stage.global_batch_size,), 500.0), batch.conditions)
         return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, found)
 
 
@@ -120,11 +120,11 @@ def report(name: str, changes: list[str], steps: int) -> str:
 
     def recipe(*more: str) -> Recipe:
         made = load_recipe(name, [*changes, *MEASURED, *more])
-        return made.model_copy(update={"stage": made.stage[:1]})
+        return made.model_copy(update={"stages": made.stages[:1]})
 
     student = student_of(recipe())
-    step, bare, ratio = timed(recipe(f"stage.0.steps={steps + UNCOUNTED + 1}"), copy.deepcopy(student))
-    peaks = [memory(recipe("stage.0.steps=2", *losses), copy.deepcopy(student)) for losses in ((), (ALONE,))]
+    step, bare, ratio = timed(recipe(f"stages.0.steps={steps + UNCOUNTED + 1}"), copy.deepcopy(student))
+    peaks = [memory(recipe("stages.0.steps=2", *losses), copy.deepcopy(student)) for losses in ((), (ALONE,))]
     run, where = recipe(), torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     stage = run.stage[0]
     command = " ".join(["benchmarks/training_step.py", name, *(f"--set '{change}'" for change in changes)])
@@ -135,8 +135,8 @@ def report(name: str, changes: list[str], steps: int) -> str:
     }
     lines = [
         f"`{command}`, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {where}, load average {os.getloadavg()[0]:.1f} on "
-        f"{os.cpu_count()} cores at the end; {run.model} at {stage.resolution[0]} x {stage.resolution[1]} px, batch {stage.batch}, "
-        f"{run.precision}, train: {run.train}, {steps} steps.",
+        f"{os.cpu_count()} cores at the end; {run.model} at {stage.resolution[0]} x {stage.resolution[1]} px, "
+        f"batch {stage.global_batch_size}, {run.precision}, train: {run.train}, {steps} steps.",
         "",
         "| time | median | quartiles |",
         "|---|---|---|",

@@ -9,7 +9,7 @@ import torch
 
 import edit_compile as ec
 import toy
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import Recipe
 from edit_compile.distillation.context import Context
 from edit_compile.distillation.data import Batch
@@ -64,13 +64,21 @@ def student():
 
 
 def recipe(**options):
-    stage = {"resolution": [12, 16], "steps": 6, "batch": 4, "lr": 1e-3, "warm_up": 2}
-    warm_start = {"steps": 6, "batch": 4, "lr": 2e-3, "warm_up": 2}
-    held_out = {"samples": 16, "batch": 8, "buckets": 4}
-    common = {"model": "toy", "stage": [stage], "warm_start": warm_start, "held_out": held_out, "ema": 0.9, "log_every": 1, "trackers": []}
+    stage = {"resolution": [12, 16], "steps": 6, "global_batch_size": 4, "lr": 1e-3, "warmup_steps": 2}
+    layerwise = {"steps": 6, "global_batch_size": 4, "lr": 2e-3, "warmup_steps": 2}
+    validation = {"samples": 16, "batch_size": 8, "timestep_bins": 4}
+    common = {
+        "model": "toy",
+        "stages": [stage],
+        "layerwise": layerwise,
+        "validation": validation,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "trackers": [],
+    }
     return Recipe.model_validate(common | options)
 
 
 def context(model, accelerator, **options):
-    flow = Process("rectified-flow")
+    flow = NoiseSchedule("rectified-flow")
     return Context(recipe(**options), model, model, Pictures(), denoise, flow, accelerator)

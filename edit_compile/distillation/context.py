@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from edit_compile.adapters.inputs import pixels_per_token
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.api import teacher
 from edit_compile.distillation.data import Request, Source
 from edit_compile.distillation.data.seeding import noise_for, spread
@@ -45,7 +45,7 @@ class Context:
         student: the converted model itself, whatever wraps it for training.
         teacher: the model whose original attention is the teacher: the student, unless that is trained as a whole.
         denoise: how a model is called: model, noisy pictures, timesteps, conditions -> prediction.
-        process: what the teacher was trained to predict.
+        schedule: what the teacher was trained to predict.
     """
 
     recipe: Recipe
@@ -53,7 +53,7 @@ class Context:
     teacher: nn.Module
     source: Source
     denoise: Denoise
-    process: Process
+    schedule: NoiseSchedule
     accelerator: Accelerator
 
     def teaching(self) -> AbstractContextManager[nn.Module]:
@@ -62,19 +62,19 @@ class Context:
 
     def draw(self, request: Request, times: Tensor | None = None) -> Sample:
         """The request's pictures with noise, on the CPU, at timesteps (B,) or, if None, at the recipe's."""
-        batch, process = self.source.batch(request), self.process_at(request.height, request.width)
+        batch, schedule = self.source.batch(request), self.schedule_at(request.height, request.width)
         if times is None:
-            times = process.times(spread(request.positions, self.recipe.seed), self.recipe.timesteps)
+            times = schedule.timesteps(spread(request.positions, self.recipe.seed), self.recipe.timesteps)
         noise = noise_for(request.positions, batch.pictures.shape[1:], self.recipe.seed, request.split)
-        x, target = process.mixed(batch.pictures, noise, times)
+        x, target = schedule.add_noise(batch.pictures, noise, times)
         return Sample(x, times, batch.conditions, target)
 
-    def process_at(self, height: int, width: int) -> Process:
-        """The process for pictures of height x width pixels."""
-        if self.process.dynamic is None:
-            return self.process
+    def schedule_at(self, height: int, width: int) -> NoiseSchedule:
+        """The noise schedule for images of height x width pixels."""
+        if self.schedule.dynamic is None:
+            return self.schedule
         step = pixels_per_token(self.student)
-        return self.process.at((height // step) * (width // step))
+        return self.schedule.at((height // step) * (width // step))
 
     def on_device(self, sample: Sample) -> Sample:
         """The sample on the run's device."""

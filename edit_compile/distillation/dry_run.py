@@ -131,7 +131,7 @@ def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
     """What is kept from step to step. The teacher has its own attention weights, and with `train: all` it is a model of its own."""
     frozen = recipe.dtype.itemsize
     trained = {id(p) for p in trained_parameters(structure, recipe.train).values()}
-    of_trained = 4 + 4 + _MOMENTS[recipe.optimizer.kind] + (4 if recipe.ema is not None else 0)  # itself, its gradient, ...
+    of_trained = 4 + 4 + _MOMENTS[recipe.optimizer.kind] + (4 if recipe.ema_decay is not None else 0)  # itself, its gradient, ...
     own = sum(p.numel() * (of_trained if id(p) in trained else frozen) for p in structure.parameters())
     originals = sum(p.numel() for site in converted_sites(structure).values() for p in site.edit_teacher.parameters())
     teacher = originals if recipe.train != "all" else 2 * originals + sum(p.numel() for p in structure.parameters())
@@ -140,7 +140,7 @@ def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
 
 def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) -> PhaseEstimate:
     options, dtype = phase.options, recipe.dtype
-    size = options.micro_batch or options.batch
+    size = options.micro_batch_size or options.global_batch_size
     x, conditions = random_batch(structure, phase.height, phase.width, size, "meta", dtype)
     sample = Sample(x, torch.empty(size, device="meta", dtype=dtype), conditions, x)
     step = pixels_per_token(structure)
@@ -151,9 +151,9 @@ def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) ->
         activations = peak_memory(call)  # the gradients of the first call are there now, as with accumulation
     for parameter in structure.parameters():
         parameter.grad = None
-    flops = counter.get_total_flops() * (options.batch // size)
+    flops = counter.get_total_flops() * (options.global_batch_size // size)
     place = (phase.name, phase.height, phase.width)
-    return PhaseEstimate(*place, options.steps, options.batch, size, flops, state + activations)
+    return PhaseEstimate(*place, options.steps, options.global_batch_size, size, flops, state + activations)
 
 
 def _context(recipe: Recipe, structure: nn.Module) -> Context:

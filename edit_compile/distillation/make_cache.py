@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edit_compile.distillation.recipe.schema import Recipe
 
 SHARD_SIZE, BATCH = 128, 8
-_FREE = frozenset({"empty_captions", "held_out"})  # what may be chosen again when the cache is read
+_FREE = frozenset({"caption_dropout", "held_out"})  # what may be chosen again when the cache is read
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def verify_cache(folder: str | Path, recipe: Recipe) -> CacheReport:
 
 def resolutions_of(recipe: Recipe) -> list[Shape]:
     """Those that a recipe trains at, in order."""
-    warm = recipe.warm_start.resolution if recipe.warm_start is not None else None
-    return list(dict.fromkeys([*([warm] if warm else []), *(stage.resolution for stage in recipe.stage)]))
+    warm = recipe.layerwise.resolution if recipe.layerwise is not None else None
+    return list(dict.fromkeys([*([warm] if warm else []), *(stage.resolution for stage in recipe.stages)]))
 
 
 def _producer(recipe: Recipe, origin: Origin, batch: int) -> Producer:

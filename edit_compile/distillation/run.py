@@ -14,7 +14,7 @@ from torch import nn
 
 from edit_compile.adapters.denoise import denoise as denoise_by_family
 from edit_compile.adapters.load_model import load_model
-from edit_compile.adapters.noise_schedule import Process, default_process, process_of_pipeline
+from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule, schedule_of_pipeline
 from edit_compile.api import linearize, plan_of
 from edit_compile.config import LinearizeConfig
 from edit_compile.demo.models import NAMES as DEMOS
@@ -80,7 +80,7 @@ def distill(
     student: nn.Module | None = None,
     source: Source | None = None,
     denoise: Denoise | None = None,
-    process: Process | None = None,
+    schedule: NoiseSchedule | None = None,
     report: Callable[[Row], None] | None = None,
 ) -> Result:
     """Train a converted model to do what its teacher does.
@@ -91,7 +91,7 @@ def distill(
             training `checkpoints/`. Default: `runs/` and the recipe's name.
         resume: continue what is in the folder, with the same recipe, bit for bit; start if there is nothing yet.
         student: a converted model, trained in place, instead of the recipe's `model`.
-        source, denoise, process: instead of what the recipe and the model's family give: the data, how the model is
+        source, denoise, schedule: instead of what the recipe and the model's family give: the data, how the model is
             called, and what it predicts.
         report: called with every row of metrics, on the main process.
 
@@ -107,7 +107,7 @@ def distill(
     base, student, found = _student(recipe) if student is None else (None, student, None)
     if not converted_sites(student):
         raise DistillError(f"{type(student).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
-    process = process or found or _process(recipe, None)
+    schedule = schedule or found or _schedule(recipe, None)
     teacher = _teacher(student, recipe)
     trained = set(trained_parameters(student, recipe.train))
     with only_trainable(student, trained), room_for_graphs(compiled=recipe.compile):
@@ -116,7 +116,7 @@ def distill(
             set_precision(teacher.eval(), (), recipe.precision)
             teacher.to(accelerator.device)
         source = source or open_source(recipe.data, teacher, recipe.seed, base=base, device=accelerator.device, dtype=recipe.dtype)
-        context = Context(recipe, student, teacher, source, denoise or denoise_by_family, process, accelerator)
+        context = Context(recipe, student, teacher, source, denoise or denoise_by_family, schedule, accelerator)
         _check(context)
         with accelerator.main_process_first():
             restored = folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
@@ -135,7 +135,7 @@ def _run(context: Context, folder: RunFolder, base: str | None, report: Callable
         context.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=row["total"])
         report(row)
 
-    resolution = recipe.stage[-1].resolution
+    resolution = recipe.stages[-1].resolution
     sampler = Sampler(context, *resolution)
 
     def optional(what: str, call: Callable[[], Any]) -> Any:
@@ -177,7 +177,7 @@ def _check(context: Context) -> None:
     """
     for phase in phases_of(context.recipe):
         try:
-            context.own_rows(phase.options.batch, phase.options.micro_batch)
+            context.own_rows(phase.options.global_batch_size, phase.options.micro_batch_size)
             context.source.check(phase.height, phase.width)
         except DistillError as error:
             raise DistillError(f"{phase.name}: {error}") from error
@@ -205,14 +205,14 @@ def _place(student: nn.Module, trained: Collection[str], recipe: Recipe, acceler
         site.edit_teacher.to(accelerator.device)
 
 
-def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:
+def _student(recipe: Recipe) -> tuple[str | None, nn.Module, NoiseSchedule]:
     """Where the base model is, the student, and what it predicts."""
     if (Path(recipe.model) / INDEX).is_file():
         if recipe.convert != LinearizeConfig():
             raise DistillError(f"{recipe.model} is converted already: leave convert: out of the recipe")
         student = load(recipe.model)
         base = student.__dict__.get("edit_base")
-        return base, student, _process(recipe, base)
+        return base, student, _schedule(recipe, base)
     torch.manual_seed(recipe.seed)  # of what conversion adds, and of random weights
     loaded = load_model(recipe.model, dtype=recipe.dtype, random_weights=isinstance(recipe.data, RandomData))
     if not loaded.has_weights:
@@ -221,16 +221,16 @@ def _student(recipe: Recipe) -> tuple[str | None, nn.Module, Process]:
             "with random weights"
         )
     base = loaded.pipeline or loaded.source
-    return base, linearize(loaded.model, recipe.convert), _process(recipe, base)
+    return base, linearize(loaded.model, recipe.convert), _schedule(recipe, base)
 
 
-def _process(recipe: Recipe, base: str | None) -> Process:
+def _schedule(recipe: Recipe, base: str | None) -> NoiseSchedule:
     if recipe.prediction != "auto":
-        return default_process(recipe.prediction)
+        return default_schedule(recipe.prediction)
     if isinstance(recipe.data, RandomData):
-        return default_process("rectified-flow")  # whatever it is: nothing is learned
+        return default_schedule("rectified-flow")  # whatever it is: nothing is learned
     if base is None:
         raise DistillError("what the model predicts is not known without its pipeline; set prediction: in the recipe")
     if base in [f"demo/{name}" for name in DEMOS]:
-        return Process("rectified-flow")
-    return process_of_pipeline(base)
+        return NoiseSchedule("rectified-flow")
+    return schedule_of_pipeline(base)

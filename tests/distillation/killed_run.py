@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation.train import checkpoints as state
 
 STEPS = 12
 RECIPE = {
-    "stage": [{"resolution": [12, 16], "steps": STEPS // 2, "batch": 2}],
-    "warm_start": {"steps": STEPS // 2, "batch": 2},
+    "stages": [{"resolution": [12, 16], "steps": STEPS // 2, "global_batch_size": 2}],
+    "layerwise": {"steps": STEPS // 2, "global_batch_size": 2},
     "save_every": 2,
-    "keep": 1,
-    "held_out": {"samples": 2, "batch": 2, "buckets": 1},
+    "keep_last": 1,
+    "validation": {"samples": 2, "batch_size": 2, "timestep_bins": 1},
 }
 
 
@@ -71,7 +71,7 @@ def attempt(folder, plan):
             student=toy_distill.student(),
             source=source,
             denoise=toy_distill.denoise,
-            process=Process("rectified-flow"),
+            schedule=NoiseSchedule("rectified-flow"),
         )
         save_file({k: v.contiguous() for k, v in result.student.state_dict().items()}, folder / "final")
         os._exit(0)

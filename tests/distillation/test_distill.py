@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import edit_compile as ec
 import toy
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.demo import models
 from edit_compile.distillation import Recipe, distill
@@ -22,7 +22,7 @@ from edit_compile.distillation.train.optimizer import MovingAverage, learning_ra
 
 
 def run(folder, model=None, **options):
-    flow = Process("rectified-flow")
+    flow = NoiseSchedule("rectified-flow")
     source = toy_distill.Pictures()
     return distill(
         toy_distill.recipe(**options),
@@ -30,7 +30,7 @@ def run(folder, model=None, **options):
         student=model or toy_distill.student(),
         source=source,
         denoise=toy_distill.denoise,
-        process=flow,
+        schedule=flow,
     )
 
 
@@ -42,9 +42,9 @@ def test_it_learns_and_the_folder_holds_the_student(tmp_path):
     model = toy_distill.student()
     with ec.teacher(model):
         expected = model(**toy.inputs(2, 12, 16, toy_distill.TEXT))
-    warm_start = {"steps": 40, "batch": 8, "lr": 5e-3}
-    stage = {"resolution": [12, 16], "steps": 30, "batch": 8, "lr": 2e-3}
-    result = run(tmp_path, model, warm_start=warm_start, stage=[stage])
+    layerwise = {"steps": 40, "global_batch_size": 8, "lr": 5e-3}
+    stage = {"resolution": [12, 16], "steps": 30, "global_batch_size": 8, "lr": 2e-3}
+    result = run(tmp_path, model, layerwise=layerwise, stages=[stage])
     assert result.after.total < 0.3 * result.before.total
     assert all(after.error < before.error for after, before in zip(result.after.buckets, result.before.buckets, strict=True))
     loaded = ec.load(tmp_path, toy_distill.base())
@@ -56,10 +56,13 @@ def test_it_learns_and_the_folder_holds_the_student(tmp_path):
 
 
 def test_metrics_have_every_loss_on_its_own(tmp_path):
-    stages = [{"resolution": [12, 16], "steps": 2, "batch": 4}, {"resolution": [16, 12], "steps": 3, "batch": 2, "losses": {"task": 1}}]
-    run(tmp_path, stage=stages)
+    stages = [
+        {"resolution": [12, 16], "steps": 2, "global_batch_size": 4},
+        {"resolution": [16, 12], "steps": 3, "global_batch_size": 2, "losses": {"task": 1}},
+    ]
+    run(tmp_path, stages=stages)
     found = rows(tmp_path)
-    assert [row["phase"] for row in found] == ["warm start"] * 6 + ["stage 0"] * 2 + ["stage 1"] * 3
+    assert [row["phase"] for row in found] == ["layerwise fit"] * 6 + ["stage 0"] * 2 + ["stage 1"] * 3
     assert [row["samples"] for row in found] == [4, 8, 12, 16, 20, 24, 28, 32, 34, 36, 38]
     assert {"loss", "task", "output", "feature", "feature/blocks.0.attn", "feature/blocks.1.attn", "grad_norm", "lr"} <= found[-1].keys()
 
@@ -72,8 +75,8 @@ def test_runs_repeat_bit_for_bit(tmp_path):
 
 def test_accumulation_changes_nothing_but_memory(tmp_path):
     def losses(name, micro):
-        options = {"batch": 4, "micro_batch": micro, "lr": 1e-3, "warm_up": 0}
-        run(tmp_path / name, warm_start={"steps": 3, **options}, stage=[{"resolution": [12, 16], "steps": 3, **options}])
+        options = {"global_batch_size": 4, "micro_batch_size": micro, "lr": 1e-3, "warmup_steps": 0}
+        run(tmp_path / name, layerwise={"steps": 3, **options}, stages=[{"resolution": [12, 16], "steps": 3, **options}])
         return [row["feature"] for row in rows(tmp_path / name)]
 
     assert losses("whole", 4) == pytest.approx(losses("parts", 1), rel=1e-4)
@@ -89,9 +92,9 @@ def test_only_what_is_chosen_is_trained(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    stages = [{"resolution": 12, "steps": 1, "batch": 4, "micro_batch": 2}]
-    context = toy_distill.context(toy_distill.student(), SimpleNamespace(num_processes=3, process_index=0), stage=stages)
-    with pytest.raises(ec.DistillError, match="a batch of 4 does not divide into forwards of 2 on 3 processes"):
+    stages = [{"resolution": 12, "steps": 1, "global_batch_size": 4, "micro_batch_size": 2}]
+    context = toy_distill.context(toy_distill.student(), SimpleNamespace(num_processes=3, process_index=0), stages=stages)
+    with pytest.raises(ec.DistillError, match="a batch of 4 cannot be divided among 3 processes in forwards of 2"):
         context.own_rows(4, 2)
 
 
@@ -101,7 +104,7 @@ def test_a_model_that_is_not_converted_is_refused(tmp_path):
 
 
 def test_learning_rate_rises_then_falls():
-    stage = Stage(resolution=8, steps=100, lr=1.0, warm_up=10, lr_end=0.1)
+    stage = Stage(resolution=8, steps=100, lr=1.0, warmup_steps=10, min_lr_ratio=0.1)
     rates = [learning_rate(step, stage) for step in range(100)]
     assert max(rates) == rates[10] == 1.0
     assert rates == [*sorted(rates[:10]), *sorted(rates[10:], reverse=True)]
@@ -135,22 +138,22 @@ def untrained(tmp_path_factory):
 @pytest.fixture
 def demo_recipe(untrained, tmp_path):
     path = tmp_path / "small.yaml"
-    stage = {"resolution": [16, 24], "steps": 2, "batch": 2}
-    held_out = {"samples": 4, "batch": 4}
-    recipe = {"model": str(untrained), "prediction": "rectified-flow", "stage": [stage], "warm_start": {"steps": 2, "batch": 2}}
-    path.write_text(yaml.safe_dump(recipe | {"held_out": held_out}))
+    stage = {"resolution": [16, 24], "steps": 2, "global_batch_size": 2}
+    validation = {"samples": 4, "batch_size": 4}
+    recipe = {"model": str(untrained), "prediction": "rectified-flow", "stages": [stage], "layerwise": {"steps": 2, "global_batch_size": 2}}
+    path.write_text(yaml.safe_dump(recipe | {"validation": validation}))
     return path
 
 
 def test_the_command_distills_a_demo_model(demo_recipe, tmp_path):
-    result = CliRunner().invoke(main, ["distill", str(demo_recipe), "-o", str(tmp_path / "out"), "--set", "stage.0.steps=1", "--json"])
+    result = CliRunner().invoke(main, ["distill", str(demo_recipe), "-o", str(tmp_path / "out"), "--set", "stages.0.steps=1", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["held_out_error"]["after"]["samples"] == 4
     student = ec.load(tmp_path / "out")
     assert models.sample(student, [""], steps=1).isfinite().all()
     recipe = Recipe.model_validate(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
-    assert recipe.stage[0].steps == 1
+    assert recipe.stages[0].steps == 1
 
 
 def test_of_several_processes_one_speaks(demo_recipe, tmp_path, monkeypatch):

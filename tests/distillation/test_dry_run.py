@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import edit_compile as ec
 from edit_compile.adapters import load_model as models
 from edit_compile.adapters.denoise import denoise
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.bench import peak_memory
 from edit_compile.distillation import Recipe
 from edit_compile.distillation import dry_run as trial
@@ -47,8 +47,8 @@ def student_of(name):
 
 def tried(name, **options):
     """The recipe, and its dry run: of a model that was converted before, for conversion takes most of the time."""
-    stage = {"resolution": [64, 96], "steps": 7, "batch": 4, "micro_batch": 2}
-    recipe = Recipe.model_validate({"model": name, "data": {"kind": "random"}, "stage": [stage]} | options)
+    stage = {"resolution": [64, 96], "steps": 7, "global_batch_size": 4, "micro_batch_size": 2}
+    recipe = Recipe.model_validate({"model": name, "data": {"kind": "random"}, "stages": [stage]} | options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "_student", lambda recipe: student_of(name))
         return recipe, trial.trial(recipe)
@@ -56,11 +56,11 @@ def tried(name, **options):
 
 def measured(recipe):
     """FLOPs and bytes of one forward and backward of the real model, gradients in place."""
-    student, stage = student_of(recipe.model), recipe.stage[0]
+    student, stage = student_of(recipe.model), recipe.stages[0]
     source = open_source(recipe.data, student, 0)
-    batch = source.batch(Request(0, stage.micro_batch, range(stage.micro_batch), *stage.resolution))
-    context = Context(recipe, student, student, source, denoise, Process("rectified-flow"), Accelerator(cpu=True))
-    sample = Sample(batch.pictures, torch.full((stage.micro_batch,), 500.0), batch.conditions, batch.pictures)
+    batch = source.batch(Request(0, stage.micro_batch_size, range(stage.micro_batch_size), *stage.resolution))
+    context = Context(recipe, student, student, source, denoise, NoiseSchedule("rectified-flow"), Accelerator(cpu=True))
+    sample = Sample(batch.pictures, torch.full((stage.micro_batch_size,), 500.0), batch.conditions, batch.pictures)
 
     def call():
         distillation_losses(context, student, sample, stage.losses).total.backward()
@@ -95,7 +95,7 @@ def test_what_is_kept_by_option():
     assert 0 < originals < trained
     assert state(precision="bf16") == 20 * trained + 2 * (parameters - trained + originals)
     assert state(optimizer={"kind": "adamw-8bit"}) == base.state_bytes - 6 * trained
-    assert state(ema=None) == base.state_bytes - 4 * trained
+    assert state(ema_decay=None) == base.state_bytes - 4 * trained
     assert state(train="all") == 4 * (5 * parameters + parameters + 2 * originals)
 
 
@@ -106,14 +106,14 @@ def test_recomputing_takes_time_for_memory():
 
 
 def test_a_warm_start_costs_no_backward_through_the_model():
-    warm, stage = tried("sd3.5-medium", warm_start={"steps": 3, "batch": 4, "micro_batch": 2})[1].phases
-    assert (warm.name, warm.height, warm.width) == ("warm start", 64, 96)
+    warm, stage = tried("sd3.5-medium", layerwise={"steps": 3, "global_batch_size": 4, "micro_batch_size": 2})[1].phases
+    assert (warm.name, warm.height, warm.width) == ("layerwise fit", 64, 96)
     assert warm.flops < 0.8 * stage.flops
     assert warm.bytes < stage.bytes
 
 
 def test_a_resolution_that_the_model_cannot_draw_is_named():
-    _, found = tried("sd3.5-medium", stage=[{"resolution": [64, 96], "steps": 1}, {"resolution": [64, 100], "steps": 1}])
+    _, found = tried("sd3.5-medium", stages=[{"resolution": [64, 96], "steps": 1}, {"resolution": [64, 100], "steps": 1}])
     assert [phase.name for phase in found.phases] == ["stage 0"]
     assert "cannot draw 64 x 100 px: both must be multiples of 16" in found.impossible["stage 1"]
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import edit_compile as ec
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
@@ -25,7 +25,7 @@ from edit_compile.distillation.recipe import load as recipe_file
 from edit_compile.distillation.train.trackers import chosen_trackers
 
 OPTIONS = {
-    "stage": [{"resolution": [12, 16], "steps": 4, "batch": 2}, {"resolution": [16, 16], "steps": 2, "batch": 2}],
+    "stages": [{"resolution": [12, 16], "steps": 4, "global_batch_size": 2}, {"resolution": [16, 16], "steps": 2, "global_batch_size": 2}],
     "samples": {"every": 3, "count": 2, "steps": 3},
     "trackers": None,
 }
@@ -34,7 +34,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow"), "source": toy_distill.Pictures()}
+    common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow"), "source": toy_distill.Pictures()}
     return distill(toy_distill.recipe(**OPTIONS), folder, student=toy_distill.student(), **common)
 
 
@@ -48,7 +48,7 @@ def test_pictures_are_drawn_on_the_way_and_at_the_end(result):
 
 
 def test_drawing_changes_nothing_about_the_run(result, tmp_path):
-    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow"), "source": toy_distill.Pictures()}
+    common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow"), "source": toy_distill.Pictures()}
     options = {**OPTIONS, "samples": {"every": None, "count": 2, "steps": 3}}
     other = distill(toy_distill.recipe(**options), tmp_path, student=toy_distill.student(), **common)
     assert all(torch.equal(a, b) for a, b in zip(result.student.parameters(), other.student.parameters(), strict=True))
@@ -84,11 +84,11 @@ def test_speed_is_measured_at_every_stage(result):
 @pytest.mark.parametrize("prediction", ["rectified-flow", "epsilon", "v-prediction"])
 def test_split_undoes_mixing(prediction):
     alphas = torch.linspace(0.999, 0.01, 1000) if prediction != "rectified-flow" else None
-    process, generator = Process(prediction, alphas), torch.Generator().manual_seed(0)
+    schedule, generator = NoiseSchedule(prediction, alphas), torch.Generator().manual_seed(0)
     picture, noise = torch.randn(2, 4, 3, 5, 5, generator=generator)
     times = torch.tensor([1.0, 300.0, 700.0, 990.0])
-    x, target = process.mixed(picture, noise, times)
-    for found, expected in zip(process.split(x, target, times), (picture, noise), strict=True):
+    x, target = schedule.add_noise(picture, noise, times)
+    for found, expected in zip(schedule.predict_x0_and_noise(x, target, times), (picture, noise), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_tensorboard_has_the_recipe_and_every_number(result):
         logged = {event.step: event.value for event in events.Scalars(name)}
         assert logged == pytest.approx({row["total"]: row[name] for row in rows if name in row})
     (settings,) = folder.glob("*/hparams.yml")
-    assert yaml.safe_load(settings.read_text())["stage.1.steps"] == 2
+    assert yaml.safe_load(settings.read_text())["stages.1.steps"] == 2
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
@@ -147,7 +147,7 @@ def test_a_picture_that_fails_does_not_cost_the_student(tmp_path, caplog, monkey
         raise RuntimeError("no time")
 
     monkeypatch.setattr(runner, "speeds", fail)
-    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow"), "source": Unseen()}
+    common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow"), "source": Unseen()}
     result = distill(toy_distill.recipe(**OPTIONS | {"trackers": []}), tmp_path, student=toy_distill.student(), **common)
     assert result.speeds == ()
     assert "the sample grid is left out: out of memory" in caplog.text
@@ -163,7 +163,7 @@ def test_what_would_end_a_later_stage_ends_the_run_at_once(tmp_path):
             if height > 12:
                 raise ec.DistillError(f"no pictures of {height} pixels")
 
-    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow"), "source": Small()}
+    common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow"), "source": Small()}
     with pytest.raises(ec.DistillError, match=r"^stage 1: no pictures of 16 pixels"):
         distill(toy_distill.recipe(**OPTIONS), tmp_path, student=toy_distill.student(), **common)
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -9,7 +9,7 @@ from torch import nn
 import edit_compile as ec
 import toy
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation.context import trained_parameters
 from edit_compile.distillation.train.layerwise import fitting
@@ -129,6 +129,11 @@ def test_a_source_may_draw_with_the_student_itself(tmp_path):
     rows = {}
     for name, model, source in (("drawn", student, Drawn()), ("read", toy_distill.student(), toy_distill.Pictures())):
         rows[name] = []
-        options = {"source": source, "denoise": toy_distill.denoise, "process": Process("rectified-flow"), "report": rows[name].append}
+        options = {
+            "source": source,
+            "denoise": toy_distill.denoise,
+            "schedule": NoiseSchedule("rectified-flow"),
+            "report": rows[name].append,
+        }
         distill(toy_distill.recipe(), tmp_path / name, student=model, **options)
     assert [row["loss"] for row in rows["drawn"]] == [row["loss"] for row in rows["read"]]

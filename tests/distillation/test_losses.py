@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 import edit_compile as ec
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation.data import Request
 from edit_compile.distillation.evaluate.validation import held_out_error
 from edit_compile.distillation.recipe.schema import Losses
@@ -90,10 +90,10 @@ def test_relative_error_in_half_precision_is_computed_in_float32():
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_held_out_error_is_the_formula(context, shift):
-    context = dataclasses.replace(context, process=Process("rectified-flow", shift=shift))
+    context = dataclasses.replace(context, schedule=NoiseSchedule("rectified-flow", shift=shift))
     measured = held_out_error(context, H, W)
-    samples = context.recipe.held_out.samples
-    times = context.process.times((torch.arange(samples).double() + 0.5) / samples)
+    samples = context.recipe.validation.samples
+    times = context.schedule.timesteps((torch.arange(samples).double() + 0.5) / samples)
     sample = context.draw(Request(0, samples, range(samples), H, W, "held-out"), times)
     with torch.no_grad():
         student = context.predict(context.student, sample).double()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 import edit_compile as ec
 import toy
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation.context import trained_parameters
 from edit_compile.distillation.recipe.schema import Optimizer
@@ -23,13 +23,13 @@ from edit_compile.distillation.train.features import recorded, recording
 from edit_compile.distillation.train.optimizer import make_optimizer
 from edit_compile.student.site import converted_sites
 
-STAGES = [{"resolution": size, "steps": 3, "batch": 2, "lr": 1e-3, "warm_up": 0} for size in ([12, 16], [16, 20])]
+STAGES = [{"resolution": size, "steps": 3, "global_batch_size": 2, "lr": 1e-3, "warmup_steps": 0} for size in ([12, 16], [16, 20])]
 
 
 def run(folder, model=None, **options):
-    recipe = toy_distill.recipe(**{"stage": STAGES, "warm_start": None} | options)
-    flow, student = Process("rectified-flow"), model or toy_distill.student()
-    return distill(recipe, folder, student=student, source=toy_distill.Pictures(), denoise=toy_distill.denoise, process=flow)
+    recipe = toy_distill.recipe(**{"stages": STAGES, "layerwise": None} | options)
+    flow, student = NoiseSchedule("rectified-flow"), model or toy_distill.student()
+    return distill(recipe, folder, student=student, source=toy_distill.Pictures(), denoise=toy_distill.denoise, schedule=flow)
 
 
 def losses(folder):
@@ -48,8 +48,8 @@ def plain(tmp_path_factory):
 def test_recomputing_blocks_changes_nothing(tmp_path, weights):
     """Also where the loss is of the sites' outputs alone, so that the backward pass begins inside the model."""
     stages = [{**stage, "losses": weights} for stage in STAGES]
-    run(tmp_path / "kept", stage=stages)
-    run(tmp_path / "again", stage=stages, gradient_checkpointing=True)
+    run(tmp_path / "kept", stages=stages)
+    run(tmp_path / "again", stages=stages, gradient_checkpointing=True)
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), rel=1e-4)
 
 
@@ -100,7 +100,7 @@ def test_compiled_blocks_learn_the_same_and_more_of_them_need_no_more_graphs(tmp
 
 def test_half_precision_keeps_what_is_trained_in_full(tmp_path):
     model = toy_distill.student()
-    result = run(tmp_path, model, precision="bf16", warm_start={"steps": 20, "batch": 4, "lr": 5e-3})
+    result = run(tmp_path, model, precision="bf16", layerwise={"steps": 20, "global_batch_size": 4, "lr": 5e-3})
     for name, parameter in model.named_parameters():
         assert parameter.dtype is (torch.float32 if ".attn." in name else torch.bfloat16), name
     assert result.after.total < 0.6 * result.before.total
@@ -123,12 +123,12 @@ def test_a_warm_start_before_training_all_stays_within_the_sites(tmp_path):
     changed = {}
 
     def report(row):
-        if row["phase"] == "warm start":
+        if row["phase"] == "layerwise fit":
             changed[row["step"]] = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
     recipe = toy_distill.recipe(train="all")
-    flow, source = Process("rectified-flow"), toy_distill.Pictures()
-    distill(recipe, tmp_path, student=model, source=source, denoise=toy_distill.denoise, process=flow, report=report)
+    flow, source = NoiseSchedule("rectified-flow"), toy_distill.Pictures()
+    distill(recipe, tmp_path, student=model, source=source, denoise=toy_distill.denoise, schedule=flow, report=report)
     assert changed[6]
     assert all(".attn." in name for name in changed[6])
     assert not torch.equal(model.out.weight, before["out.weight"])

@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 import edit_compile as ec
-from edit_compile.adapters.noise_schedule import Process, default_process, process_of
+from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule, schedule_of
 from edit_compile.distillation.data.seeding import noise_for, spread
 
 
@@ -38,10 +38,10 @@ def test_timesteps_are_spread_evenly_and_by_position():
 @pytest.mark.parametrize("kind", ["DDPMScheduler", "DPMSolverMultistepScheduler"])
 def test_a_discrete_schedule_is_diffusers_own(kind, prediction):
     scheduler = getattr(diffusers, kind)(beta_schedule="scaled_linear", prediction_type=prediction)
-    process = process_of({**scheduler.config, "_class_name": kind})
+    schedule = schedule_of({**scheduler.config, "_class_name": kind})
     times = torch.tensor([0, 1, 500, 998, 999])
     x, noise = pictures_and_noise()
-    mixed, target = process.mixed(x, noise, times.float())
+    mixed, target = schedule.add_noise(x, noise, times.float())
     reference = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
     torch.testing.assert_close(mixed, reference.add_noise(x, noise, times), atol=1e-6, rtol=1e-6)
     expected = noise if prediction == "epsilon" else reference.get_velocity(x, noise, times)
@@ -51,12 +51,12 @@ def test_a_discrete_schedule_is_diffusers_own(kind, prediction):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_flow_is_diffusers_own(shift):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    process = process_of({**scheduler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
-    times = process.times(1 - torch.arange(1000, dtype=torch.float64) / 1000)
+    schedule = schedule_of({**scheduler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+    times = schedule.timesteps(1 - torch.arange(1000, dtype=torch.float64) / 1000)
     torch.testing.assert_close(times, scheduler.timesteps, atol=1e-3, rtol=1e-5)
     x, noise = pictures_and_noise()
     some = scheduler.timesteps[[0, 10, 400, 990, 999]]
-    mixed, target = process.mixed(x, noise, some)
+    mixed, target = schedule.add_noise(x, noise, some)
     torch.testing.assert_close(mixed, scheduler.scale_noise(x, some, noise), atol=1e-6, rtol=1e-6)
     assert torch.equal(target, noise - x)
 
@@ -66,26 +66,26 @@ def test_a_shift_that_depends_on_the_tokens_is_the_pipelines_own(tokens):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.5, max_shift=1.15, shift=3.0
     )
-    process = process_of({**scheduler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+    schedule = schedule_of({**scheduler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.1], mu=calculate_shift(tokens, 256, 4096, 0.5, 1.15))
-    times = process.at(tokens).times(torch.tensor([1.0, 0.75, 0.5, 0.1], dtype=torch.float64))
+    times = schedule.at(tokens).timesteps(torch.tensor([1.0, 0.75, 0.5, 0.1], dtype=torch.float64))
     torch.testing.assert_close(times, scheduler.timesteps, atol=1e-3, rtol=1e-5)
 
 
 def test_flow_prediction_of_another_scheduler_is_a_flow():
     config = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).config
-    assert process_of({**config, "_class_name": "DPMSolverMultistepScheduler"}) == Process("rectified-flow", None, 3.0)
+    assert schedule_of({**config, "_class_name": "DPMSolverMultistepScheduler"}) == NoiseSchedule("rectified-flow", None, 3.0)
 
 
 def test_timesteps_of_a_discrete_schedule_are_whole_and_in_range():
-    times = default_process("epsilon").times(spread(range(5000), 0))
+    times = default_schedule("epsilon").timesteps(spread(range(5000), 0))
     assert torch.equal(times, times.round())
     assert times.min() >= 0
     assert times.max() == 999
 
 
 def test_logit_normal_times_have_its_quartiles():
-    times = Process("rectified-flow").times((torch.arange(4000).double() + 0.5) / 4000, "logit-normal") / 1000
+    times = NoiseSchedule("rectified-flow").timesteps((torch.arange(4000).double() + 0.5) / 4000, "logit-normal") / 1000
     expected = torch.tensor([-0.67448975, 0.0, 0.67448975]).sigmoid()
     torch.testing.assert_close(times.quantile(torch.tensor([0.25, 0.5, 0.75])), expected, atol=1e-3, rtol=0)
 
@@ -99,4 +99,4 @@ def test_logit_normal_times_have_its_quartiles():
 )
 def test_an_unknown_schedule_says_what_is_known(config, message):
     with pytest.raises(ec.DistillError, match=message):
-        process_of(config)
+        schedule_of(config)

@@ -11,7 +11,7 @@ from edit_compile.distillation import load_recipe, shipped_recipes
 
 MINIMAL = """\
 model: demo/mm-dit
-stage:
+stages:
   - resolution: 32
     steps: 10
   - resolution: [32, 48]
@@ -33,25 +33,30 @@ def file(tmp_path):
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(name)
-    assert recipe.stage
+    assert recipe.stages
 
 
 def test_a_recipe_survives_its_own_dump(file):
     recipe = load_recipe(file(MINIMAL))
     assert type(recipe).model_validate(recipe.model_dump(mode="json")) == recipe
-    assert [stage.resolution for stage in recipe.stage] == [(32, 32), (32, 48)]
+    assert [stage.resolution for stage in recipe.stages] == [(32, 32), (32, 48)]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ("model:", "modle:", 1, "modle: unknown key; there are: model, convert, train"),
-        ("    steps: 20", "    step: 20", 6, "stage.1.step: unknown key; there are: resolution, steps, batch"),
-        ("{task: 1}", "{tusk: 1}", 7, "stage.1.losses.tusk: unknown key; there are: task, output, feature"),
-        ("steps: 10", "steps: many", 4, "stage.0.steps: 'many': Input should be a valid integer"),
-        ("steps: 10", "steps: 0", 4, "stage.0.steps: 0: Input should be greater than 0"),
-        ("resolution: 32\n", "resolution: -32\n", 3, "stage.0.resolution.0: -32"),
-        ("{task: 1}", "{task: 0, output: 0, feature: 0}", 7, "stage.1.losses: all three losses are switched off"),
+        ("model:", "modle:", 1, "modle: unknown key; did you mean model? there are: model, convert, train"),
+        (
+            "    steps: 20",
+            "    step: 20",
+            6,
+            "stages.1.step: unknown key; did you mean steps? there are: resolution, steps, global_batch_size",
+        ),
+        ("{task: 1}", "{tusk: 1}", 7, "stages.1.losses.tusk: unknown key; did you mean task? there are: task, output, feature"),
+        ("steps: 10", "steps: many", 4, "stages.0.steps: 'many': Input should be a valid integer"),
+        ("steps: 10", "steps: 0", 4, "stages.0.steps: 0: Input should be greater than 0"),
+        ("resolution: 32\n", "resolution: -32\n", 3, "stages.0.resolution.0: -32"),
+        ("{task: 1}", "{task: 0, output: 0, feature: 0}", 7, "stages.1.losses: all losses are switched off"),
         ("model: demo/mm-dit", "model: demo/mm-dit\nconvert: {eta: best}", 2, "convert: eta='best': input should be 'ratio'"),
         (
             "model: demo/mm-dit",
@@ -75,11 +80,11 @@ def test_a_recipe_survives_its_own_dump(file):
         ),
         (
             "    steps: 10",
-            "    steps: 10\n    batch: 4\n    micro_batch: 3",
+            "    steps: 10\n    global_batch_size: 4\n    micro_batch_size: 3",
             3,
-            "stage.0: a batch of 4 does not divide into forwards of 3: change batch or micro_batch",
+            "stages.0: global_batch_size 4 is not divisible by micro_batch_size 3",
         ),
-        ("    steps: 10", "    steps: 10\n    steps: 11", 5, "stage.0.steps is given twice, first in line 4"),
+        ("    steps: 10", "    steps: 10\n    steps: 11", 5, "stages.0.steps is given twice, first in line 4"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(file, old, new, line, message):
@@ -93,7 +98,7 @@ def test_what_is_wrong_is_named_with_its_line(file, old, new, line, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no recipe"), ("- 1", "holds no recipe"), ("a: [", "is no YAML"), ("model: demo/mm-dit", "stage: Field required")],
+    [("", "holds no recipe"), ("- 1", "holds no recipe"), ("a: [", "is not valid YAML"), ("model: demo/mm-dit", "stages: Field required")],
 )
 def test_what_is_no_recipe_says_so(file, text, message):
     with pytest.raises(ec.RecipeError, match=message):
@@ -108,25 +113,25 @@ def test_no_file_lists_the_shipped_ones():
 @given(steps=st.integers(1, 10**9), lr=st.floats(1e-9, 1), number=st.integers(0, 0))
 def test_overrides_reach_their_place_and_nothing_else(steps, lr, number):
     plain = load_recipe("demo-mm-dit")
-    changed = load_recipe("demo-mm-dit", [f"stage.{number}.steps={steps}", f"stage.{number}.lr={lr!r}", "warm_start=null"])
-    stage = plain.stage[number].model_copy(update={"steps": steps, "lr": lr})
-    assert changed == plain.model_copy(update={"stage": (stage,), "warm_start": None})
+    changed = load_recipe("demo-mm-dit", [f"stages.{number}.steps={steps}", f"stages.{number}.lr={lr!r}", "layerwise=null"])
+    stage = plain.stages[number].model_copy(update={"steps": steps, "lr": lr})
+    assert changed == plain.model_copy(update={"stages": (stage,), "layerwise": None})
 
 
 def test_an_override_makes_sections_that_the_file_lacks(file):
-    assert load_recipe(file(MINIMAL), ["stage.0.losses.task=2", "warm_start.steps=3"]).stage[0].losses.task == 2
+    assert load_recipe(file(MINIMAL), ["stages.0.losses.task=2", "layerwise.steps=3"]).stages[0].losses.task == 2
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("steps", "write KEY=VALUE"),
-        ("stage.2.steps=1", "stage has elements 0 to 1, not 2"),
-        ("stage.first.steps=1", "stage has elements 0 to 1, not 'first'"),
+        ("stages.2.steps=1", "stages has elements 0 to 1, not 2"),
+        ("stages.first.steps=1", "stages has elements 0 to 1, not 'first'"),
         ("model.name=1", "model is a value, model.name cannot be inside it"),
-        ("stage.0.steps=many", "--set stage.0.steps=many: stage.0.steps: 'many'"),
+        ("stages.0.steps=many", "--set stages.0.steps=many: stages.0.steps: 'many'"),
         ("sede=1", "--set sede=1: sede: unknown key"),
-        ("seed=[", "the value is no YAML"),
+        ("seed=[", "the value is not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_named(file, override, message):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import edit_compile as ec
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation.data.prefetch import ahead
 from edit_compile.distillation.output.run_folder import RunFolder
@@ -46,15 +46,15 @@ class Source(toy_distill.Pictures):
 
 def run(folder, at=None, resume=False, change=None, **options):
     phases = {
-        "stage": [{"resolution": [12, 16], "steps": STAGE, "batch": BATCH}],
-        "warm_start": {"steps": WARM, "batch": BATCH},
-        "held_out": {"samples": 2, "batch": 2, "buckets": 1},
+        "stages": [{"resolution": [12, 16], "steps": STAGE, "global_batch_size": BATCH}],
+        "layerwise": {"steps": WARM, "global_batch_size": BATCH},
+        "validation": {"samples": 2, "batch_size": 2, "timestep_bins": 1},
     }
     source = Source(at)
     source.concurrent = False
     recipe = toy_distill.recipe(**phases | {"save_every": 2, "log_every": 1} | options)
-    flow, student = Process("rectified-flow"), toy_distill.student()
-    return distill(recipe, folder, resume=resume, student=student, source=source, denoise=toy_distill.denoise, process=flow)
+    flow, student = NoiseSchedule("rectified-flow"), toy_distill.student()
+    return distill(recipe, folder, resume=resume, student=student, source=source, denoise=toy_distill.denoise, schedule=flow)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_what_is_restored_goes_to_its_parameters_device():
 
 
 def test_checkpoints_are_rotated(tmp_path):
-    unfinished(tmp_path, keep=3)
+    unfinished(tmp_path, keep_last=3)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["00000004", "00000006", "00000008"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000006", "00000008"]
 
@@ -198,8 +198,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, straight):
 
 def test_forwards_may_be_smaller_when_a_run_goes_on(tmp_path, straight):
     unfinished(tmp_path)
-    stage = {"resolution": [12, 16], "steps": STAGE, "batch": BATCH, "micro_batch": 1}
-    result = run(tmp_path, resume=True, stage=[stage])
+    stage = {"resolution": [12, 16], "steps": STAGE, "global_batch_size": BATCH, "micro_batch_size": 1}
+    result = run(tmp_path, resume=True, stages=[stage])
     for name, value in result.student.state_dict().items():
         torch.testing.assert_close(value, straight[0][name], atol=1e-5, rtol=1e-3)
 
@@ -218,7 +218,7 @@ def test_another_run_is_not_overwritten(tmp_path):
 
 def test_what_changes_no_result_may_change_on_resuming(tmp_path, straight):
     unfinished(tmp_path)
-    assert same(run(tmp_path, resume=True, keep=1, save_every=100, log_every=3), straight)
+    assert same(run(tmp_path, resume=True, keep_last=1, save_every=100, log_every=3), straight)
 
 
 def test_resuming_nothing_is_beginning(tmp_path, straight):
@@ -239,21 +239,21 @@ class Broken(toy_distill.Pictures):
         return batch
 
 
-@pytest.mark.parametrize("warm_start", [None, {"steps": 6, "batch": 1}])
-def test_steps_without_a_number_are_left_out(tmp_path, warm_start):
-    stage = {"resolution": [12, 16], "steps": 6, "batch": 1}
-    recipe = toy_distill.recipe(stage=[stage], warm_start=warm_start, max_skipped=2)
+@pytest.mark.parametrize("layerwise", [None, {"steps": 6, "global_batch_size": 1}])
+def test_steps_without_a_number_are_left_out(tmp_path, layerwise):
+    stage = {"resolution": [12, 16], "steps": 6, "global_batch_size": 1}
+    recipe = toy_distill.recipe(stages=[stage], layerwise=layerwise, max_skipped_steps=2)
     model = toy_distill.student()
-    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow")}
+    common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow")}
     distill(recipe, tmp_path, student=model, source=Broken({1, 2, 5}), **common)
     assert all(p.isfinite().all() for p in model.parameters())
     assert [row["skipped"] for row in rows(tmp_path)][:6] == [0, 1, 1, 0, 0, 1]
 
 
 def test_too_many_in_a_row_stop_the_run_and_name_the_last_checkpoint(tmp_path):
-    stage = {"resolution": [12, 16], "steps": 12, "batch": 1}
-    recipe = toy_distill.recipe(stage=[stage], warm_start=None, max_skipped=2, save_every=4)
-    common = {"denoise": toy_distill.denoise, "process": Process("rectified-flow")}
+    stage = {"resolution": [12, 16], "steps": 12, "global_batch_size": 1}
+    recipe = toy_distill.recipe(stages=[stage], layerwise=None, max_skipped_steps=2, save_every=4)
+    common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow")}
     with pytest.raises(ec.DistillError, match=r"stage 0, step 8: its loss is nan; .*2 steps before it.*last good checkpoint is .*00000004"):
         distill(recipe, tmp_path, student=toy_distill.student(), source=Broken(set(range(5, 12))), **common)
 

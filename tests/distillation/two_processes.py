@@ -13,17 +13,25 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 import edit_compile as ec
 import toy
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
 
 OPTIONS = {
-    "stage": [
-        {"resolution": [12, 16], "steps": 8, "batch": 4, "lr": 1e-3, "warm_up": 2},
-        {"resolution": [16, 20], "steps": 4, "batch": 8, "micro_batch": 2, "lr": 1e-3, "warm_up": 0, "losses": {"task": 0.5}},
+    "stages": [
+        {"resolution": [12, 16], "steps": 8, "global_batch_size": 4, "lr": 1e-3, "warmup_steps": 2},
+        {
+            "resolution": [16, 20],
+            "steps": 4,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "lr": 1e-3,
+            "warmup_steps": 0,
+            "losses": {"task": 0.5},
+        },
     ],
-    "warm_start": {"steps": 8, "batch": 4, "lr": 2e-3, "warm_up": 2},
-    "held_out": {"samples": 12, "batch": 4, "buckets": 2},
+    "layerwise": {"steps": 8, "global_batch_size": 4, "lr": 2e-3, "warmup_steps": 2},
+    "validation": {"samples": 12, "batch_size": 4, "timestep_bins": 2},
     "save_every": 5,
 }
 
@@ -38,7 +46,7 @@ def run(folder, source=None, **options):
         student=student,
         source=source or toy_distill.Pictures(),
         denoise=toy_distill.denoise,
-        process=Process("rectified-flow"),
+        schedule=NoiseSchedule("rectified-flow"),
         **options,
     )
 

@@ -12,7 +12,7 @@ A source of random access (`Indexed`, over files, shards with an index, a cache)
 one that can only be read in order (`Streamed`) keeps its reader and, asked for what is behind it, opens it again and
 skips. A sample that cannot be read is replaced by another that the position determines, and named in `skipped`.
 
-To add a source: a module here with its section of the recipe (a `Section` with a literal `kind`) and its class, the
+To add a source: a module here with its section of the recipe (a `Frozen` with a literal `kind`) and its class, the
 section in `Data`, the opener in `SOURCES`.
 """
 

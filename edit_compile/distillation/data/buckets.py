@@ -11,13 +11,13 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 
 from edit_compile.errors import DistillError
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 Shape = tuple[int, int]  # height, width
 _STEPS_PER_SIDE = 16
 
 
-class Buckets(Section):
+class Buckets(Frozen):
     """The shapes of pictures at a stage's resolution.
 
     Attributes:

@@ -13,22 +13,22 @@ from torch import Tensor
 from edit_compile.distillation.data.buckets import Buckets, Shape, bucket_shapes, fitted, nearest_shape
 from edit_compile.distillation.data.records import Record, Unreadable, picture_of, size_of
 from edit_compile.distillation.data.source import Batch
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 
-class CaptionedData(Section):
+class CaptionedData(Frozen):
     """What all data of captioned pictures have in common.
 
     Attributes:
         buckets: aspect ratios; null to crop every picture to the stage's resolution.
         text_tokens: the longest caption in tokens of the pipeline's longest encoder. Default: the pipeline's own.
-        empty_captions: the share of samples whose caption is empty, which guidance needs.
+        caption_dropout: the share of samples whose caption is empty, which guidance needs.
         held_out: the number of samples that are never trained on. Default: a fiftieth of them, 8 to 256.
     """
 
     buckets: Buckets | None = Buckets()
     text_tokens: PositiveInt | None = None
-    empty_captions: Annotated[float, Field(ge=0, le=1)] = 0.1
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     held_out: PositiveInt | None = None
 
     def corpus(self, skipped: dict[str, str]) -> Corpus:
@@ -63,19 +63,19 @@ class Encoder(Protocol):
         """Raises ValueError for a caption that cannot be encoded."""
         ...
 
-    def captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The conditions made of captions, tensors (B, ...) on the CPU."""
         ...
 
-    def pictures(self, pictures_B3HW: Tensor) -> Tensor:
+    def encode_images(self, images_B3HW: Tensor) -> Tensor:
         """Pictures in [-1, 1] to latents (B, C, h, w) on the CPU, in the model's scale."""
         ...
 
-    def pixels(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures in [0, 1], (B, 3, height, width) on the CPU."""
         ...
 
-    def others(self, shape: Shape, size: int) -> dict[str, Any]:
+    def other_conditions(self, shape: Shape, size: int) -> dict[str, Any]:
         """The conditions that do not depend on captions, for a batch of pictures of a shape in pixels."""
         ...
 
@@ -115,14 +115,14 @@ class Captioned:
         return encoded(self.encoder, samples, shape)
 
     def pixels(self, pictures: Tensor) -> Tensor:
-        return self.encoder.pixels(pictures)
+        return self.encoder.decode(pictures)
 
 
 def encoded(encoder: Encoder, samples: Sequence[tuple[Tensor, str]], shape: Shape) -> Batch:
     """Pictures (3, height, width) of one shape in [-1, 1] with their captions, as a batch."""
     pictures, captions = zip(*samples, strict=True)
-    conditions = encoder.captions(captions) | encoder.others(shape, len(samples))
-    return Batch(encoder.pictures(torch.stack(pictures)).float(), as_floats(conditions), captions)
+    conditions = encoder.encode_captions(captions) | encoder.other_conditions(shape, len(samples))
+    return Batch(encoder.encode_images(torch.stack(pictures)).float(), as_floats(conditions), captions)
 
 
 def prepared(record: Record, shape: Shape, encoder: Encoder, empty: bool = False) -> tuple[Tensor, str]:

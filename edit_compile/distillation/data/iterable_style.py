@@ -31,8 +31,8 @@ class Streamed:
 
     concurrent = True
 
-    def __init__(self, stream: Stream, encoder: Encoder, buckets: Buckets | None, seed: int, empty_captions: float) -> None:
-        self.stream, self.encoder, self.buckets, self.seed, self.empty_captions = stream, encoder, buckets, seed, empty_captions
+    def __init__(self, stream: Stream, encoder: Encoder, buckets: Buckets | None, seed: int, caption_dropout: float) -> None:
+        self.stream, self.encoder, self.buckets, self.seed, self.caption_dropout = stream, encoder, buckets, seed, caption_dropout
         self.skipped: dict[str, str] = {}
         self._reader, self._read = self._endless(), 0
         self._window: tuple[tuple[int, int], list[list[Sized]]] | None = None
@@ -59,7 +59,7 @@ class Streamed:
         return encoded(self.encoder, samples, shape)
 
     def pixels(self, pictures: Tensor) -> Tensor | None:
-        return self.encoder.pixels(pictures)
+        return self.encoder.decode(pictures)
 
     def _first(self, candidates: Sequence[Sized], shape: Shape, empty: bool) -> tuple[Tensor, str]:
         """The first that can be read."""
@@ -71,7 +71,7 @@ class Streamed:
         raise self._nothing_left()
 
     def _is_empty(self, request: Request, position: int) -> bool:
-        return request.split == "train" and seed_of(self.seed, "empty", position) / 2**56 < self.empty_captions
+        return request.split == "train" and seed_of(self.seed, "empty", position) / 2**56 < self.caption_dropout
 
     def _batches(self, window: int, size: int) -> list[list[Sized]]:
         if self._window is None or self._window[0] != (window, size):

@@ -51,14 +51,14 @@ class Indexed:
     Attributes:
         held_out: how many samples, spread evenly over the items, are never trained on. Default: a fiftieth of
             them, 8 to 256, and of few a quarter.
-        empty_captions: the share of training samples whose caption is empty.
+        caption_dropout: the share of training samples whose caption is empty.
         concurrent: as of `Source`.
     """
 
     items: Items
     seed: int
     held_out: int | None = None
-    empty_captions: float = 0.0
+    caption_dropout: float = 0.0
     concurrent: bool = True
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ class Indexed:
         return None if any(sample is None for sample in found) else found
 
     def _is_empty(self, split: Split, position: int) -> bool:
-        return split == "train" and seed_of(self.seed, "empty", position) / 2**56 < self.empty_captions
+        return split == "train" and seed_of(self.seed, "empty", position) / 2**56 < self.caption_dropout
 
     def _nothing_left(self, split: Split) -> DistillError:
         part = "" if split == "train" else "that are held out (data.held_out says how many) "

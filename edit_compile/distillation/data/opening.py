@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edit_compile.adapters.drawing import make_drawer
 from edit_compile.adapters.encoders import DemoEncoder, PipelineEncoder, make_decoder, make_encoder
+from edit_compile.adapters.sampling import make_sampler
 from edit_compile.distillation.data.captioned import Captioned, CaptionedData
 from edit_compile.distillation.data.iterable_style import Streamed
 from edit_compile.distillation.data.map_style import Indexed
@@ -23,26 +23,26 @@ def open_pictures(data: PictureData, origin: Origin) -> Source:
     encoder = encoder_of(data, origin)
     if isinstance(data, DatasetData) and data.streaming:
         stream = Stream(data, origin.seed, data.held_out or _STREAM_HELD_OUT)
-        return Streamed(stream, encoder, data.buckets, origin.seed, data.empty_captions)
+        return Streamed(stream, encoder, data.buckets, origin.seed, data.caption_dropout)
     skipped: dict[str, str] = {}
     items = Captioned(data.corpus(skipped), encoder, data.buckets)
-    return Indexed(items, origin.seed, data.held_out, data.empty_captions, skipped=skipped)
+    return Indexed(items, origin.seed, data.held_out, data.caption_dropout, skipped=skipped)
 
 
 def open_prompts(data: PromptsData, origin: Origin) -> Source:
     """The teacher's own samples, drawn as they are needed; with the model at work, not beside it."""
-    return Indexed(prompts_of(data, origin), origin.seed, data.held_out, data.empty_captions, concurrent=False)
+    return Indexed(prompts_of(data, origin), origin.seed, data.held_out, data.caption_dropout, concurrent=False)
 
 
 def open_cache(data: CachedData, origin: Origin) -> Source:
     """What `edit-compile cache` has computed."""
     items = Cached(data.path, origin.model, make_decoder(origin.base, origin.device, origin.dtype))
-    return Indexed(items, origin.seed, data.held_out, data.empty_captions, skipped=dict(items.index.skipped))
+    return Indexed(items, origin.seed, data.held_out, data.caption_dropout, skipped=dict(items.index.skipped))
 
 
 def prompts_of(data: PromptsData, origin: Origin) -> Prompts:
     """The prompts with what draws for them."""
-    draw = make_drawer(origin.model, origin.base, origin.device, origin.dtype, data.options())
+    draw = make_sampler(origin.model, origin.base, origin.device, origin.dtype, data.options())
     return Prompts(data, origin.model, encoder_of(data, origin), draw, origin.seed)
 
 

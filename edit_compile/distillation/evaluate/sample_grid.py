@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation.context import Context, Sample
 from edit_compile.distillation.data import Request
 from edit_compile.distillation.data.seeding import noise_for
-from edit_compile.report.image_grid import picture_grid, save_png
+from edit_compile.report.image_grid import image_grid, save_image
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Sampler:
             return
         noise = noise_for(request.positions, batch.pictures.shape[1:], context.recipe.seed, "samples")
         start = context.on_device(Sample(noise, torch.zeros(count), batch.conditions, noise))
-        process = context.process_at(self.height, self.width)
+        schedule = context.schedule_at(self.height, self.width)
         if self.teachers is None:
             with context.teaching() as model:
-                self.teachers = draw(context, process, model, start)
-        students = draw(context, process, context.student, start)
+                self.teachers = draw(context, schedule, model, start)
+        students = draw(context, schedule, context.student, start)
         if context.accelerator.is_main_process:
             columns = [("teacher", self._pixels(self.teachers)), ("student", self._pixels(students))]
-            save_png(picture_grid(batch.captions or [""] * count, columns), path)
+            save_image(image_grid(batch.captions or [""] * count, columns), path)
 
     def _pixels(self, pictures: Tensor) -> list[np.ndarray]:
         one_by_one = (self.context.source.pixels(picture) for picture in pictures.cpu().split(1))  # as many as fit on any device
@@ -53,13 +53,13 @@ class Sampler:
 
 
 @torch.no_grad()
-def draw(context: Context, process: Process, model: nn.Module, start: Sample) -> Tensor:
+def draw(context: Context, schedule: NoiseSchedule, model: nn.Module, start: Sample) -> Tensor:
     """Deterministic sampling from noise without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps)."""
     x = start.x
-    steps = process.times(1 - torch.arange(context.recipe.samples.steps, dtype=torch.float64) / context.recipe.samples.steps - 1e-6)
+    steps = schedule.timesteps(1 - torch.arange(context.recipe.samples.steps, dtype=torch.float64) / context.recipe.samples.steps - 1e-6)
     for now, then in itertools.pairwise([*steps.tolist(), None]):
         times = torch.full((len(x),), now, device=x.device)
         prediction = context.predict(model, Sample(x, times, start.conditions, x)).float()
-        picture, noise = process.split(x, prediction, times)
-        x = picture if then is None else process.mixed(picture, noise, torch.full_like(times, then))[0]
+        picture, noise = schedule.predict_x0_and_noise(x, prediction, times)
+        x = picture if then is None else schedule.add_noise(picture, noise, torch.full_like(times, then))[0]
     return x

@@ -51,21 +51,21 @@ def held_out_error(context: Context, height: int, width: int) -> HeldOutError:
     Raises:
         DistillError: the teacher predicts the same value everywhere, or one of the two NaN or infinity.
     """
-    options, process = context.recipe.held_out, context.process_at(height, width)
-    sums = torch.zeros(options.buckets, 4, dtype=torch.float64)  # on the CPU: not every device has float64
+    options, schedule = context.recipe.validation, context.schedule_at(height, width)
+    sums = torch.zeros(options.timestep_bins, 4, dtype=torch.float64)  # on the CPU: not every device has float64
     u = (torch.arange(options.samples, dtype=torch.float64) + 0.5) / options.samples
     count, rank = context.accelerator.num_processes, context.accelerator.process_index
-    batches = [range(i, min(i + options.batch, options.samples)) for i in range(0, options.samples, options.batch)]
+    batches = [range(i, min(i + options.batch_size, options.samples)) for i in range(0, options.samples, options.batch_size)]
     for turn in range(rank, -(-len(batches) // count) * count, count):
         rows = batches[min(turn, len(batches) - 1)]  # all processes make the same number of forwards, as sharding needs
         own = u[rows.start : rows.stop]
-        sample = context.draw(Request(0, options.samples, rows, height, width, "held-out"), process.times(own))
+        sample = context.draw(Request(0, options.samples, rows, height, width, "held-out"), schedule.timesteps(own))
         measured = _sums(*_predictions(context, context.on_device(sample)))
         if turn < len(batches):
-            sums.index_add_(0, (own * options.buckets).long(), measured)
+            sums.index_add_(0, (own * options.timestep_bins).long(), measured)
     if count > 1:
         sums = context.accelerator.reduce(sums.to(context.accelerator.device), "sum").cpu()
-    edges = process.times(torch.linspace(0, 1, options.buckets + 1, dtype=torch.float64)).tolist()
+    edges = schedule.timesteps(torch.linspace(0, 1, options.timestep_bins + 1, dtype=torch.float64)).tolist()
     buckets = tuple(Bucket(low, high, _error(row)) for low, high, row in zip(edges, edges[1:], sums, strict=False))
     return HeldOutError(_error(sums.sum(0)), buckets, options.samples)
 

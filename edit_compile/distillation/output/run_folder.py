@@ -11,15 +11,24 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.recipe.schema import Recipe, flatten
 from edit_compile.distillation.train.checkpoints import State, checkpoints, read_state
 from edit_compile.distillation.train.metrics import Row
 from edit_compile.errors import DistillError
 from edit_compile.files import write_text
-from edit_compile.frozen import flat
 
 # What may differ when a run is continued: it changes nothing about the result, `micro_batch` nothing but its rounding.
-_FREE = ("micro_batch", "save_every", "keep", "log_every", "max_skipped", "trackers", "samples.every", "samples.count", "samples.steps")
+_FREE = (
+    "micro_batch_size",
+    "save_every",
+    "keep_last",
+    "log_every",
+    "max_skipped_steps",
+    "trackers",
+    "samples.every",
+    "samples.count",
+    "samples.steps",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class RunFolder:
         return restored
 
     def _check_recipe(self, recipe: Recipe, state: State) -> None:
-        now, then = (flat(content) for content in (recipe.model_dump(mode="json"), state.recipe))
+        now, then = (flatten(content) for content in (recipe.model_dump(mode="json"), state.recipe))
         different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key) and not key.endswith(_FREE))
         if different:
             changes = ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in different[:3])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: a YAML file, or a shipped recipe's name.
-        overrides: `KEY=VALUE`, such as `stage.0.steps=500`; values are YAML.
+        overrides: `KEY=VALUE`, such as `stages.0.steps=500`; values are YAML.
 
     Raises:
         RecipeError: it cannot be read; names the key, and the line if the file has one for it.
@@ -65,7 +66,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds no recipe: it must be a mapping of keys to values")
     lines: dict[Key, str] = {}
@@ -92,11 +93,11 @@ def _lines(node: Any, prefix: Key) -> Iterator[tuple[Key, int]]:
 def _split(override: str) -> tuple[Key, Any]:
     name, equals, value = override.partition("=")
     if not equals or not name:
-        raise RecipeError(f"--set {override!r}: write KEY=VALUE, such as stage.0.steps=500")
+        raise RecipeError(f"--set {override!r}: write KEY=VALUE, such as stages.0.steps=500")
     try:
         return tuple(int(part) if part.isdigit() else part for part in name.split(".")), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is no YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _set(content: Any, key: Key, value: Any, override: str) -> None:
@@ -120,7 +121,7 @@ def _in_words(path: Path, lines: dict[Key, str], problem: Any) -> str:
     key, section = _place(problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = f"unknown key; there are: {', '.join(section.model_fields)}"
+        message = f"unknown key; {_suggestion(str(key[-1]), section.model_fields)}"
     elif problem["type"] == "union_tag_invalid":
         key, message = (*key, "kind"), f"{problem['ctx']['tag']!r}: no such kind; there are: {problem['ctx']['expected_tags']}"
     elif problem["type"] == "union_tag_not_found":
@@ -129,6 +130,11 @@ def _in_words(path: Path, lines: dict[Key, str], problem: Any) -> str:
         message = f"{problem['input']!r}: {message}"
     known = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), str(path))
     return f"{known}: {_name(key)}: {message}"
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(name, known, 1)
+    return f"{f'did you mean {similar[0]}? ' if similar else ''}there are: {', '.join(known)}"
 
 
 def _place(location: Key) -> tuple[Key, Any]:
@@ -150,7 +156,7 @@ def _place(location: Key) -> tuple[Key, Any]:
 
 
 def _section_in(annotation: Any, kind: str | int | None) -> Any:
-    """The section within a type such as `tuple[Stage, ...]` or `WarmStart | None`; of several, the one of that kind."""
+    """The section within a type such as `tuple[Stage, ...]` or `LayerwiseFit | None`; of several, the one of that kind."""
     if hasattr(annotation, "model_fields"):
         kinds = getattr(annotation.model_fields.get("kind"), "annotation", None)
         return annotation if kind is None or kind in getattr(kinds, "__args__", ()) else None

@@ -1,8 +1,9 @@
-"""Recipes: what to distill, on what, and how, as data."""
+"""Recipes: what to distill, on which data, and how, as plain data."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -10,178 +11,177 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from edit_compile.config import LinearizeConfig
 from edit_compile.distillation.data import Data
 from edit_compile.distillation.data.sources.shapes import ShapesData
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
+
+FREE: dict[str, Any] = {"resume": "free"}  # marks a field that may differ when a run is resumed: the result does not depend on it
 
 
 def _square(value: object) -> object:
     return (value, value) if isinstance(value, int) else value
 
 
-Phase = TypeVar("Phase", "Stage", "WarmStart")
 Resolution = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_square)]
 
 
-class Losses(Section):
-    """The weights of the three losses; 0 switches one off.
-
-    Attributes:
-        task: the prediction against noise, velocity, or whatever the teacher was trained to predict.
-        output: the student's prediction against the teacher's.
-        feature: every converted site's output against its teacher's, relative to the energy of the teacher's.
-    """
+class Losses(Frozen):
+    """The weights of the three losses; 0 switches one off."""
 
     task: NonNegativeFloat = 0.0
+    """The prediction against noise, velocity, or whatever the teacher was trained to predict."""
     output: NonNegativeFloat = 1.0
+    """The student's prediction against the teacher's."""
     feature: NonNegativeFloat = 0.5
+    """Every converted site's output against its teacher's, relative to the energy of the teacher's."""
 
     @model_validator(mode="after")
     def _not_all_zero(self) -> Losses:
         if self.task == self.output == self.feature == 0:
-            raise ValueError("all three losses are switched off: there is nothing to train")
+            raise ValueError("all losses are switched off: there is nothing to train")
         return self
 
 
-def _divides(section: Phase) -> Phase:
-    if section.micro_batch is not None and section.batch % section.micro_batch:
-        raise ValueError(f"a batch of {section.batch} does not divide into forwards of {section.micro_batch}: change batch or micro_batch")
-    return section
-
-
-class Stage(Section):
-    """A part of the training at one resolution.
-
-    Attributes:
-        resolution: of the pictures in pixels, a side or (height, width).
-        steps: optimizer steps.
-        batch: samples of a step, over all processes.
-        micro_batch: samples of one forward of one process; the rest of the batch is accumulated. Default: no accumulation.
-        lr: the highest learning rate.
-        warm_up: steps over which the rate rises to it; then it falls along a cosine.
-        lr_end: what it falls to, as a share of `lr`.
-        losses: their weights.
-    """
-
-    resolution: Resolution
-    steps: PositiveInt
-    batch: PositiveInt = 16
-    micro_batch: PositiveInt | None = None
-    lr: PositiveFloat = 1e-4
-    warm_up: NonNegativeInt = 50
-    lr_end: float = Field(0.0, ge=0, le=1)
-    losses: Losses = Losses()
-    _batch_divides = model_validator(mode="after")(_divides)
-
-
-class WarmStart(Section):
-    """The layer-wise fit before the stages: each site to its teacher, on the teacher's own activations.
-
-    Attributes: as of `Stage`; `resolution` is the first stage's unless given.
-    """
+class TrainingPhase(Frozen):
+    """What a stage and the layerwise fit have in common."""
 
     resolution: Resolution | None = None
+    """Of the images, in pixels: one side, or [height, width]. Default: the first stage's."""
     steps: PositiveInt
-    batch: PositiveInt = 16
-    micro_batch: PositiveInt | None = None
+    """Optimizer steps."""
+    global_batch_size: PositiveInt = 16
+    """Samples per step, over all processes."""
+    micro_batch_size: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    """Samples per forward of one process; gradients are accumulated over the rest of the batch. Default: no accumulation."""
+    lr: PositiveFloat = 1e-4
+    """The highest learning rate."""
+    warmup_steps: NonNegativeInt = 50
+    """Steps over which the learning rate rises to `lr`; after them it falls along a cosine."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """What the learning rate falls to, as a share of `lr`."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class Stage(TrainingPhase):
+    """End-to-end training at one resolution."""
+
+    resolution: Resolution
+    """Of the images, in pixels: one side, or [height, width]."""
+    losses: Losses = Losses()
+    """The losses' weights."""
+
+
+class LayerwiseFit(TrainingPhase):
+    """The layer-wise fit before the stages: each site learns its teacher's output on the teacher's own activations."""
+
     lr: PositiveFloat = 1e-3
-    warm_up: NonNegativeInt = 50
-    lr_end: float = Field(0.1, ge=0, le=1)
-    _batch_divides = model_validator(mode="after")(_divides)
+    """The highest learning rate."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """What the learning rate falls to, as a share of `lr`."""
 
 
-class Optimizer(Section):
-    """AdamW's options. The "adamw-8bit" kind keeps its moments in 8 bits and needs bitsandbytes."""
+class OptimizerConfig(Frozen):
+    """AdamW's options."""
 
     kind: Literal["adamw", "adamw-8bit"] = "adamw"
+    """"adamw-8bit" keeps its moments in 8 bits and needs bitsandbytes."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.0
     eps: PositiveFloat = 1e-8
 
 
-class HeldOut(Section):
-    """The measurement of the error on samples that training never sees.
-
-    Attributes:
-        samples: how many.
-        batch: samples of one forward.
-        buckets: ranges of timesteps for which the error is given as well.
-    """
+class ValidationConfig(Frozen):
+    """How the error on samples that training never sees is measured."""
 
     samples: PositiveInt = 128
-    batch: PositiveInt = 16
-    buckets: PositiveInt = 4
+    """How many samples are measured."""
+    batch_size: PositiveInt = 16
+    """Samples per forward."""
+    timestep_bins: PositiveInt = 4
+    """Ranges of timesteps for which the error is reported as well."""
 
     @model_validator(mode="after")
-    def _no_empty_bucket(self) -> HeldOut:
-        if self.samples < self.buckets:
-            raise ValueError(f"{self.samples} samples do not fill {self.buckets} buckets: give more samples, or fewer buckets")
+    def _no_empty_bin(self) -> Self:
+        if self.samples < self.timestep_bins:
+            raise ValueError(f"{self.samples} samples cannot fill {self.timestep_bins} timestep_bins: use more samples or fewer bins")
         return self
 
 
-class Samples(Section):
-    """Pictures of teacher and student, drawn in `samples/` while training and at the end.
+class SampleGrids(Frozen):
+    """Images by teacher and student, drawn into `samples/` during training and at its end."""
 
-    Attributes:
-        every: steps between them; null for the end only.
-        count: pictures, of the first held-out captions.
-        steps: of sampling each, without guidance.
-    """
-
-    every: PositiveInt | None = None
-    count: PositiveInt = 4
-    steps: PositiveInt = 20
+    every: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    """Steps between them; null for the end only."""
+    count: PositiveInt = Field(4, json_schema_extra=FREE)
+    """Images per grid, of the first validation captions."""
+    steps: PositiveInt = Field(20, json_schema_extra=FREE)
+    """Sampling steps per image, without guidance."""
 
 
-class Recipe(Section):
-    """A distillation.
-
-    Attributes:
-        model: what to distill, as for `edit-compile convert`, or the folder of a converted model.
-        convert: how to convert it; not for a converted model.
-        train: the converted sites' parameters ("attention"), only those that conversion added ("inserted"), or "all" of the
-            model's, for which the teacher needs a second copy of the weights.
-        prediction: what the model predicts; "auto" reads it from the scheduler's config.
-        timesteps: how training draws them over the scheduler's range.
-        data: see `edit_compile.distillation.data`.
-        warm_start: null for none.
-        stage: one after the other.
-        ema: decay of the weights' moving average, which becomes the student; null for none.
-        clip: the largest norm of a gradient.
-        precision: "bf16" computes in bfloat16 and keeps what is not trained in it; what is trained stays in float32.
-        gradient_checkpointing: compute each repeated block again in the backward pass instead of keeping its activations.
-        compile: the repeated blocks of teacher and student, for the stages.
-        max_skipped: steps in a row that may be left out because their loss or gradient is not finite or explodes.
-        explosion: a loss this many times the recent average explodes.
-        save_every: steps between checkpoints to resume from.
-        keep: how many of them are kept.
-        log_every: steps between rows of `metrics.jsonl`.
-        trackers: of accelerate; null for TensorBoard, [] for none.
-    """
+class Recipe(Frozen):
+    """A distillation: the model, the data, and the schedule."""
 
     model: str
+    """What to distill: anything `edit-compile convert --model` takes, or the folder of a converted model."""
     convert: LinearizeConfig = Field(default_factory=LinearizeConfig)
+    """How to convert the model; leave it out for one that is converted already."""
     train: Literal["attention", "inserted", "all"] = "attention"
+    """The parameters of the converted sites ("attention"), only those that conversion added ("inserted"), or "all" of the
+    model's, for which the teacher needs a second copy of the weights."""
     prediction: Literal["auto", "rectified-flow", "epsilon", "v-prediction"] = "auto"
+    """What the model predicts; "auto" reads it from the scheduler's config."""
     timesteps: Literal["uniform", "logit-normal"] = "uniform"
+    """How training draws timesteps over the scheduler's range."""
     data: Data = ShapesData()
-    warm_start: WarmStart | None = None
-    stage: tuple[Stage, ...] = Field(min_length=1)
-    optimizer: Optimizer = Optimizer()
-    ema: float | None = Field(0.999, gt=0, lt=1)
-    clip: PositiveFloat = 1.0
-    held_out: HeldOut = HeldOut()
+    """What to train on; `kind` selects one of the kinds of data."""
+    layerwise: LayerwiseFit | None = None
+    """The layer-wise fit before the stages; null for none."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    """End-to-end training, one stage after the other."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float | None = Field(0.999, gt=0, lt=1)
+    """Decay of the moving average of the weights, which becomes the student; null for none."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    validation: ValidationConfig = ValidationConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
+    """"bf16" computes in bfloat16 and keeps frozen weights in it; trained weights stay in float32."""
     gradient_checkpointing: bool = False
+    """Recompute each repeated block in the backward pass instead of keeping its activations."""
     compile: bool = False
-    max_skipped: NonNegativeInt = 10
-    explosion: float = Field(10.0, gt=1)
-    save_every: PositiveInt = 500
-    keep: PositiveInt = 2
-    samples: Samples = Samples()
-    log_every: PositiveInt = 10
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = None
+    """Compile the repeated blocks of teacher and student for the stages."""
+    max_skipped_steps: NonNegativeInt = Field(10, json_schema_extra=FREE)
+    """Consecutive steps that may be skipped because the loss or the gradient is not finite, or the loss spikes."""
+    spike_factor: float = Field(10.0, gt=1)
+    """A loss this many times the recent average is a spike."""
+    save_every: PositiveInt = Field(500, json_schema_extra=FREE)
+    """Steps between checkpoints."""
+    keep_last: PositiveInt = Field(2, json_schema_extra=FREE)
+    """How many checkpoints are kept."""
+    samples: SampleGrids = SampleGrids()
+    log_every: PositiveInt = Field(10, json_schema_extra=FREE)
+    """Steps between rows of `metrics.jsonl`."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = Field(None, json_schema_extra=FREE)
+    """Accelerate's trackers; null for TensorBoard, [] for none."""
     seed: NonNegativeInt = 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of computation, and of what is not trained."""
+        """The dtype of computation and of frozen weights."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def flatten(content: Any) -> dict[str, Any]:
+    """Flatten nested mappings and lists into one mapping from dotted keys to values."""
+    return dict(_leaves(content, ""))
+
+
+def _leaves(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(content, dict | list):
+        yield prefix.removesuffix("."), content
+        return
+    for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield from _leaves(value, f"{prefix}{name}.")

@@ -21,14 +21,14 @@ from torch import Tensor
 from edit_compile.distillation.train.spike_guard import Guard
 from edit_compile.errors import DistillError
 from edit_compile.files import flush, sha256
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 VERSION = 1
 _JSON, _TENSORS, _TEMPORARY = "state.json", "state.safetensors", "unfinished-"
 log = logging.getLogger(__name__)
 
 
-class State(Section):
+class State(Frozen):
     """Where a run stands, next to its tensors.
 
     Attributes:

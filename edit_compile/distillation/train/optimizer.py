@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.distillation.recipe.schema import Optimizer, Stage, WarmStart
+from edit_compile.distillation.recipe.schema import LayerwiseFit, OptimizerConfig, Stage
 from edit_compile.distillation.train.distributed import local
 from edit_compile.errors import DistillError
 
 
-def learning_rate(step: int, phase: Stage | WarmStart) -> float:
+def learning_rate(step: int, phase: Stage | LayerwiseFit) -> float:
     """Linear warm-up to `lr`, then half a cosine down to `lr_end` of it. Steps count from 0."""
-    warm_up = min(phase.warm_up, phase.steps - 1)
-    if step < warm_up:
-        return phase.lr * (step + 1) / (warm_up + 1)
-    passed = (step - warm_up) / (phase.steps - warm_up)
-    return phase.lr * (phase.lr_end + (1 - phase.lr_end) * (0.5 + 0.5 * math.cos(math.pi * passed)))
+    warmup = min(phase.warmup_steps, phase.steps - 1)
+    if step < warmup:
+        return phase.lr * (step + 1) / (warmup + 1)
+    passed = (step - warmup) / (phase.steps - warmup)
+    return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * (0.5 + 0.5 * math.cos(math.pi * passed)))
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW; the rate is set at every step.
 
     Raises:

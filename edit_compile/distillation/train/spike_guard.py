@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 _MEMORY = 0.95
 _STEPS_TO_TRUST = 20
 
 
-class Guard(Section):
+class Guard(Frozen):
     """What the losses have been like in this phase, and how many steps in a row were left out. Plain data; saved with the run."""
 
     typical: float = 0.0

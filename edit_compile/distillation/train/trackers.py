@@ -6,9 +6,8 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.recipe.schema import Recipe, flatten
 from edit_compile.errors import DistillError
-from edit_compile.frozen import flat
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -29,5 +28,5 @@ def chosen_trackers(names: Sequence[str] | None) -> list[str]:
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """A recipe as trackers take it: dotted keys to plain values."""
-    content = flat(recipe.model_dump(mode="json"))
+    content = flatten(recipe.model_dump(mode="json"))
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in content.items()}

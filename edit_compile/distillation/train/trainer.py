@@ -87,13 +87,13 @@ class Trainer:
         for model in dict.fromkeys((student, teacher)):
             modes.enter_context(recording(model))
         self.model = wrap(student, teacher, recipe, self.context.accelerator)
-        if recipe.ema is not None:
-            self.average = MovingAverage(trained_parameters(student, recipe.train), recipe.ema)
+        if recipe.ema_decay is not None:
+            self.average = MovingAverage(trained_parameters(student, recipe.train), recipe.ema_decay)
 
     def _run(self, number: int, phase: Phase, restored: Restored | None) -> None:
         context, steps = self.context, phase.options.steps
         done = self._begin(restored)
-        rows = context.own_rows(phase.options.batch, phase.options.micro_batch)
+        rows = context.own_rows(phase.options.global_batch_size, phase.options.micro_batch_size)
         samples = _samples(context, phase, rows, range(done, steps))
         self.interval = Average()
         for step in range(done, steps):
@@ -143,16 +143,16 @@ class Trainer:
         stop = torch.full_like(norm, self.interrupt.requested, dtype=torch.float32)
         health = self.context.accelerator.reduce(torch.stack([measured["loss"].float(), norm.float(), stop]), "mean")
         loss, largest, stopping = health.tolist()
-        self.guard, reason = self.guard.after(loss, largest, recipe.explosion)
+        self.guard, reason = self.guard.after(loss, largest, recipe.spike_factor)
         if reason is None:
             self.live.step(learning_rate(step, phase.options))
             self.interval.add({**measured, "grad_norm": norm})
         else:
             self.interval.skipped += 1
         self.live.optimizer.zero_grad()
-        if self.guard.skipped_in_a_row > recipe.max_skipped:
+        if self.guard.skipped_in_a_row > recipe.max_skipped_steps:
             raise DistillError(
-                f"{phase.name}, step {step + 1}: {reason}; so it was with the {recipe.max_skipped} steps before it, which were "
+                f"{phase.name}, step {step + 1}: {reason}; so it was with the {recipe.max_skipped_steps} steps before it, which were "
                 f"left out; {last_good(self.checkpoints)}. A lower lr or clip may help"
             )
         return stopping > 0
@@ -162,7 +162,7 @@ class Trainer:
         groups: list[Any] = [list(self.live.trained.values())]
         if phase.losses is None:
             groups = [list(site.parameters()) for site in converted_sites(self.context.student).values()]
-        norms = [whole(nn.utils.clip_grad_norm_(group, self.context.recipe.clip)) for group in groups]
+        norms = [whole(nn.utils.clip_grad_norm_(group, self.context.recipe.max_grad_norm)) for group in groups]
         return torch.stack(norms).max().to(self.context.accelerator.device)  # of offloaded shards it is on the CPU
 
     def _save(self, phase: int, step: int) -> Path:
@@ -180,7 +180,7 @@ class Trainer:
             seconds=time.monotonic() - self.began,
         )
         if self.context.accelerator.is_main_process:
-            write_state(self.checkpoints, state, tensors, self.context.recipe.keep)
+            write_state(self.checkpoints, state, tensors, self.context.recipe.keep_last)
         self.context.accelerator.wait_for_everyone()
         return place_of(self.checkpoints, self.total)
 
@@ -190,7 +190,7 @@ class Trainer:
         place = {"phase": phase.name, "step": step, "steps": phase.options.steps, "total": self.total, "samples": phase.position(step)}
         taken = {"skipped": interval.skipped, "lr": learning_rate(step - 1, phase.options)}
         means = interval.means(lambda values: accelerator.reduce(values, "mean"))
-        speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * phase.options.batch / seconds}
+        speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * phase.options.global_batch_size / seconds}
         unreadable = len(set(gathered(list(self.context.source.skipped))))
         if accelerator.is_main_process:
             self.report({**place, **taken, **means, **speed, "unreadable": unreadable})
@@ -202,6 +202,6 @@ def steps_of(recipe: Recipe) -> int:
 
 
 def _samples(context: Context, phase: Phase, rows: list[range], steps: range) -> Iterator[Sample]:
-    batch = phase.options.batch
+    batch = phase.options.global_batch_size
     requests = (Request(phase.position(step), batch, own, phase.height, phase.width) for step in steps for own in rows)
     return ahead(context.draw, requests) if context.source.concurrent else map(context.draw, requests)

@@ -58,7 +58,7 @@ def contents(folder):
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_a_cache_gives_what_encoding_gives(folder, tmp_path, resolution, split):
     make(folder, tmp_path / "cache")
-    cached = source(tmp_path / "cache", empty_captions=0.3, held_out=3)
+    cached = source(tmp_path / "cache", caption_dropout=0.3, held_out=3)
     direct = Indexed(Captioned(Folder(folder, None, {}), data_files.Letters(), BUCKETS), 0, 3, 0.3)
     for step in range(6):
         request = Request(4 * step if split == "train" else 0, 4, range(4), *resolution, split)
@@ -77,7 +77,7 @@ def test_a_cache_gives_what_encoding_gives(folder, tmp_path, resolution, split):
 
 def test_padding_is_trimmed(folder, tmp_path):
     make(folder, tmp_path / "cache")
-    cached = source(tmp_path / "cache", empty_captions=0)
+    cached = source(tmp_path / "cache", caption_dropout=0)
     batch = cached.batch(Request(0, 4, range(4), 16, 16))
     assert batch.conditions["encoder_hidden_states"].shape[1] == max(map(len, batch.captions)) < data_files.Letters.length
 
@@ -167,7 +167,7 @@ def test_damaged_entries_are_replaced_and_named(folder, tmp_path):
     make(folder, tmp_path / "cache")
     flip(tmp_path / "cache" / "shard-00000.safetensors", -3)  # in the last tensor of one sample
     (tmp_path / "cache" / "shard-00001.safetensors").write_bytes(b"no tensors")
-    data = source(tmp_path / "cache", held_out=1, empty_captions=0)
+    data = source(tmp_path / "cache", held_out=1, caption_dropout=0)
     trained = {caption for step in range(30) for caption in data.batch(Request(4 * step, 4, range(4), 32, 32)).captions}
     damaged = data.items.damaged()
     assert len(damaged) == 5

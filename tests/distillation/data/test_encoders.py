@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from edit_compile.adapters.drawing import make_drawer
 
 import edit_compile as ec
 import pipelines
-from edit_compile.adapters.drawing import make_drawer
 from edit_compile.adapters.encoders import make_decoder, make_encoder, stacked, trimmed
 from edit_compile.demo import models as demo
 
@@ -37,7 +37,7 @@ def test_conditions_are_those_of_the_pipeline(named, encoder):
     hook = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: received.update(kwargs), with_kwargs=True)
     with hook:
         pipe(CAPTIONS, num_inference_steps=1, output_type="latent", **options, **UNBINNED.get(name, {}))
-    found = encoder.captions(CAPTIONS) | encoder.others((32, 48), 2)
+    found = encoder.encode_captions(CAPTIONS) | encoder.other_conditions((32, 48), 2)
     for key, value in found.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, received[key].to(value.dtype), rtol=1e-6, atol=1e-6)
@@ -50,14 +50,14 @@ def test_conditions_are_those_of_the_pipeline(named, encoder):
 def test_latents_are_in_the_models_scale(named, encoder):
     _, pipe, folder = named
     pictures = torch.rand(2, 3, 32, 48) * 2 - 1
-    latents = encoder.pictures(pictures)
+    latents = encoder.encode_images(pictures)
     assert latents.shape == (2, pipelines.LATENT_CHANNELS, 8, 12)
     vae = pipe.vae
     with torch.no_grad():
         expected = (vae.encode(pictures).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
         decoded = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
     torch.testing.assert_close(latents, expected)
-    for decode in (encoder.pixels, make_decoder(folder, CPU, torch.float32)):
+    for decode in (encoder.decode, make_decoder(folder, CPU, torch.float32)):
         torch.testing.assert_close(decode(latents), (decoded / 2 + 0.5).clamp(0, 1))
 
 
@@ -96,8 +96,8 @@ def test_demo_models_take_pictures_as_they_are(name):
     model = demo.untrained(name)
     encoder = make_encoder(model, f"demo/{name}", CPU, torch.float32, None)
     pictures = torch.rand(2, 3, 16, 24) * 2 - 1
-    assert torch.equal(encoder.pictures(pictures), pictures)
-    conditions = encoder.captions(["a red circle", ""]) | encoder.others((16, 24), 2)
+    assert torch.equal(encoder.encode_images(pictures), pictures)
+    conditions = encoder.encode_captions(["a red circle", ""]) | encoder.other_conditions((16, 24), 2)
     expected = demo.conditions(model, ["a red circle", ""])
     assert conditions.keys() == expected.keys()
     assert demo.predict(model, pictures, torch.rand(2), conditions).shape[2:] == (16, 24)

@@ -13,14 +13,17 @@ from click.testing import CliRunner
 import data_files
 import pipelines
 import toy_distill
-from edit_compile.adapters.noise_schedule import Process
+from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.demo import models
 from edit_compile.distillation import Recipe, distill, load_recipe
 from edit_compile.distillation.data import Request, open_source
 from edit_compile.distillation.make_cache import make_cache
 
-DEMO = {"model": "demo/mm-dit", "stage": [{"resolution": 32, "steps": 1, "batch": 2}, {"resolution": [16, 24], "steps": 1, "batch": 2}]}
+DEMO = {
+    "model": "demo/mm-dit",
+    "stages": [{"resolution": 32, "steps": 1, "global_batch_size": 2}, {"resolution": [16, 24], "steps": 1, "global_batch_size": 2}],
+}
 CAPTIONS = ["a red circle", "a large blue cross", "a zebra", "a green square", "a small cyan triangle", "a white background"]
 
 
@@ -58,7 +61,7 @@ def test_the_command_makes_continues_and_verifies_a_cache(recipe, tmp_path):
 
 def test_a_cache_gives_the_demo_model_what_the_pictures_give(recipe, tmp_path):
     make_cache(load_recipe(recipe, ["data.buckets=null"]), tmp_path / "cache")
-    data = load_recipe(recipe, ["data={kind: cached, path: " + str(tmp_path / "cache") + ", empty_captions: 0}"]).data
+    data = load_recipe(recipe, ["data={kind: cached, path: " + str(tmp_path / "cache") + ", caption_dropout: 0}"]).data
     model = models.untrained("mm-dit")
     batch = open_source(data, model, 0, base="demo/mm-dit").batch(Request(0, 2, range(2), 16, 24))
     for caption, picture in zip(batch.captions, batch.pictures, strict=True):
@@ -86,8 +89,13 @@ def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind, precision):
     else:
         (tmp_path / "prompts.txt").write_text("a red cat\na dog\nblue\n")
         data = {"path": str(tmp_path / "prompts.txt"), "steps": 2}
-    stage = {"resolution": 48, "steps": 2, "batch": 2}
-    common = {"model": str(tmp_path / "pipeline"), "stage": [stage], "held_out": {"samples": 2, "batch": 2, "buckets": 1}, "log_every": 1}
+    stage = {"resolution": 48, "steps": 2, "global_batch_size": 2}
+    common = {
+        "model": str(tmp_path / "pipeline"),
+        "stages": [stage],
+        "validation": {"samples": 2, "batch_size": 2, "timestep_bins": 1},
+        "log_every": 1,
+    }
     common |= {"precision": precision, "trackers": []}
     made = make_cache(Recipe.model_validate(common | {"data": {"kind": kind, **data}}), tmp_path / "cache")
     assert made.samples == (8 if kind == "images" else 3)
@@ -105,8 +113,8 @@ def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind, precision):
 def test_what_was_skipped_is_counted_and_named_at_the_end(tmp_path, caplog):
     source = toy_distill.Pictures()
     source.skipped = {"a.png": "its picture cannot be read"}
-    recipe, flow = toy_distill.recipe(warm_start=None), Process("rectified-flow")
-    distill(recipe, tmp_path, student=toy_distill.student(), source=source, denoise=toy_distill.denoise, process=flow)
+    recipe, flow = toy_distill.recipe(layerwise=None), NoiseSchedule("rectified-flow")
+    distill(recipe, tmp_path, student=toy_distill.student(), source=source, denoise=toy_distill.denoise, schedule=flow)
     assert json.loads((tmp_path / "unreadable.json").read_text()) == source.skipped
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {row["unreadable"] for row in rows} == {1}

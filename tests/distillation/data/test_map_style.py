@@ -64,7 +64,7 @@ def test_an_answer_depends_on_the_request_alone(folder):
 
 
 def test_held_out_pictures_are_never_trained_on(folder):
-    data = source(folder, Buckets(), held_out=5, empty_captions=0)
+    data = source(folder, Buckets(), held_out=5, caption_dropout=0)
     held_out = {n for i in range(0, 10, 2) for n in caption_numbers(data.batch(Request(0, 10, range(i, i + 2), 16, 16, "held-out")))}
     trained = {n for step in range(40) for n in caption_numbers(data.batch(Request(4 * step, 4, range(4), 16, 16)))}
     assert len(held_out) == 5
@@ -74,7 +74,7 @@ def test_held_out_pictures_are_never_trained_on(folder):
 
 def test_captions_are_emptied_by_position(folder):
     def empty(position):
-        return [not caption for caption in source(folder, empty_captions=0.3).batch(Request(position, 200, range(200), 16, 16)).captions]
+        return [not caption for caption in source(folder, caption_dropout=0.3).batch(Request(position, 200, range(200), 16, 16)).captions]
 
     assert 30 < sum(empty(0)) < 90
     assert empty(0) != empty(200)
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_replaced_and_named(folder):
     (folder / "006.txt").write_bytes(b"\xff\xfe\xff")
     (folder / "007.txt").write_text("a caption that is too long for this encoder")
     (folder / "008.txt").write_text(" ")
-    data = source(folder, Buckets(multiple=4), held_out=1, empty_captions=0)
+    data = source(folder, Buckets(multiple=4), held_out=1, caption_dropout=0)
     trained = {n for step in range(40) for n in caption_numbers(data.batch(Request(4 * step, 4, range(4), 16, 16)))}
     assert trained == set(range(20)) - {3, 4, 5, 6, 7, 8, 10}
     reasons = {name[-7:-4]: reason for name, reason in data.skipped.items()}
@@ -104,7 +104,7 @@ def test_what_cannot_be_read_is_replaced_and_named(folder):
 def test_a_bucket_of_which_nothing_is_left_is_passed_over(folder):
     for number in range(8):
         (folder / f"{number:03d}.png").write_bytes(data_files.png(number)[:60])
-    data = source(folder, Buckets(multiple=4), held_out=1, empty_captions=0)
+    data = source(folder, Buckets(multiple=4), held_out=1, caption_dropout=0)
     shapes = {data.batch(Request(4 * step, 4, range(4), 16, 16)).pictures.shape[2:] for step in range(20)}
     assert shapes == {(6, 10), (10, 6)}
 
@@ -120,7 +120,7 @@ def test_captions_from_metadata(tmp_path):
     folder = data_files.folder_of(tmp_path, SIZES[:4], captions=False)
     lines = [json.dumps({"file_name": f"00{i}.png", "text": f"picture {i}"}) for i in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join([*lines, "{broken", json.dumps({"file_name": "gone.png", "text": "x"})]))
-    data = source(folder, held_out=1, empty_captions=0)
+    data = source(folder, held_out=1, caption_dropout=0)
     trained = {n for step in range(10) for n in caption_numbers(data.batch(Request(4 * step, 4, range(4), 16, 16)))}
     assert trained < {0, 1, 2}
     assert str(folder / "metadata.jsonl:4") in data.skipped

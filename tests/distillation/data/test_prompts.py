@@ -31,7 +31,7 @@ class Drawer:
 def source(path, model=None, draw=None, **options):
     data = PromptsData(kind="prompts", path=path, **options)
     items = Prompts(data, model or torch.nn.Identity(), data_files.Letters(), draw or Drawer(), 0)
-    return Indexed(items, 0, data.held_out, data.empty_captions, concurrent=False)
+    return Indexed(items, 0, data.held_out, data.caption_dropout, concurrent=False)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def path(tmp_path):
 def test_a_sample_is_drawn_from_its_own_noise_wherever_it_comes(path):
     drawn = {}
     for size in (2, 3):
-        data = source(path, held_out=1, empty_captions=0)
+        data = source(path, held_out=1, caption_dropout=0)
         for step in range(20):
             batch = data.batch(Request(size * step, size, range(size), 16, 16))
             for caption, picture in zip(batch.captions, batch.pictures, strict=True):
@@ -54,7 +54,7 @@ def test_a_sample_is_drawn_from_its_own_noise_wherever_it_comes(path):
 
 
 def test_several_samples_of_a_prompt_differ(path):
-    data = source(path, samples_per_prompt=3, held_out=1, empty_captions=0)
+    data = source(path, samples_per_prompt=3, held_out=1, caption_dropout=0)
     pictures = [data.items.drawn([index], (16, 16)) for index in (1, 9, 17)]
     assert [data.items.caption(index) for index in (1, 9, 17)] == ["two dogs"] * 3
     assert not torch.equal(pictures[0], pictures[1])
@@ -63,7 +63,7 @@ def test_several_samples_of_a_prompt_differ(path):
 
 def test_an_emptied_caption_keeps_the_picture_of_its_prompt(path):
     draw = Drawer()
-    batch = source(path, draw=draw, empty_captions=1, held_out=1).batch(Request(0, 3, range(3), 16, 16))
+    batch = source(path, draw=draw, caption_dropout=1, held_out=1).batch(Request(0, 3, range(3), 16, 16))
     assert batch.captions == ("", "", "")
     assert "" not in draw.calls[0][0]
 

@@ -59,8 +59,8 @@ def test_weights_are_random_by_the_seed(tmp_path):
 
 
 def test_a_structure_is_distilled_on_random_data_only(tmp_path):
-    stage = {"resolution": [32, 48], "steps": 1, "batch": 1}
-    common = {"model": config_of("flux-dev", tmp_path), "stage": [stage], "held_out": {"samples": 1, "buckets": 1}, "trackers": []}
+    stage = {"resolution": [32, 48], "steps": 1, "global_batch_size": 1}
+    common = {"model": config_of("flux-dev", tmp_path), "stages": [stage], "validation": {"samples": 1, "timestep_bins": 1}, "trackers": []}
     with pytest.raises(ec.DistillError, match=r"without weights to distill; data: \{kind: random\} tries speed and memory"):
         distill(Recipe.model_validate(common), tmp_path / "out")
     result = distill(Recipe.model_validate(common | {"data": {"kind": "random"}}), tmp_path / "out")
@@ -70,8 +70,13 @@ def test_a_structure_is_distilled_on_random_data_only(tmp_path):
 
 def test_what_a_step_costs_is_measured_at_any_size(tmp_path, monkeypatch, capsys):
     """The benchmark's full-size command, narrow and short: bfloat16, attention trained, blocks recomputed."""
-    changes = [f"model={config_of('sd3.5-medium', tmp_path)}", "data={kind: random}", "stage.0.resolution=[32, 48]", "stage.0.batch=1"]
-    changes += ["stage.0.micro_batch=1", "compile=false", "held_out.batch=1", "trackers=[]"]
+    changes = [
+        f"model={config_of('sd3.5-medium', tmp_path)}",
+        "data={kind: random}",
+        "stages.0.resolution=[32, 48]",
+        "stages.0.global_batch_size=1",
+    ]
+    changes += ["stages.0.micro_batch_size=1", "compile=false", "validation.batch_size=1", "trackers=[]"]
     arguments = [part for change in changes for part in ("--set", change)]
     output = tmp_path / "results" / "step.md"
     monkeypatch.setattr(sys, "argv", ["training_step.py", "sd3.5-medium", "--steps", "2", *arguments, "-o", str(output)])

@@ -23,7 +23,7 @@ def _rows(conditions: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def _caption_rows(encoder: Encoder, captions: Sequence[str], batch: int) -> list[dict[str, Tensor]]:
     chunks = (captions[start : start + batch] for start in range(0, len(captions), batch))
-    return [row for chunk in chunks for row in _rows(encoder.captions(chunk))]
+    return [row for chunk in chunks for row in _rows(encoder.encode_captions(chunk))]
 
 
 def records_of(corpus: Corpus, start: int) -> Iterator[tuple[str, Record | Unreadable]]:
@@ -63,7 +63,7 @@ class PictureProducer:
         return [Encoded(name, text, own, pictures) for (name, text, pictures), own in zip(ready, captions, strict=True)], skipped
 
     def empty(self) -> dict[str, Tensor]:
-        return self.encoder.captions([""])
+        return self.encoder.encode_captions([""])
 
     def _pictures(self, record: Record, resolutions: Sequence[Shape]) -> dict[Shape, tuple[Shape, Tensor]]:
         found, size = {}, size_of(record)
@@ -75,7 +75,7 @@ class PictureProducer:
     def _to_latents(self, resolution: Shape, pictures: Sequence[dict[Shape, tuple[Shape, Tensor]]]) -> None:
         """Replace the pictures of a resolution by their latents."""
         for shape, numbers in by_shape([own[resolution][0] for own in pictures], self.batch):
-            latents = self.encoder.pictures(torch.stack([pictures[number][resolution][1] for number in numbers]))
+            latents = self.encoder.encode_images(torch.stack([pictures[number][resolution][1] for number in numbers]))
             for number, own in zip(numbers, latents, strict=True):
                 pictures[number][resolution] = shape, own.clone()
 
@@ -109,4 +109,4 @@ class PromptProducer:
         return [Encoded(*sample) for sample in zip(names, texts, captions, pictures, strict=True)], skipped
 
     def empty(self) -> dict[str, Tensor]:
-        return self.prompts.encoder.captions([""])
+        return self.prompts.encoder.encode_captions([""])

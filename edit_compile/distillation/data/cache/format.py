@@ -28,21 +28,21 @@ from edit_compile.distillation.data.buckets import Shape
 from edit_compile.distillation.data.records import Unreadable
 from edit_compile.errors import DistillError
 from edit_compile.files import replacing
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 VERSION = 1
 INDEX, EMPTY, UNFINISHED = "index.json", "empty.safetensors", "unfinished.jsonl"
 CAPTIONS, PICTURES, LATENTS = "captions", "pictures", "latents"
 
 
-class Latents(Section):
+class Latents(Frozen):
     """A sample's latents at one resolution: the height and width of its picture in pixels, and the checksum."""
 
     shape: Shape
     digest: str
 
 
-class Sample(Section):
+class Sample(Frozen):
     """A sample in a shard. `captions`: the checksum of its caption's tensors; `pictures`: by resolution, such as "512x512"."""
 
     name: str
@@ -51,7 +51,7 @@ class Sample(Section):
     pictures: dict[str, Latents]
 
 
-class Shard(Section):
+class Shard(Frozen):
     """A file of samples, and what could not be read when it was made, with the reason.
 
     Attributes:
@@ -65,7 +65,7 @@ class Shard(Section):
     skipped: dict[str, str]
 
 
-class Head(Section):
+class Head(Frozen):
     """What a cache was made from. `model`: the transformer's class; `empty`: the checksum of the empty caption's tensors."""
 
     version: int = VERSION

@@ -17,21 +17,21 @@ from edit_compile.distillation.data.captioned import as_floats
 from edit_compile.distillation.data.records import Unreadable
 from edit_compile.distillation.data.source import Batch
 from edit_compile.errors import DistillError
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 
-class CachedData(Section):
+class CachedData(Frozen):
     """A cache.
 
     Attributes:
         path: the folder that `edit-compile cache` has written.
-        empty_captions: the share of samples whose caption is empty, which guidance needs.
+        caption_dropout: the share of samples whose caption is empty, which guidance needs.
         held_out: the number of samples that are never trained on. Default: a fiftieth of them, 8 to 256.
     """
 
     kind: Literal["cached"]
     path: Path
-    empty_captions: Annotated[float, Field(ge=0, le=1)] = 0.1
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     held_out: PositiveInt | None = None
 
 

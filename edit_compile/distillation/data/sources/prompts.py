@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from edit_compile.adapters.drawing import Draw
+from edit_compile.adapters.sampling import LatentSampler
 from edit_compile.api import teacher
 from edit_compile.distillation.data.buckets import Buckets, Shape, bucket_shapes
 from edit_compile.distillation.data.captioned import Encoder, as_floats
@@ -19,11 +19,11 @@ from edit_compile.distillation.data.records import Unreadable
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import Batch
 from edit_compile.errors import DistillError
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 from edit_compile.student.site import converted_sites
 
 
-class PromptsData(Section):
+class PromptsData(Frozen):
     """Captions whose pictures the teacher draws. Drawing costs many forwards a sample: `edit-compile cache` does it once.
 
     Attributes:
@@ -33,7 +33,7 @@ class PromptsData(Section):
         guidance: the scale of guidance. Default: the pipeline's own.
         buckets: aspect ratios, drawn evenly for the samples; null for the stage's resolution alone.
         text_tokens: the longest caption in tokens of the pipeline's longest encoder. Default: the pipeline's own.
-        empty_captions: the share of samples whose caption is empty, which guidance needs.
+        caption_dropout: the share of samples whose caption is empty, which guidance needs.
         held_out: the number of samples that are never trained on. Default: a fiftieth of them, 8 to 256.
     """
 
@@ -44,7 +44,7 @@ class PromptsData(Section):
     guidance: Annotated[float, Field(ge=0)] | None = None
     buckets: Buckets | None = None
     text_tokens: PositiveInt | None = None
-    empty_captions: Annotated[float, Field(ge=0, le=1)] = 0.1
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     held_out: PositiveInt | None = None
 
     def options(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class PromptsData(Section):
 class Prompts:
     """The items: a sample's picture is drawn by the teacher from noise seeded by the sample's number."""
 
-    def __init__(self, data: PromptsData, model: nn.Module, encoder: Encoder, draw: Draw, seed: int) -> None:
+    def __init__(self, data: PromptsData, model: nn.Module, encoder: Encoder, draw: LatentSampler, seed: int) -> None:
         self.data, self.model, self.encoder, self.draw, self.seed = data, model, encoder, draw, seed
         self.prompts = data.prompts()
 
@@ -97,11 +97,11 @@ class Prompts:
     def collate(self, samples: Sequence[tuple[int, bool]], shape: Shape) -> Batch:
         latents = self.drawn([index for index, _ in samples], shape)
         captions = ["" if empty else self.caption(index) for index, empty in samples]
-        conditions = self.encoder.captions(captions) | self.encoder.others(shape, len(samples))
+        conditions = self.encoder.encode_captions(captions) | self.encoder.other_conditions(shape, len(samples))
         return Batch(latents, as_floats(conditions), tuple(captions))
 
     def pixels(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.encoder.pixels(pictures)
+        return self.encoder.decode(pictures)
 
     @torch.no_grad()
     def drawn(self, indices: Sequence[int], shape: Shape) -> torch.Tensor:

@@ -12,10 +12,10 @@ from edit_compile.adapters.denoise import random_batch
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import Batch, Request
 from edit_compile.errors import DistillError, GridError, NoExampleInputsError
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 
-class RandomData(Section):
+class RandomData(Frozen):
     """Nothing can be learned from it; models of which only the structure is known may be tried with it, at random weights."""
 
     kind: Literal["random"]

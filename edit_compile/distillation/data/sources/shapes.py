@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from edit_compile.demo import models, shapes
 from edit_compile.distillation.data.source import Batch, Request
-from edit_compile.frozen import Section
+from edit_compile.frozen import Frozen
 
 
-class ShapesData(Section):
+class ShapesData(Frozen):
     """The demo's pictures.
 
     Attributes:
-        empty_captions: the share of samples whose caption is empty, which guidance needs.
+        caption_dropout: the share of samples whose caption is empty, which guidance needs.
     """
 
     kind: Literal["shapes"] = "shapes"
-    empty_captions: Annotated[float, Field(ge=0, le=1)] = 0.1
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 class Shapes:
@@ -51,7 +51,7 @@ class Shapes:
     def _sample(self, split: str, position: int) -> tuple[shapes.Scene, str]:
         rng = random.Random(f"{self.seed}/{split}/{position}")
         scene = shapes.random_scene(rng)
-        return scene, "" if rng.random() < self.data.empty_captions else shapes.caption(scene)
+        return scene, "" if rng.random() < self.data.caption_dropout else shapes.caption(scene)
 
 
 def _resized(pictures: Tensor, height: int, width: int) -> Tensor:
