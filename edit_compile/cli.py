@@ -1,4 +1,7 @@
-"""The command line: `edit-compile inspect`, `convert`, `sample` and `distill`."""
+"""The command line: `edit-compile inspect`, `convert`, `distill`, `sample` and `cache`.
+
+Imports nothing heavy until a command runs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,24 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
-from edit_compile.config import LinearizeConfig
-from edit_compile.designs import design_names
-from edit_compile.errors import EditCompileError, Interrupted
+from edit_compile.errors import CheckpointError, ConfigError, EditCompileError, Interrupted
 
-UNTRAINED = "The pictures of a converted model are wrong until it is distilled."
+if TYPE_CHECKING:
+    from rich.console import Console
 
+    from edit_compile.config import LinearizeConfig
+    from edit_compile.ir.plan import Plan
 
-def _choices(option: str) -> click.Choice[Any]:
-    return click.Choice(list(LinearizeConfig.model_fields[option].annotation.__args__))  # type: ignore[union-attr]
+UNTRAINED = "The output of a converted model is unusable until it is distilled."
+STOPPED = 130  # exit status of a run that was interrupted, as shells give it
 
 
 class _Size(click.ParamType):
@@ -37,20 +42,67 @@ class _Size(click.ParamType):
         return int(numbers[0]), int(numbers[-1])
 
 
+class _DesignOption(click.Option):
+    """`--design`, whose help names the designs that are registered when it is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from edit_compile.designs import design_names
+
+        self.help = f"auto, or one of: {', '.join(design_names())}"
+        return super().get_help_record(ctx)
+
+
 def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that make a LinearizeConfig, with its defaults."""
-    default = LinearizeConfig()
+    """Add the model's name, and the options that make a LinearizeConfig; call the command with `model` and `config`."""
+
+    @functools.wraps(command)
+    def wrapped(
+        model: str | None,
+        model_option: str | None,
+        design: str,
+        settings: tuple[str, ...],
+        include: tuple[str, ...],
+        exclude: tuple[str, ...],
+        **options: Any,
+    ) -> Any:
+        if (model is None) == (model_option is None):
+            raise click.UsageError("give one model, as MODEL or as --model MODEL")
+        config = _config(design=design, **_settings(settings), **({"include": include} if include else {}), exclude=exclude)
+        return command(model=model or model_option, config=config, **options)
+
     options = [
-        click.option("--model", required=True, help="hub id, folder, config.json, demo/NAME, arch/NAME or timm/NAME"),
-        click.option("--design", type=click.Choice(["auto", *design_names()]), default=default.design, show_default=True),
-        click.option("--reduction", type=click.IntRange(min=1), default=default.reduction, show_default=True),
-        click.option("--eta", type=_choices("eta"), default=default.eta, show_default=True),
-        click.option("--text-keys", type=_choices("text_keys"), default=default.text_keys, show_default=True),
-        click.option("--include", multiple=True, default=default.include, help="glob over module paths; repeatable"),
+        click.argument("model", required=False),
+        click.option("--model", "model_option", metavar="MODEL", help="hub id, folder, config.json, demo/NAME, arch/NAME or timm/NAME"),
+        click.option("--design", cls=_DesignOption, metavar="NAME", default="auto", show_default=True),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="an option of the designs, as in YAML; repeatable"),
+        click.option("--include", multiple=True, help="glob over module paths; repeatable; default: *"),
         click.option("--exclude", multiple=True, help="glob over module paths; repeatable"),
         click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else"),
     ]
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+    return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
+
+
+def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {setting!r}: write KEY=VALUE")
+        if name in ("design", "include", "exclude"):
+            raise ConfigError(f"--set {setting}: this is the option --{name}")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    return found
+
+
+def _config(**options: Any) -> LinearizeConfig:
+    from edit_compile.config import LinearizeConfig
+
+    return LinearizeConfig(**options)
 
 
 _dtype_option = click.option(
@@ -77,85 +129,108 @@ def main() -> None:
 
 
 @main.command()
+@_errors_in_one_line
 @_conversion_options
 @click.option("--size", "sizes", multiple=True, type=_Size(), help="PX or HEIGHTxWIDTH to count FLOPs at; repeatable; default: usual ones")
 @click.option("--text", type=click.IntRange(min=1), help="number of text tokens to count with; default: the pipeline's")
-@_errors_in_one_line
-def inspect(model: str, as_json: bool, sizes: tuple[tuple[int, int], ...], text: int | None, **options: Any) -> None:
+def inspect(model: str, config: LinearizeConfig, as_json: bool, sizes: tuple[tuple[int, int], ...], text: int | None) -> None:
     """Show what would be done to a model, site by site, and why; what it adds and saves. Needs no weights."""
     from edit_compile.adapters.load_model import load_model
     from edit_compile.api import plan_and_convert
-    from edit_compile.bench import conversion_cost
+    from edit_compile.bench import cost
     from edit_compile.report.tables import cost_summary, cost_table
 
     loaded = load_model(model, structure_only=True)
-    plan, student = plan_and_convert(loaded.model, LinearizeConfig(**options))
-    costs = conversion_cost(student, sizes or None, text=text) if student is not None else None
+    plan, student = plan_and_convert(loaded.model, config)
+    costs = cost(student, sizes or None, text=text) if student is not None else None
     _show(plan, as_json, {"source": loaded.source, "cost": costs and cost_summary(costs)})
     if costs and not as_json:
         _console().print(cost_table(costs))
 
 
 @main.command()
-@_conversion_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the checkpoint")
-@_dtype_option
 @_errors_in_one_line
-def convert(model: str, output: Path, dtype: str, as_json: bool, **options: Any) -> None:
-    """Convert a model and save the checkpoint: what was added, and the plan."""
+@_conversion_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the checkpoint; default: converted/ and the model's name")
+@click.option("--overwrite", is_flag=True, help="replace the checkpoint that the folder holds")
+@_dtype_option
+def convert(model: str, config: LinearizeConfig, output: Path | None, overwrite: bool, dtype: str, as_json: bool) -> None:
+    """Convert a model and save the checkpoint: the plan, and the weights that were added."""
+    output = output or Path("converted") / Path(model).resolve().name
+    _check_folder(output)
+    if not overwrite and (output / "edit_compile.json").exists():
+        raise CheckpointError(f"{output} holds a checkpoint already; choose another folder with -o, or replace it with --overwrite")
     import torch
 
-    from edit_compile.adapters.load_model import load_model
-    from edit_compile.api import linearize, plan_of
-    from edit_compile.student.checkpoint import save
+    import edit_compile as ec
+    from edit_compile.bench.conversion_cost import added_parameters
 
-    config = LinearizeConfig(**options)
-    loaded = load_model(model, dtype=getattr(torch, dtype))
+    loaded = ec.load_model(model, dtype=getattr(torch, dtype))
     if not loaded.has_weights:
         raise EditCompileError(f"{model} is structure only, without weights to convert; `edit-compile inspect` shows its plan")
-    student = linearize(loaded.model, config)
-    save(student, output, base=loaded.pipeline or loaded.source)
-    added = sum(p.numel() for name, p in student.named_parameters() if ".edit." in name)
-    _show(plan_of(student), as_json, {"source": loaded.source, "output": str(output), "parameters_added": added})
+    student = ec.linearize(loaded.model, config)
+    ec.save(student, output, base=loaded.pipeline or loaded.source)
+    added = added_parameters(student)
+    _show(ec.plan_of(student), as_json, {"source": loaded.source, "output": str(output), "parameters_added": added})
     click.echo(f"{added:,} parameters added, saved to {output}. {UNTRAINED}", err=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is loaded. What is made to find out is removed again.
+
+    Raises:
+        CheckpointError: it is a file, or cannot be made or written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, not a folder; choose another with -o")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}; choose another folder with -o") from None
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, required=True, help="what to draw; repeatable, a row each")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="what to draw; repeatable, a row for each")
 @click.option("--height", type=click.IntRange(min=1), help="in pixels; default: the model's")
 @click.option("--width", type=click.IntRange(min=1), help="in pixels; default: the model's")
-@click.option("--steps", type=click.IntRange(min=1), help="of the sampler; default: the pipeline's")
-@click.option("--guidance", type=float, help="classifier-free guidance; default: the pipeline's")
+@click.option("--steps", type=click.IntRange(min=1), help="sampling steps; default: the pipeline's")
+@click.option("--guidance", type=float, help="classifier-free guidance scale; default: the pipeline's")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--base", help="the base pipeline: hub id or folder; default: as the checkpoint says")
 @_dtype_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="the PNG to write")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="the PNG, JPEG or WebP file to write")
 @_errors_in_one_line
 def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Path, **options: Any) -> None:
-    """Draw with teacher and student, side by side, from the same noise."""
-    from edit_compile.report.compare_samples import SampleOptions, side_by_side
-    from edit_compile.report.image_grid import picture_grid, save_png
+    """Sample from teacher and student with the same noise and show their images side by side."""
+    from edit_compile.report.compare_samples import sample as sample_both
+    from edit_compile.report.image_grid import image_format
 
-    pairs = side_by_side(folder, prompts, SampleOptions(**options), base)
-    originals, students = zip(*pairs, strict=True)
-    save_png(picture_grid(prompts, [("teacher", originals), ("student", students)]), output)
-    click.echo(f"{len(pairs)} prompts, teacher | student, in {output}", err=True)
+    image_format(output)
+    sample_both(folder, prompts, base=base, **options).save(output)
+    click.echo(f"{len(prompts)} prompts, teacher | student, in {output}", err=True)
 
 
 @main.command()
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as stage.0.steps=500; repeatable")
-@click.option("--dry-run", is_flag=True, help="print the recipe, the plan, and each phase's FLOPs, memory and time; stop")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as stages.0.steps=500; repeatable")
+@click.option("--dry-run", is_flag=True, help="print the recipe, the plan, and FLOPs, memory and time of each phase, without training")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the student; default: runs/ and the recipe's name")
-@click.option("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository of the hub")
-@click.option("--resume", is_flag=True, help="continue what the folder holds, bit for bit; start if it holds nothing")
+@click.option("--push-to-hub", metavar="REPO", help="upload the finished folder to this hub repository")
+@click.option("--resume", is_flag=True, help="continue the run in the folder, bit for bit; start one if there is none")
 @click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
 @_errors_in_one_line
 def distill(
     recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, push_to_hub: str | None, resume: bool, as_json: bool
 ) -> None:
-    """Convert a model and train it to do what its teacher does. RECIPE: a YAML file, or the name of a shipped recipe."""
+    """Convert a model and train it to match its teacher. RECIPE: a YAML file, or the name of a shipped recipe."""
     from edit_compile.distillation.console import print_result, print_trial, showing
     from edit_compile.distillation.dry_run import trial
     from edit_compile.distillation.output.hub import push_to_hub as push
@@ -176,7 +251,7 @@ def distill(
         command = shlex.join(["edit-compile", "distill", recipe, *changes, "-o", str(folder), "--resume"])
         if speaks:
             click.echo(f"{stopped}. To continue: {command}", err=True)
-        return
+        sys.exit(STOPPED)
     if not speaks:
         return
     print_result(result, as_json)
@@ -186,16 +261,16 @@ def distill(
 
 @main.command()
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as data.path=pictures; repeatable")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, as in data.path=images; repeatable")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the cache")
-@click.option("--samples", type=click.IntRange(min=1), help="at most so many; default: all")
-@click.option("--shard-size", type=click.IntRange(min=1), default=128, show_default=True, help="samples of a file")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="samples encoded or drawn at a time")
-@click.option("--verify", is_flag=True, help="read all of a finished cache and compare the checksums")
+@click.option("--samples", type=click.IntRange(min=1), help="maximum number of samples; default: all")
+@click.option("--shard-size", type=click.IntRange(min=1), default=128, show_default=True, help="samples in each file")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="samples encoded or drawn at once")
+@click.option("--verify", is_flag=True, help="read a finished cache completely and compare the checksums")
 @click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
 @_errors_in_one_line
 def cache(recipe: str, overrides: tuple[str, ...], output: Path, verify: bool, as_json: bool, **options: Any) -> None:
-    """Encode a recipe's data once: latents, and text embeddings. Killed, it goes on where it was. RECIPE: as for `distill`."""
+    """Encode a recipe's data once, as latents and text embeddings. Resumes if interrupted. RECIPE: as for `distill`."""
     from edit_compile.distillation.make_cache import make_cache, verify_cache
     from edit_compile.distillation.recipe.load import load_recipe
 
@@ -213,21 +288,23 @@ def cache(recipe: str, overrides: tuple[str, ...], output: Path, verify: bool, a
         for name, reason in names.items():
             click.echo(f"{what} {name}: {reason}", err=True)
     if made.damaged:
-        raise EditCompileError(f"{len(made.damaged)} of {made.samples} samples in {output} are damaged; training passes them over")
+        raise EditCompileError(f"{len(made.damaged)} of {made.samples} samples in {output} are damaged; training skips them")
 
 
-def _show(plan: Any, as_json: bool, more: dict[str, Any]) -> None:
-    from edit_compile.report.tables import PlanTable, plan_summary
+def _show(plan: Plan, as_json: bool, more: dict[str, Any]) -> None:
+    from edit_compile.report.tables import plan_summary
 
     if as_json:
         click.echo(json.dumps({**more, **plan_summary(plan)}, indent=2))
     else:
-        _console().print(PlanTable(plan))
+        _console().print(plan)
 
 
 def _console() -> Console:
-    """As wide as the terminal, or as $COLUMNS; wide where output goes to a file."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    """Make a console as wide as the terminal or as $COLUMNS, and wide where output goes to a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
 
 
 if __name__ == "__main__":

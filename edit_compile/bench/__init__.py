@@ -1,20 +1,21 @@
 """Measuring a conversion: FLOPs, latency, memory."""
 
-from edit_compile.bench.cost import Cost, CostReport, FlopCount, SiteCost, conversion_cost, count_flops
-from edit_compile.bench.latency import Row, Timing, compare_calls, compare_speed, matrix_product_speed
+from edit_compile.bench.conversion_cost import Cost, CostReport, SiteCost, cost
+from edit_compile.bench.flops import FlopCount, count_flops
+from edit_compile.bench.latency import SpeedRow, Timing, compare_calls, compare_speed, matmul_flops_per_second
 from edit_compile.bench.memory import peak_memory
 
 __all__ = [
     "Cost",
     "CostReport",
     "FlopCount",
-    "Row",
     "SiteCost",
+    "SpeedRow",
     "Timing",
     "compare_calls",
     "compare_speed",
-    "conversion_cost",
+    "cost",
     "count_flops",
-    "matrix_product_speed",
+    "matmul_flops_per_second",
     "peak_memory",
 ]

@@ -1,4 +1,4 @@
-"""Teacher against student, timed in one process, turn by turn: what disturbs one run disturbs its partner too."""
+"""Teacher against student, timed by alternating calls in one process: what disturbs one call disturbs its partner too."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from edit_compile.adapters.inputs import default_sizes, inputs_for_size
 from edit_compile.api import compile as compile_regionally
-from edit_compile.api import teacher
+from edit_compile.api import teacher, transformer_of
 
 _LONG = 0.05
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds, or a ratio of seconds, over several calls: the median, and the quartiles around it."""
+    """The median and the quartiles of seconds, or of a ratio of seconds, over several calls."""
 
     median: float
     low: float
@@ -33,9 +34,14 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One picture size. `speedup` is the teacher's seconds over the student's, of calls one right after the other;
-    `memory` their peaks in bytes, where the device counts them.
+class SpeedRow:
+    """Teacher and student at one image size.
+
+    Attributes:
+        height, width: in pixels.
+        teacher, student: seconds of one forward.
+        speedup: the teacher's seconds over the student's, of calls one right after the other.
+        memory: peaks of teacher and student in bytes, where the device counts them.
     """
 
     height: int
@@ -47,42 +53,55 @@ class Row:
 
 
 def compare_speed(
-    student: nn.Module,
-    inputs_for: Callable[[int, int], Mapping[str, Any]],
-    sizes: Sequence[tuple[int, int]],
+    student: Any,
+    sizes: Sequence[tuple[int, int]] | None = None,
     *,
+    inputs_for: Callable[[int, int], Mapping[str, Any]] | None = None,
     runs: int = 7,
-    warm_up: int = 2,
+    warmup: int = 2,
     compiled: bool = False,
-) -> list[Row]:
+) -> list[SpeedRow]:
     """Time a converted model against its teacher, size by size.
 
     Args:
-        inputs_for: keyword arguments of one forward for a picture of (height, width).
-        runs: calls of each that count; `warm_up` more of each go before.
+        student: a converted model, or a pipeline with one.
+        sizes: (height, width) of images in pixels; default: those the model is used at.
+        inputs_for: keyword arguments of one forward for an image of (height, width); default: random ones, for models with an adapter.
+        runs: timed calls of each, after `warmup` more.
         compiled: compile the student in place, as `edit_compile.compile` does; the same blocks are compiled for the teacher.
+
+    Raises:
+        NoExampleInputsError: sizes or inputs_for are not given, and the model's family has no adapter.
+        GridError: the model cannot draw a size.
     """
+    model = transformer_of(student)
     if compiled:
-        compile_regionally(student)
+        compile_regionally(model)
+    inputs_for = inputs_for or partial(_random_inputs, model)
     rows = []
-    for height, width in sizes:
+    for height, width in sizes if sizes is not None else default_sizes(model):
         inputs = dict(inputs_for(height, width))
-        calls = partial(_taught, student, inputs), partial(student, **inputs)
-        rows.append(Row(height, width, *compare_calls(*calls, runs=runs, warm_up=warm_up)))
+        calls = partial(_call_teacher, model, inputs), partial(model, **inputs)
+        rows.append(SpeedRow(height, width, *compare_calls(*calls, runs=runs, warmup=warmup)))
     return rows
 
 
-def _taught(student: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def _random_inputs(model: nn.Module, height: int, width: int) -> dict[str, Any]:
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    return inputs_for_size(model, height, width, device=weight.device, dtype=weight.dtype).inputs
+
+
+def _call_teacher(student: nn.Module, inputs: Mapping[str, Any]) -> Any:
     with teacher(student):
         return student(**inputs)
 
 
 @torch.no_grad()
 def compare_calls(
-    teacher_call: Callable[[], Any], student_call: Callable[[], Any], *, runs: int = 7, warm_up: int = 2
+    teacher_call: Callable[[], Any], student_call: Callable[[], Any], *, runs: int = 7, warmup: int = 2
 ) -> tuple[Timing, Timing, Timing, tuple[int, int] | None]:
-    """Time two calls in turns, after a warm-up of both: a Row's teacher, student, speedup and memory."""
-    for _ in range(warm_up):
+    """Time two calls by turns, after a warm-up of both: the teacher, student, speedup and memory of a SpeedRow."""
+    for _ in range(warmup):
         teacher_call()
         student_call()
     pairs = [(_seconds(teacher_call), _seconds(student_call)) for _ in range(runs)]
@@ -91,8 +110,8 @@ def compare_calls(
     return Timing.of(first), Timing.of(second), Timing.of([a / b for a, b in pairs]), memory
 
 
-def matrix_product_speed(dtype: torch.dtype) -> float:
-    """FLOPs per second of a product of two square matrices, large if that is fast, on the GPU if there is one."""
+def matmul_flops_per_second(dtype: torch.dtype) -> float:
+    """Measure a product of two square matrices, on the GPU if there is one: the fastest of several sizes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fastest = 0.0
     for size in (256, 512, 1024, 2048, 4096):

@@ -1,4 +1,4 @@
-"""How much memory a call needs, counted in tensors: on any device, the meta device included, where nothing is held at all."""
+"""How much memory a call needs, counted in tensors: on any device, even the meta device, where nothing is allocated."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Bytes of the tensors made in a call, at the moment when most of them are alive; a backward pass counts too.
+    """Count the bytes of the tensors made in a call, a backward pass included, at the moment when most of them are alive.
 
-    What a kernel uses for itself is not counted, nor what was alive before. Attention counts as one fused kernel on the meta device
-    too, which would otherwise make the matrix of scores.
+    Workspaces of kernels are not counted, nor what was alive before. On the meta device attention is counted as one fused kernel;
+    its decomposition there would make the matrix of scores.
     """
-    with _fused_on_meta(), _Counter() as counter:
+    counter = _Counter()
+    with _fused_on_meta(), counter:
         call()
     return counter.peak
 
 
-class _Counter(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end."""
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follow every storage from the operation that makes it to its end."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         self.known: Any = WeakIdKeyDictionary()  # storages: those counted, and those that were there before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,7 +58,7 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def _fused_on_meta() -> Iterator[None]:
-    """Attention on the meta device as one operation. A mode would not do: it ends where checkpointing computes again."""
+    """Run attention on the meta device as one operation. A mode would not do: it is not active where checkpointing recomputes."""
     own = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -70,7 +72,7 @@ def _fused_on_meta() -> Iterator[None]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The tensors of a fused attention kernel: it keeps its inputs, its output, and a number for each query."""
+    """Hold the tensors of a fused attention kernel: its inputs, its output, and a number for each query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What users read: tables, image grids."""
+"""What users read and look at: tables, image grids, samples of teacher and student."""

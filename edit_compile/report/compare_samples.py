@@ -1,7 +1,8 @@
-"""Pictures of teacher and student from the same noise, side by side."""
+"""Images of teacher and student from the same noise, side by side."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +10,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
-from edit_compile.adapters.pipelines import weights_in
+from edit_compile.adapters.pipelines import dtype_kwarg, origin_of
 from edit_compile.api import teacher
 from edit_compile.demo import models as demo
 from edit_compile.demo import shapes
 from edit_compile.errors import ConfigError
+from edit_compile.report.image_grid import image_grid, save_image
 from edit_compile.student.checkpoint import base_of, load, load_pipeline
 
 MULTIPLE = 2  # the demo models' patch
 
+Draw = Callable[[str, int], np.ndarray]  # an image (height, width, 3) in [0, 1] from a prompt and a seed
+
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How pictures are drawn. None: the pipeline's own default (for the demo models 32 x 32 px, 25 steps, guidance 2).
+    """How images are sampled. None: the pipeline's own default (for the demo models 32 x 32 px, 25 steps, guidance 2).
 
     Attributes:
-        height, width: of the picture, in pixels.
-        seed: of the first picture; the n-th has `seed + n`, the same for teacher and student.
-        dtype: of the pipeline's weights: float32, bfloat16 or float16. The demo models draw in float32.
+        height, width: in pixels.
+        steps: of the sampler.
+        guidance: the scale of classifier-free guidance.
+        seed: of the first image; the n-th has `seed + n`, the same for teacher and student.
+        dtype: of weights that are loaded: float32, bfloat16 or float16. The demo models run in float32.
     """
 
     height: int | None = None
@@ -39,70 +46,106 @@ class SampleOptions:
     dtype: str = "float32"
 
 
-Draw = Callable[[str, int], np.ndarray]  # of a prompt and a seed
+@dataclass(frozen=True)
+class Samples:
+    """Images (height, width, 3) in [0, 1] by teacher and student, one each for every prompt."""
+
+    prompts: tuple[str, ...]
+    teacher: tuple[np.ndarray, ...]
+    student: tuple[np.ndarray, ...]
+
+    def image(self) -> Image.Image:
+        """Lay them out: a row for each prompt, teacher on the left and student on the right."""
+        return image_grid(self.prompts, [("teacher", self.teacher), ("student", self.student)])
+
+    def save(self, path: str | Path) -> None:
+        """Write that image as PNG, JPEG or WebP.
+
+        Raises:
+            ConfigError: the path ends otherwise.
+        """
+        save_image(self.image(), Path(path))
 
 
-def side_by_side(
-    folder: str | Path, prompts: Sequence[str], options: SampleOptions, base: str | None = None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(teacher's picture, student's picture) for every prompt, each (height, width, 3) in [0, 1].
+def sample(student: Any, prompts: str | Sequence[str], *, base: str | Path | None = None, **options: Any) -> Samples:
+    """Sample from teacher and student with the same noise.
 
     Args:
-        folder: a checkpoint made by `save`.
-        base: the pipeline's folder or hub id; default: as the checkpoint says.
+        student: a checkpoint's folder, a pipeline with a converted transformer, or a converted demo model.
+        prompts: what to draw.
+        base: the folder or hub id of the base pipeline; default: as the checkpoint says.
+        options: of `SampleOptions`: height, width, steps, guidance, seed, dtype.
 
     Raises:
         CheckpointError: the checkpoint or its base cannot be loaded.
-        ConfigError: no prompt, or a size that the model cannot draw.
+        ConfigError: no prompt, an unknown option, or a size that the model cannot draw.
     """
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not prompts:
         raise ConfigError("no prompt was given")
-    source = base or base_of(folder)
-    student, draw = _demo_sampler(folder, options) if source in demo.SOURCES else _pipeline_sampler(folder, source, options)
+    try:
+        chosen = SampleOptions(**options)
+    except TypeError:
+        unknown = sorted(options.keys() - SampleOptions.__dataclass_fields__.keys())
+        raise ConfigError(f"unknown options {unknown}; there are: {', '.join(SampleOptions.__dataclass_fields__)}") from None
+    model, draw = _sampler(student, base, chosen)
     pairs = []
     for number, prompt in enumerate(prompts):
-        after = draw(prompt, options.seed + number)
-        with teacher(student):
-            pairs.append((draw(prompt, options.seed + number), after))
-    return pairs
+        after = draw(prompt, chosen.seed + number)
+        with teacher(model):
+            pairs.append((draw(prompt, chosen.seed + number), after))
+    return Samples(prompts, *map(tuple, zip(*pairs, strict=True)))
 
 
-def _demo_sampler(folder: str | Path, options: SampleOptions) -> tuple[nn.Module, Draw]:
+def _sampler(student: Any, base: str | Path | None, options: SampleOptions) -> tuple[Any, Draw]:
+    if isinstance(student, str | Path):
+        source = base or base_of(student)
+        if source in demo.SOURCES:
+            return _demo_sampler(lambda: load(student), options)
+        pipe = load_pipeline(student, source, **dtype_kwarg(getattr(torch, options.dtype)))
+        return _pipeline_sampler(pipe.to("cuda") if torch.cuda.is_available() else pipe, options)
+    if not isinstance(student, nn.Module):
+        return _pipeline_sampler(student, options)
+    folders = [str(demo.folder(name)) for name in demo.NAMES]
+    if base in demo.SOURCES or (base is None and origin_of(student) in folders):
+        return _demo_sampler(lambda: student, options)
+    raise ConfigError(f"a {type(student).__name__} cannot sample by itself: give a pipeline with it, or the folder it was saved to")
+
+
+def _demo_sampler(load_student: Callable[[], nn.Module], options: SampleOptions) -> tuple[nn.Module, Draw]:
     height, width = options.height or shapes.IMAGE_SIZE, options.width or shapes.IMAGE_SIZE
     if height % MULTIPLE or width % MULTIPLE:
-        raise ConfigError(f"{height} x {width} px: the demo models draw pictures whose sides are multiples of {MULTIPLE}")
+        raise ConfigError(f"{height} x {width} px: the demo models draw images whose sides are multiples of {MULTIPLE}")
     if options.dtype != "float32":
         raise ConfigError(f"the demo models draw in float32, not in {options.dtype}")
-    student = load(folder)
-    chosen: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    student, chosen = load_student(), _given(steps=options.steps, guidance=options.guidance)
 
     def draw(prompt: str, seed: int) -> np.ndarray:
         try:
-            pictures = demo.sample(student, [prompt], seed=seed, height=height, width=width, **chosen)
+            images = demo.sample(student, [prompt], seed=seed, height=height, width=width, **chosen)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        return pictures[0].permute(1, 2, 0).numpy()
+        pixels: np.ndarray = images[0].permute(1, 2, 0).numpy()
+        return pixels
 
     return student, draw
 
 
-def _pipeline_sampler(folder: str | Path, base: str | None, options: SampleOptions) -> tuple[nn.Module, Draw]:
-    pipe = load_pipeline(folder, base, **weights_in(getattr(torch, options.dtype)))
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-    chosen = {
-        "height": options.height,
-        "width": options.width,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, Draw]:
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise ConfigError(f"{type(pipe).__name__} takes no prompts; sample from it as usual, and from its teacher inside ec.teacher(pipe)")
+    chosen = _given(height=options.height, width=options.width, num_inference_steps=options.steps, guidance_scale=options.guidance)
 
     def draw(prompt: str, seed: int) -> np.ndarray:
         try:
-            return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **chosen).images[0]
+            images = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **chosen).images
         except ValueError as error:
             raise ConfigError(f"{type(pipe).__name__}: {error}") from error
+        pixels: np.ndarray = images[0]
+        return pixels
 
-    return pipe.transformer, draw
+    return pipe, draw
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""A labelled grid of pictures as one PNG: a row a prompt, a column a model."""
+"""A labelled grid of images: a row for each prompt, a column for each model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from edit_compile.errors import ConfigError
 from edit_compile.files import replacing
 
 _MARGIN, _GAP, _FONT_SIZE, _CAPTION_WIDTH = 16, 8, 15, 250
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
-_SMALLEST = 160  # smaller pictures are enlarged, pixel by pixel
+_SMALLEST = 160  # smaller images are enlarged, pixel by pixel
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def picture_grid(captions: Sequence[str], columns: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
-    """Pictures with their captions at the left and the columns' names on top.
+def image_grid(captions: Sequence[str], columns: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Image.Image:
+    """Lay out images with their captions on the left and the columns' names on top.
 
     Args:
-        captions: one a row.
-        columns: (name, pictures (height, width, 3) in [0, 1], one a row), all of one size.
+        captions: one for each row.
+        columns: each a name and its images (height, width, 3) in [0, 1], one for each row; all of one size.
     """
     height, width, _ = columns[0][1][0].shape
     enlarged = max(1, -(-_SMALLEST // min(height, width)))
@@ -37,17 +39,33 @@ def picture_grid(captions: Sequence[str], columns: Sequence[tuple[str, Sequence[
     for row, caption in enumerate(captions):
         lines = textwrap.wrap(caption, _CAPTION_WIDTH // (_FONT_SIZE // 2) - 2)
         draw.multiline_text((_MARGIN, top + row * (height + _GAP)), "\n".join(lines), _INK, font)
-    for column, (name, pictures) in enumerate(columns):
+    for column, (name, images) in enumerate(columns):
         left = _MARGIN + _CAPTION_WIDTH + column * (width + _GAP)
         draw.text((left, _MARGIN), name, _INK, font)
-        for row, picture in enumerate(pictures):
-            image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+        for row, pixels in enumerate(images):
+            image = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
             sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top + row * (height + _GAP)))
     return sheet
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a picture at once or not at all."""
+def image_format(path: Path) -> str:
+    """Return the format that a file's ending stands for.
+
+    Raises:
+        ConfigError: it is not the ending of PNG, JPEG or WebP.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigError(f"{path}: images are written as {', '.join(_FORMATS)}, not as {path.suffix or 'a file without an ending'}")
+    return _FORMATS[path.suffix.lower()]
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image, whole or not at all, in the format of the path's ending.
+
+    Raises:
+        ConfigError: as `image_format`.
+    """
+    kind = image_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format=kind)

@@ -1,0 +1,154 @@
+"""What a conversion costs and saves: parameters added, and FLOPs of one forward before and after. No weights, no memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from edit_compile.adapters.inputs import default_sizes, inputs_for_size, pixels_per_token
+from edit_compile.adapters.load_model import load_model
+from edit_compile.api import plan_and_convert, plan_of, repeated_blocks, teacher, transformer_of
+from edit_compile.bench.flops import count_flops
+from edit_compile.config import LinearizeConfig
+from edit_compile.errors import GridError, PlanError
+from edit_compile.passes.capture import meta_inputs, stand_in
+from edit_compile.passes.rewrite import ADDED
+from edit_compile.student.grid import grid
+from edit_compile.student.site import converted_sites
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """FLOPs of one rewritten site in one forward, projections included."""
+
+    path: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one forward, batch 1, at one image size.
+
+    Attributes:
+        height, width: in pixels.
+        image, text: numbers of tokens.
+        before, after: FLOPs of the whole model.
+        sites: FLOPs of each rewritten site.
+    """
+
+    height: int
+    width: int
+    image: int
+    text: int
+    before: int
+    after: int
+    sites: tuple[SiteCost, ...]
+
+    @property
+    def saved(self) -> int:
+        return self.before - self.after
+
+    @property
+    def ratio(self) -> float:
+        return self.before / self.after
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """The costs of a conversion at several image sizes.
+
+    Attributes:
+        parameters: of the model before conversion.
+        added: parameters that the designs bring.
+        costs: in ascending order of image tokens.
+        errors: why a size could not be counted, by "height x width".
+        break_even_tokens: image tokens from which the conversion needs fewer FLOPs; 0 if at every size, None if unknown.
+        pixels_per_token: along each side of the image.
+    """
+
+    parameters: int
+    added: int
+    costs: tuple[Cost, ...]
+    errors: Mapping[str, str]
+    break_even_tokens: int | None
+    pixels_per_token: int
+
+
+def added_parameters(student: nn.Module) -> int:
+    """Count the parameters that the designs brought."""
+    return sum(p.numel() for site in plan_of(student).rewritten for p in getattr(student.get_submodule(site.path), ADDED).parameters())
+
+
+def cost(
+    model: Any,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    *,
+    text: int | None = None,
+    config: LinearizeConfig | None = None,
+) -> CostReport:
+    """Count a converted model against its teacher, or what converting a model would cost and save.
+
+    Args:
+        model: a converted model, or as for `plan`: a model, a pipeline, or a name; of a name no weights are loaded.
+        sizes: (height, width) of images in pixels; default: those the model is used at.
+        text: number of text tokens; default: as many as the model's pipeline passes.
+        config: how to convert a model that is not converted yet.
+
+    Raises:
+        NoExampleInputsError: the model's family has no adapter.
+        PlanError: the model can not be converted.
+    """
+    structure = stand_in(_converted(model, config))
+    costs: list[Cost] = []
+    errors: dict[str, str] = {}
+    for height, width in sizes if sizes is not None else default_sizes(structure):
+        try:
+            costs.append(_cost(structure, height, width, text))
+        except GridError as error:
+            errors[f"{height} x {width}"] = str(error)
+    costs.sort(key=lambda cost: cost.image)
+    added = added_parameters(structure)
+    total = sum(p.numel() for p in structure.parameters())
+    return CostReport(total - added, added, tuple(costs), errors, break_even_tokens(costs), pixels_per_token(structure))
+
+
+def _converted(model: Any, config: LinearizeConfig | None) -> nn.Module:
+    if isinstance(model, str):
+        model = load_model(model, structure_only=True).model
+    transformer = transformer_of(model)
+    if converted_sites(transformer):
+        return transformer
+    plan, student = plan_and_convert(transformer, config)
+    if student is None:
+        raise PlanError(f"no site of {plan.model} can be converted; print(edit_compile.plan(model)) says why")
+    return student
+
+
+def _cost(structure: nn.Module, height: int, width: int, text: int | None) -> Cost:
+    image = inputs_for_size(structure, height, width, text=text)
+    inputs, paths, blocks = meta_inputs(image.inputs), [site.path for site in plan_of(structure).rewritten], repeated_blocks(structure)
+    with grid(structure, *image.grid):
+        after = count_flops(structure, inputs, paths, blocks)
+    with teacher(structure):
+        before = count_flops(structure, inputs, paths, blocks)
+    sites = tuple(SiteCost(path, before.parts[path], after.parts[path]) for path in paths)
+    return Cost(height, width, math.prod(image.grid), image.text, before.total, after.total, sites)
+
+
+def break_even_tokens(costs: Sequence[Cost]) -> int | None:
+    """Find the number of image tokens at which teacher and student need the same FLOPs.
+
+    What is saved is a N^2 - b N: the quadratic part goes, a linear one comes, and the rest of the model stays. Two counts
+    give a and b. With arXiv 2503.16726's softmax 4 N^2 C and convolutions 20 C^2 N / reduction, they meet near N = 5 C / reduction.
+    """
+    counted = {cost.image: cost.saved / cost.image for cost in costs}
+    if len(counted) < 2:
+        return None
+    few, many = min(counted), max(counted)
+    slope = (counted[many] - counted[few]) / (many - few)
+    return max(0, math.ceil(few - counted[few] / slope)) if slope > 0 else None
