@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edit_compile.demo import models, shapes
-from edit_compile.demo.prompt_adherence import obedience
+from edit_compile.demo.prompt_adherence import prompt_adherence
 
 COOL_DOWN = 1 / 3
 STEPS = {"mm-dit": 4_500, "dit": 3_500}
@@ -167,7 +167,7 @@ def main() -> None:
             averaged.load_state_dict(ema)
             averaged.eval().save_pretrained(args.out / "model")
             if (step + 1) % (4 * args.save_every) == 0 or step + 1 == args.steps:
-                found = obedience(averaged, 60 if step + 1 < args.steps else 200)
+                found = prompt_adherence(averaged, 60 if step + 1 < args.steps else 200)
                 print(json.dumps({"step": step + 1, **found.to_dict()}), flush=True)
 
 

@@ -1,15 +1,163 @@
-"""Model families by the name of their class: adapters are the only place where names decide."""
+"""What a model family says of itself, and how a model finds its family: adapters are the only place where class names decide.
+
+A new family is one module that defines FAMILY, and one line in the registry below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-Entry = TypeVar("Entry")
+from edit_compile.demo.text import TEXT_LENGTH
+
+VAE_SCALE, RGB = 8, 3
+DEFAULT_SIDES = (1024, 2048, 4096)  # pixels
+Size = tuple[int, int]  # height and width, or rows and columns
+
+_MODULES = {
+    "PixArtTransformer2DModel": "pixart",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "DiTTransformer2DModel": "dit",
+    "VisionTransformer": "timm_vit",
+}
 
 
-def of_family(model: nn.Module, entries: Mapping[str, Entry]) -> Entry | None:
-    """The entry of the model's class, or of the nearest one that it derives from: converted models derive from their own."""
-    return next((entries[base.__name__] for base in type(model).__mro__ if base.__name__ in entries), None)
+@dataclass(frozen=True)
+class InputSizes:
+    """The sizes of one forward's tensors, and how they are made: random, or empty on the meta device.
+
+    Attributes:
+        text: number of text tokens.
+        rows, columns: of image tokens.
+    """
+
+    batch: int
+    text: int
+    rows: int
+    columns: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def floats(self, *shape: int) -> Tensor:
+        """Make a tensor (B, *shape)."""
+        make = torch.empty if self.device.type == "meta" else torch.randn
+        return make((self.batch, *shape), dtype=self.dtype, device=self.device)
+
+    def integers(self) -> Tensor:
+        """Make zeros (B,) of int64."""
+        return torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+
+
+class Family(ABC):
+    """A model family: the inputs of a forward, and the image sizes its models can take."""
+
+    @abstractmethod
+    def inputs(self, model: Any, sizes: InputSizes) -> dict[str, Any]:
+        """Make the keyword arguments of one forward."""
+
+    @abstractmethod
+    def pixels_per_token(self, model: Any) -> int:
+        """Return how many pixels of the finished image an image token spans, each way."""
+
+    @abstractmethod
+    def default_sizes(self, model: Any) -> tuple[Size, ...]:
+        """Return the image sizes (height, width) in pixels that the model is usually used at."""
+
+    def text_tokens(self, model: Any) -> int:
+        """Return how many text tokens the model's pipeline passes."""
+        return 0
+
+    def size_limit(self, model: Any, rows: int, columns: int) -> str | None:
+        """Say why the model cannot take a grid of rows x columns image tokens; None if it can."""
+        return None
+
+    def example_grid(self, model: Any) -> Size:
+        """Return the rows and columns of image tokens to capture the model with.
+
+        No two sizes should be equal and none 1: equal sizes would merge in the graph. Nor may image and text tokens together be as many
+        as the model has channels.
+        """
+        return 10, 14
+
+
+class DiffusionFamily(Family):
+    """A family of diffusers' denoising transformers: `hidden_states` (B, C, H, W) and `timestep` (B,) in [0, 1000)."""
+
+    denoise_arguments: ClassVar[Sequence[str]] = ("hidden_states", "timestep", "return_dict")  # those `denoise` passes itself
+
+    def denoise(self, model: Any, x_BCHW: Tensor, timesteps_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """Call the model once; returns its prediction (B, C, H, W), without the variance that some predict in further channels."""
+        prediction = model(hidden_states=x_BCHW, timestep=timesteps_B, return_dict=False, **conditions)[0]
+        return cast("Tensor", prediction)[:, : x_BCHW.shape[1]]
+
+    def latents(self, inputs: Mapping[str, Any], grid: Size) -> Tensor:
+        """Return the noisy latents (B, C, H, W) of `inputs`, made for a grid of image tokens."""
+        return cast("Tensor", inputs["hidden_states"])
+
+    def random_latents(self, model: Any, sizes: InputSizes) -> Tensor:
+        """Make the latents (B, C, H, W) of a model that cuts them into patches itself."""
+        patch = model.config.patch_size
+        return sizes.floats(model.config.in_channels, patch * sizes.rows, patch * sizes.columns)
+
+    def pixels_per_token(self, model: Any) -> int:
+        return int(model.config.patch_size) * (1 if draws_pixels(model) else VAE_SCALE)
+
+    def default_sizes(self, model: Any) -> tuple[Size, ...]:
+        """A model that draws pixels is used at its own size, twice and four times it."""
+        if draws_pixels(model):
+            return tuple((model.config.sample_size * n, model.config.sample_size * n) for n in (1, 2, 4))
+        return tuple((side, side) for side in DEFAULT_SIDES)
+
+
+class TextToImageFamily(DiffusionFamily):
+    """A family whose pipeline encodes captions, has a VAE, and samples."""
+
+    max_text_tokens: ClassVar[int]  # what the pipeline pads captions to
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}  # of the pipeline's call, for samples of exactly the size asked for
+
+    @abstractmethod
+    def encode_captions(self, pipe: Any, captions: list[str], options: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the conditions made of B captions, tensors (B, ...); `options` are those of the pipeline's `encode_prompt`."""
+
+    def other_conditions(self, model: Any, size: Size, batch: int) -> dict[str, Any]:
+        """Return the conditions that do not depend on captions, for images of a size in pixels."""
+        return {}
+
+    def latent_patch(self, model: Any) -> int:
+        """Return how many latents a token spans, each way."""
+        return int(model.config.patch_size)
+
+    def unpack_samples(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+        """Return what the pipeline gives for `output_type="latent"`, at a size in pixels, as (B, C, H, W)."""
+        return latents
+
+    def text_tokens(self, model: Any) -> int:
+        return TEXT_LENGTH if draws_pixels(model) else self.max_text_tokens
+
+
+def draws_pixels(model: Any) -> bool:
+    """Whether a diffusers model works on pixels, not latents, as the demo models do."""
+    return bool(model.config.in_channels == RGB)
+
+
+def lookup_family(model: nn.Module) -> Family | None:
+    """Find the family of the model's class, or of the nearest known class that it derives from, as converted models do from their own."""
+    name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in _MODULES), None)
+    return _family(name) if name is not None else None
+
+
+def known_classes(kind: type) -> str:
+    """List the model classes whose family is of a kind, for error messages: "A, B, C"."""
+    return ", ".join(name for name in _MODULES if isinstance(_family(name), kind))
+
+
+def _family(class_name: str) -> Family:
+    module = import_module(f"edit_compile.adapters.{_MODULES[class_name]}")
+    return cast("Family", module.FAMILY)

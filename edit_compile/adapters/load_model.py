@@ -1,4 +1,4 @@
-"""From a name to a model: demo models, built-in architectures, timm, local folders, and the hub."""
+"""From a name to a model: demo models, built-in architectures, timm, local folders and the hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit_compile.adapters.pipelines import weights_in
+from edit_compile.adapters.hub_access import hub_access
+from edit_compile.adapters.pipelines import dtype_kwarg
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
 
@@ -27,7 +28,7 @@ class LoadedModel:
 
     Attributes:
         source: the canonical id or absolute path, from which it can be loaded again.
-        pipeline: where the whole pipeline is, if the transformer is part of one.
+        pipeline: the id or path of the whole pipeline, if the transformer is part of one.
         has_weights: False for structure only, on the meta device.
     """
 
@@ -38,29 +39,27 @@ class LoadedModel:
 
 
 def architectures() -> tuple[str, ...]:
-    """The built-in full-size architectures."""
+    """List the built-in full-size architectures, NAME of `arch/NAME`."""
     return tuple(sorted(path.stem for path in _ARCHITECTURES.glob("*.json")))
 
 
 def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: bool = False, random_weights: bool = False) -> LoadedModel:
-    """The transformer that a name stands for.
+    """Load the transformer that a name stands for, in evaluation mode.
 
     Args:
         name: `demo/mm-dit`, `demo/dit`, `arch/NAME` (no weights), `timm/NAME`, a pipeline's or transformer's folder, a
             transformer's `config.json` (no weights), or a hub id.
         dtype: to load the weights in; default: float32, as diffusers does.
-        structure_only: no weights, on the meta device, whatever the name.
-        random_weights: what has no weights gets random ones, of torch's generator, instead of none.
+        structure_only: load no weights, whatever the name: all parameters are on the meta device.
+        random_weights: give what has no weights random ones, from torch's generator.
 
     Raises:
-        ModelNotFoundError: the name leads nowhere, or the hub does not give the model; says what to do.
+        ModelNotFoundError: nothing is found under the name, or the hub does not give the model; says what to do.
     """
     kind, _, rest = name.partition("/")
-    path = Path(name)
+    path = Path(name).expanduser()
     if kind == "demo":
-        if rest not in demo.NAMES or not (demo.folder(rest) / "config.json").is_file():
-            raise ModelNotFoundError(f"no demo model {rest!r}; there are: {', '.join(n for n in demo.NAMES if demo.folder(n).is_dir())}")
-        return LoadedModel(_from_folder(demo.folder(rest), dtype, structure_only), name, None, not structure_only)
+        return LoadedModel(_from_demo(rest, dtype, structure_only), name, None, not structure_only)
     if kind == "arch":
         if rest not in architectures():
             raise ModelNotFoundError(f"no built-in architecture {rest!r}; there are: {', '.join(architectures())}")
@@ -76,15 +75,56 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: b
     return _from_hub(ALIASES.get(name, name), dtype, structure_only)
 
 
+def _from_demo(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
+    there_are = [known for known in demo.NAMES if (demo.folder(known) / "config.json").is_file()]
+    if name not in there_are:
+        raise ModelNotFoundError(f"no demo model {name!r}; there are: {', '.join(there_are)}")
+    return _from_folder(demo.folder(name), dtype, structure_only)
+
+
 def _from_local(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
-    whole = (folder / "model_index.json").is_file()
-    inner = folder / "transformer" if whole else folder
+    is_pipeline = (folder / "model_index.json").is_file()
+    inner = folder / "transformer" if is_pipeline else folder
     if not (inner / "config.json").is_file():
         raise ModelNotFoundError(f"{inner} has no config.json: {folder} is neither a pipeline with a transformer nor a transformer")
-    return LoadedModel(_from_folder(inner, dtype, structure_only), str(folder), str(folder) if whole else None, not structure_only)
+    model = _from_folder(inner, dtype, structure_only)
+    return LoadedModel(model, str(folder), str(folder) if is_pipeline else None, not structure_only)
 
 
-def _class_of(config: dict[str, Any], where: Any) -> Any:
+def _without_weights(config: Path, source: str, random_weights: bool, dtype: torch.dtype | None) -> LoadedModel:
+    model = _from_config(config, "cpu" if random_weights else "meta")
+    return LoadedModel(model.to(dtype) if random_weights and dtype is not None else model, source, None, random_weights)
+
+
+def _from_config(path: Path, device: str = "meta") -> nn.Module:
+    config = _read_config(path)
+    with torch.device(device):
+        model: nn.Module = _class_of(config, path).from_config(config)
+    return model.eval()
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
+    path = folder / "config.json"
+    if structure_only:
+        return _from_config(path)
+    try:
+        model: nn.Module = _class_of(_read_config(path), folder).from_pretrained(folder, **dtype_kwarg(dtype))
+    except OSError as error:
+        raise ModelNotFoundError(f"{folder}: the weights cannot be read: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelNotFoundError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelNotFoundError(f"{path} is not a model's config: it holds a {type(config).__name__}")
+    return config
+
+
+def _class_of(config: dict[str, Any], where: Path | str) -> Any:
     import diffusers
 
     name = config.get("_class_name")
@@ -94,63 +134,55 @@ def _class_of(config: dict[str, Any], where: Any) -> Any:
     return found
 
 
-def _without_weights(config: Path, source: str, random_weights: bool, dtype: torch.dtype | None) -> LoadedModel:
-    model = _from_config(config, "cpu" if random_weights else "meta")
-    return LoadedModel(model.to(dtype) if random_weights and dtype is not None else model, source, None, random_weights)
-
-
-def _from_config(path: Path, device: str = "meta") -> nn.Module:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelNotFoundError(f"{path} is no JSON: {error}") from None
-    with torch.device(device):
-        return _class_of(config, path).from_config(config).eval()
-
-
-def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
-    if structure_only:
-        return _from_config(folder / "config.json")
-    config = json.loads((folder / "config.json").read_text())
-    return _class_of(config, folder).from_pretrained(folder, **weights_in(dtype)).eval()
-
-
 def _from_timm(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
         raise ModelNotFoundError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists them")
+    model: nn.Module
     if structure_only:
         with torch.device("meta"):
-            return timm.create_model(name, pretrained=False).eval()
-    try:
-        return timm.create_model(name, pretrained=True).to(dtype or torch.float32).eval()
-    except (OSError, RuntimeError) as error:
-        raise ModelNotFoundError(f"timm/{name}: its weights cannot be downloaded: {_first_line(error)}") from error
+            model = timm.create_model(name, pretrained=False)
+        return model.eval()
+    with hub_access() as online:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise ModelNotFoundError(_not_downloaded(f"timm/{name}", error, online)) from error
+    return model.to(dtype or torch.float32).eval()
 
 
 def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    try:
-        config = Path(hf_hub_download(name, "transformer/config.json"))
-        if structure_only:
-            return LoadedModel(_from_config(config), name, name, False)
-        model = _class_of(json.loads(config.read_text()), name).from_pretrained(name, subfolder="transformer", **weights_in(dtype))
-        return LoadedModel(model.eval(), name, name)
-    except GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{name} is gated: accept its licence on its hub page and run `hf auth login`, or give the path of a local copy"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"the hub has no {name}, or it is private: check the name, or run `hf auth login`") from error
-    except LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(f"the hub cannot be reached for {name}, and no copy is cached: give the path of a local copy") from error
-    except EntryNotFoundError as error:
-        raise ModelNotFoundError(f"{name} has no transformer/config.json: it is no pipeline with a transformer") from error
-    except OSError as error:
-        raise ModelNotFoundError(f"{name} cannot be downloaded: {_first_line(error)}; give the path of a local copy") from error
+    with hub_access() as online:
+        try:
+            config = Path(hf_hub_download(name, "transformer/config.json"))
+            if structure_only:
+                return LoadedModel(_from_config(config), name, name, False)
+            model = _class_of(_read_config(config), name).from_pretrained(name, subfolder="transformer", **dtype_kwarg(dtype))
+            return LoadedModel(model.eval(), name, name)
+        except GatedRepoError as error:
+            raise ModelNotFoundError(
+                f"{name} is gated: accept its licence on its hub page and run `hf auth login`, or give the path of a local copy"
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise ModelNotFoundError(f"the hub has no {name}, or it is private: check the name, or run `hf auth login`") from error
+        except LocalEntryNotFoundError as error:
+            raise ModelNotFoundError(_not_downloaded(name, error, online=False)) from error
+        except EntryNotFoundError as error:
+            raise ModelNotFoundError(f"{name} has no transformer/config.json: it is not a pipeline with a transformer") from error
+        except OSError as error:
+            raise ModelNotFoundError(_not_downloaded(name, error, online)) from error
+
+
+def _not_downloaded(name: str, error: Exception, online: bool) -> str:
+    if not online:
+        return (
+            f"{name} is not cached, and the hub cannot be reached: check the network and HF_HUB_OFFLINE, or give the path of a local copy"
+        )
+    return f"{name} cannot be downloaded: {_first_line(error)}; give the path of a local copy"
 
 
 def _first_line(error: Exception) -> str:

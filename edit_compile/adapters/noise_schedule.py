@@ -1,4 +1,4 @@
-"""What a model was trained to predict of noisy latents, read from its scheduler's config."""
+"""How noise is added to latents and what a model was trained to predict from them, read from its scheduler's config."""
 
 from __future__ import annotations
 
@@ -12,33 +12,38 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from edit_compile.adapters.hub_access import hub_access
 from edit_compile.errors import DistillError
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow_prediction": "rectified-flow"}
 _FILE = "scheduler_config.json"
 Prediction = Literal["rectified-flow", "epsilon", "v-prediction"]
-MOST_TIME = 1000.0
+NUM_TRAIN_TIMESTEPS = 1000.0
 
 
 @dataclass(frozen=True)
 class DynamicShift:
-    """A shift exp(mu), mu a line through (tokens, mu) of `few` and `many`, as diffusers' pipelines work it out."""
+    """A shift of sigmas that depends on the number of image tokens, computed as diffusers' pipelines do.
+
+    It is exp(mu), with mu on the line through the two points (tokens, mu) `few` and `many`.
+    """
 
     few: tuple[int, float]
     many: tuple[int, float]
 
     def shift(self, tokens: int) -> float:
+        """Return the shift for a number of image tokens."""
         (a, low), (b, high) = self.few, self.many
         return math.exp(low + (high - low) * (tokens - a) / (b - a))
 
 
 @dataclass(frozen=True)
-class Process:
-    """How the teacher was trained to see noise: x_t = a(t) picture + s(t) noise, and what it predicts of it.
+class NoiseSchedule:
+    """How noise is added, x_t = a(t) x_0 + s(t) noise, and what the model was trained to predict from x_t.
 
     Attributes:
-        prediction: "rectified-flow": a = 1 - sigma, s = sigma, predicts noise - picture; "epsilon": predicts the noise;
-            "v-prediction": predicts a noise - s picture.
+        prediction: "rectified-flow": a = 1 - sigma, s = sigma, predicts noise - x_0; "epsilon": predicts the noise;
+            "v-prediction": predicts a noise - s x_0.
         alphas: (T,), the cumulative products of a discrete schedule: a^2 = alphas[t], s^2 = 1 - alphas[t]; None for a flow.
         shift: of a flow's sigmas, sigma' = shift sigma / (1 + (shift - 1) sigma) (Stable Diffusion 3, arXiv 2403.03206).
         dynamic: instead of `shift`, where it depends on the number of image tokens (FLUX): see `at`.
@@ -49,58 +54,59 @@ class Process:
     shift: float = 1.0
     dynamic: DynamicShift | None = None
 
-    def at(self, tokens: int) -> Process:
-        """The process for pictures of so many image tokens."""
+    def at(self, tokens: int) -> NoiseSchedule:
+        """Return the schedule for images of `tokens` image tokens: a dynamic shift becomes a number."""
         if self.dynamic is None:
             return self
         return replace(self, shift=self.dynamic.shift(tokens), dynamic=None)
 
-    def times(self, u: Tensor, density: str = "uniform") -> Tensor:
-        """Numbers in (0, 1) to timesteps, (B,) float32 in [0, 1000); of a discrete schedule, whole numbers below T."""
+    def timesteps(self, u: Tensor, density: str = "uniform") -> Tensor:
+        """Map u (B,) in (0, 1) to timesteps (B,), float32 in [0, 1000); for a discrete schedule, whole numbers below T."""
         if density == "logit-normal":
             u = torch.special.expit(torch.special.ndtri(u))
         if self.alphas is not None:
             return (u * len(self.alphas)).floor().float()
-        return (self.shift * u / (1 + (self.shift - 1) * u) * MOST_TIME).float()
+        return (self.shift * u / (1 + (self.shift - 1) * u) * NUM_TRAIN_TIMESTEPS).float()
 
-    def mixed(self, pictures: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy pictures, and what the model is trained to predict of them; both shaped as the pictures."""
-        a, s = self._levels(times, pictures)
-        x = a * pictures + s * noise
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Add noise to latents (B, ...) at timesteps (B,); returns them and what the model is trained to predict, both (B, ...)."""
+        a, s = self._levels(timesteps, latents)
+        x = a * latents + s * noise
         if self.prediction == "rectified-flow":
-            return x, noise - pictures
-        return x, noise if self.prediction == "epsilon" else a * noise - s * pictures
+            return x, noise - latents
+        return x, noise if self.prediction == "epsilon" else a * noise - s * latents
 
-    def split(self, x: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy pictures and what a model predicts of them to the picture and the noise that it sees in them."""
-        a, s = self._levels(times, x)
+    def predict_x0_and_noise(self, x: Tensor, prediction: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve noisy latents x (B, ...) at timesteps (B,) and a model's prediction for x_0 and the noise, both (B, ...)."""
+        a, s = self._levels(timesteps, x)
         if self.prediction == "rectified-flow":
             return x - s * prediction, x + a * prediction
         if self.prediction == "epsilon":
             return (x - s * prediction) / a, prediction
         return a * x - s * prediction, s * x + a * prediction
 
-    def _levels(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and s, (B, 1, ...)."""
         if self.alphas is None:
-            s = (times / MOST_TIME).to(like)
+            s = (timesteps / NUM_TRAIN_TIMESTEPS).to(like)
             a = 1 - s
         else:
-            alphas = self.alphas.to(times.device)[times.long()]
+            alphas = self.alphas.to(timesteps.device)[timesteps.long()]
             a, s = alphas.sqrt().to(like), (1 - alphas).sqrt().to(like)
         shape = (-1, *[1] * (like.ndim - 1))
         return a.view(shape), s.view(shape)
 
 
-def process_of_pipeline(pipeline: str) -> Process:
-    """The noise process of a pipeline, given its folder or hub id.
+def schedule_of_pipeline(pipeline: str) -> NoiseSchedule:
+    """Read the noise schedule of a pipeline, given its folder or hub id.
 
     Raises:
-        DistillError: its scheduler's config cannot be read, or is of an unknown kind.
+        DistillError: its scheduler's config cannot be read, or the scheduler is not known.
     """
     folder = Path(pipeline)
     try:
         path = folder / "scheduler" / _FILE if folder.is_dir() else _downloaded(pipeline)
-        return process_of(json.loads(path.read_text()))
+        return schedule_of(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise DistillError(f"{pipeline}: scheduler/{_FILE} cannot be read: {error}; set prediction: in the recipe") from error
 
@@ -108,11 +114,12 @@ def process_of_pipeline(pipeline: str) -> Process:
 def _downloaded(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(name, f"scheduler/{_FILE}"))
+    with hub_access():
+        return Path(hf_hub_download(name, f"scheduler/{_FILE}"))
 
 
-def process_of(config: Mapping[str, Any]) -> Process:
-    """The noise process that a diffusers scheduler's config describes.
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
+    """Read the noise schedule from a diffusers scheduler's config.
 
     Raises:
         DistillError: the scheduler, or what its model predicts, is not known.
@@ -128,11 +135,11 @@ def process_of(config: Mapping[str, Any]) -> Process:
     if prediction is None and not hasattr(scheduler, "alphas_cumprod"):
         prediction = "flow_prediction"  # the flow-matching schedulers have one kind of prediction and do not name it
     if prediction not in _PREDICTIONS:
-        raise DistillError(f"{name} says that its model predicts {prediction!r}; known are: {', '.join(_PREDICTIONS)}")
+        raise DistillError(f"{name} says that its model predicts {prediction!r}; known: {', '.join(_PREDICTIONS)}")
     if prediction == "flow_prediction":
         shift = float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0)
-        return Process("rectified-flow", shift=shift, dynamic=_dynamic(scheduler.config))
-    return Process(_PREDICTIONS[prediction], scheduler.alphas_cumprod)  # type: ignore[arg-type]
+        return NoiseSchedule("rectified-flow", shift=shift, dynamic=_dynamic(scheduler.config))
+    return NoiseSchedule(_PREDICTIONS[prediction], scheduler.alphas_cumprod)  # type: ignore[arg-type]
 
 
 def _dynamic(config: Mapping[str, Any]) -> DynamicShift | None:
@@ -143,13 +150,13 @@ def _dynamic(config: Mapping[str, Any]) -> DynamicShift | None:
     return DynamicShift(few, many)
 
 
-def default_process(prediction: str) -> Process:
-    """The process of a prediction named by the user: a flow without shift, or the usual schedule of 1000 steps.
+def default_schedule(prediction: str) -> NoiseSchedule:
+    """Return the schedule for a prediction that the user names: a flow without shift, or the usual 1000 discrete steps.
 
-    The schedule is that of Stable Diffusion, DiT and PixArt: beta linear from 0.0001 to 0.02.
+    Those are of Stable Diffusion, DiT and PixArt: beta rises linearly from 0.0001 to 0.02.
     """
     if prediction == "rectified-flow":
-        return Process("rectified-flow")
+        return NoiseSchedule("rectified-flow")
     from diffusers import DDPMScheduler
 
-    return Process(prediction, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod)  # type: ignore[arg-type]
+    return NoiseSchedule(prediction, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod)  # type: ignore[arg-type]

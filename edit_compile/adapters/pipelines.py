@@ -1,4 +1,4 @@
-"""diffusers' pipelines: where a model came from, exchanging a transformer, loading weights in a dtype."""
+"""diffusers' pipelines: where a model came from, another transformer in a pipeline, the dtype of loaded weights."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import nn
 
 
 def origin_of(model: Any) -> str | None:
-    """The hub id or folder that a model or pipeline was loaded from, if it remembers one."""
+    """Return the hub id or folder that a model or pipeline was loaded from, or None if it does not remember."""
     config = getattr(model, "config", None)
     name = config.get("_name_or_path") if isinstance(config, dict) else None
     return str(name) if name else None
 
 
 def with_transformer(pipeline: Any, transformer: nn.Module) -> Any:
-    """A pipeline with the same components and settings but another transformer."""
+    """Return a pipeline with the same components and settings but another transformer."""
     changed = copy.copy(pipeline)
     changed.register_modules(transformer=transformer)
     return changed
 
 
-def weights_in(dtype: torch.dtype | None) -> dict[str, Any]:
-    """The option of `from_pretrained` that loads weights in a type (None: float32). diffusers has renamed it."""
+def dtype_kwarg(dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return the keyword argument of `from_pretrained` that loads weights in a dtype (None: float32); diffusers 0.42 renamed it."""
     if dtype is None:
         return {}
     import diffusers

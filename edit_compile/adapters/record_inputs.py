@@ -14,23 +14,23 @@ from edit_compile.passes.capture import bound_arguments
 
 
 class _Received(Exception):
-    """Stops the pipeline once its transformer was called."""
+    """Raised to stop the pipeline once its transformer has been called."""
 
 
 def record(pipe: Any, *args: Any, component: str = "transformer", **kwargs: Any) -> dict[str, Any]:
-    """What a pipeline's transformer receives: the pipeline runs up to the first call and no further.
+    """Record what a pipeline passes to its transformer. The pipeline stops at the first call.
 
     Args:
         pipe: a diffusers pipeline.
-        args, kwargs: of the pipeline's call. Where it takes them and they are not given: a prompt, two pictures per
-            prompt (a batch of one would be a constant of the graph) of 256 x 384 pixels, one step.
-        component: the name of the transformer.
+        args, kwargs: of the pipeline's call. Defaults, for those it accepts: a prompt, two images per prompt (a batch of
+            one would become a constant of the graph), 256 x 384 pixels, one step.
+        component: the name of the transformer in the pipeline.
 
     Returns:
         Keyword arguments of the component's forward, for `example_inputs`.
 
     Raises:
-        NoExampleInputsError: the pipeline has no such component, or failed or finished before it called it.
+        NoExampleInputsError: the pipeline has no such component, or it failed or finished without calling it.
     """
     module = getattr(pipe, component, None)
     if not isinstance(module, nn.Module):
@@ -56,15 +56,15 @@ def record(pipe: Any, *args: Any, component: str = "transformer", **kwargs: Any)
 
 
 def _completed(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments, and defaults for what the pipeline takes and was not given."""
-    takes = inspect.signature(type(pipe).__call__).parameters
-    given = {*kwargs, *list(takes)[1 : len(args) + 1]}
+    """Add defaults for what the pipeline accepts and was not given."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    given = {*kwargs, *list(accepted)[1 : len(args) + 1]}
     defaults: dict[str, Any] = {"num_inference_steps": 1, "num_images_per_prompt": 2, "num_videos_per_prompt": 2}
     if not given & {"height", "width"}:
         defaults |= {"height": 256, "width": 384}
     if "prompt_embeds" not in given:
-        defaults["prompt"] = "a picture"
-    return {name: value for name, value in defaults.items() if name in takes and name not in given} | kwargs
+        defaults["prompt"] = "a photo"
+    return {name: value for name, value in defaults.items() if name in accepted and name not in given} | kwargs
 
 
 def _detached(value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The two demo transformers: their configurations, and how they are called and sampled from."""
+"""The two demo transformers: their configurations, how to call them, and how to sample from them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,16 @@ GUIDANCE = 2.0
 
 
 def folder(name: str) -> Path:
-    """Where the trained model's `config.json` and weights are."""
+    """Return the folder with the trained model's `config.json` and weights."""
     return Path(__file__).parent / name
 
 
 def untrained(name: str) -> ModelMixin:
-    """A freshly initialised demo model: `mm-dit` (an SD3 transformer) or `dit` (a PixArt transformer)."""
+    """Make a freshly initialised demo model: `mm-dit` (an SD3 transformer) or `dit` (a PixArt transformer).
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
     from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 
     if name == "mm-dit":
@@ -64,7 +68,7 @@ def untrained(name: str) -> ModelMixin:
 
 
 def conditions(model: nn.Module, captions: Sequence[str]) -> dict[str, Any]:
-    """The keyword arguments of the model's forward that carry the captions."""
+    """Make the keyword arguments of the model's forward that carry B captions, tensors (B, ...)."""
     tokens, pooled, mask = text.encode(captions)
     if hasattr(model, "context_embedder"):
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
@@ -73,8 +77,8 @@ def conditions(model: nn.Module, captions: Sequence[str]) -> dict[str, Any]:
 
 
 def predict(model: Callable[..., Any], x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
-    """The rectified-flow velocity (noise - picture) of x = (1 - sigma) picture + sigma noise; sigma is (B,)."""
-    return model(hidden_states=x, timestep=sigma * 1000, return_dict=False, **condition)[0]
+    """Predict the rectified-flow velocity noise - x_0 from x = (1 - sigma) x_0 + sigma noise, (B, 3, H, W); sigma is (B,)."""
+    return cast("Tensor", model(hidden_states=x, timestep=sigma * 1000, return_dict=False, **condition)[0])
 
 
 @torch.no_grad()
@@ -88,7 +92,11 @@ def sample(
     height: int = shapes.IMAGE_SIZE,
     width: int = shapes.IMAGE_SIZE,
 ) -> Tensor:
-    """Pictures for captions by Euler steps with classifier-free guidance: (B, 3, height, width) in [0, 1]."""
+    """Sample images (B, 3, height, width) in [0, 1] for B captions, with Euler steps and classifier-free guidance.
+
+    Raises:
+        ValueError: a caption has unknown words, or too many.
+    """
     x = torch.randn(len(captions), 3, height, width, generator=torch.Generator().manual_seed(seed))
     condition = conditions(model, [*captions, *[""] * len(captions)])
     sigmas = torch.linspace(1, 0, steps + 1)

@@ -1,4 +1,4 @@
-"""Caption obedience: the shares of described objects that a demo model draws as its captions say, on held-out captions."""
+"""Prompt adherence: how many described objects a demo model draws as its captions say, on held-out captions."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ _BATCH = 50
 
 
 @dataclass(frozen=True)
-class Obedience:
-    """Shares in [0, 1] of `objects` described objects: colour and place right, and shape right as well."""
+class PromptAdherence:
+    """Shares in [0, 1] of `objects` described objects: with the right colour and place, and with the right shape as well."""
 
     objects: int
     colour_and_place: float
     shape: float
 
     def to_dict(self) -> dict[str, float]:
+        """Return the fields by name."""
         return asdict(self)
 
 
 def held_out_scenes(count: int, seed: int = HELD_OUT_SEED) -> list[shapes.Scene]:
-    """The first scenes of a reproducible stream that no training uses."""
+    """Return the first scenes of a reproducible stream that is never trained on."""
     return list(itertools.islice(shapes.scenes(seed), count))
 
 
-def obedience(model: nn.Module, prompts: int = 200, *, seed: int = HELD_OUT_SEED, steps: int = 25) -> Obedience:
-    """Draw the captions of `prompts` held-out scenes, 32 x 32 px, and read every described object back."""
+def prompt_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_OUT_SEED, steps: int = 25) -> PromptAdherence:
+    """Sample images of 32 x 32 px for the captions of `prompts` held-out scenes, and check every object described."""
     scenes = held_out_scenes(prompts, seed)
-    found = []
+    checks: list[shapes.ItemCheck] = []
     for start in range(0, prompts, _BATCH):
         part = scenes[start : start + _BATCH]
-        pictures = models.sample(model, [shapes.caption(scene) for scene in part], seed=start, steps=steps)
-        for picture, scene in zip(pictures, part, strict=True):
-            found += shapes.check(picture.permute(1, 2, 0).numpy(), scene)
-    placed = torch.tensor([check.colour_and_place for check in found], dtype=torch.float64)
-    shaped = torch.tensor([check.shape for check in found], dtype=torch.float64)
-    return Obedience(len(found), placed.mean().item(), shaped.mean().item())
+        images = models.sample(model, [shapes.caption(scene) for scene in part], seed=start, steps=steps)
+        for image, scene in zip(images, part, strict=True):
+            checks += shapes.check(image.permute(1, 2, 0).numpy(), scene)
+    placed = torch.tensor([check.colour_and_place for check in checks], dtype=torch.float64)
+    shaped = torch.tensor([check.shape for check in checks], dtype=torch.float64)
+    return PromptAdherence(len(checks), placed.mean().item(), shaped.mean().item())

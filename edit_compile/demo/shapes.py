@@ -1,8 +1,8 @@
 """Coloured shapes with captions: the procedural data set the demo models are trained on.
 
 A scene is a plain background with one or two objects, each with a size, a colour, a shape and a quadrant.
-`render` draws it, `caption` describes it, and `check` reads a picture back: so whether a model draws what
-the caption says is decided by a program, not by eye.
+`render` draws it, `caption` describes it, and `check` reads an image back, so that a program, not the eye,
+decides whether a model draws what the caption says.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class ItemCheck:
-    """What `check` found at one object's quadrant."""
+    """What `check` found in one object's quadrant."""
 
     colour_and_place: bool
     shape: bool
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene drawn uniformly; a third of the scenes have two objects, in different quadrants."""
+    """Choose a scene uniformly; a third of the scenes have two objects, in different quadrants."""
     count = 2 if rng.random() < TWO_OBJECTS_SHARE else 1
     places = rng.sample(sorted(PLACES), count)
     items = tuple(
@@ -76,31 +76,31 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in words: 22 of them for one object, 29 for two."""
+    """Describe a scene, in 22 words for one object and 29 for two."""
     described = " and ".join(f"a {i.size} {i.colour} {i.shape} in the {i.place[0]} {i.place[1]} part" for i in scene.items)
     ending = "of the picture" if len(scene.items) == 2 else "of the picture and nothing else"
     return f"a picture with a {scene.background} background showing {described} {ending}"
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The scene as (32, 32, 3) float32 in [0, 1], antialiased."""
-    picture = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32) / 255, (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
+    """Draw a scene as (32, 32, 3) float32 in [0, 1], antialiased."""
+    image = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32) / 255, (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     for item in scene.items:
         row, column = PLACES[item.place]
         cover = _coverage(item.shape, SIZES[item.size], row + item.offset[0], column + item.offset[1])[..., None]
-        picture += cover * (np.asarray(COLOURS[item.colour], np.float32) / 255 - picture)
-    return picture
+        image += cover * (np.asarray(COLOURS[item.colour], np.float32) / 255 - image)
+    return image
 
 
 def scenes(seed: int) -> Iterator[Scene]:
-    """An endless, reproducible stream of scenes."""
+    """Yield an endless, reproducible stream of scenes."""
     rng = random.Random(seed)
     while True:
         yield random_scene(rng)
 
 
-def check(picture: np.ndarray, scene: Scene) -> list[ItemCheck]:
-    """Read each described object back from a picture, (32, 32, 3) in [0, 1].
+def check(image: np.ndarray, scene: Scene) -> list[ItemCheck]:
+    """Check each object of a scene in an image, (32, 32, 3) in [0, 1].
 
     A pixel votes for the nearest palette colour. Colour and place are right when the object's colour fills
     at least half of the described object's area in its quadrant and is that quadrant's most frequent
@@ -109,7 +109,7 @@ def check(picture: np.ndarray, scene: Scene) -> list[ItemCheck]:
     """
     names = [*COLOURS, *BACKGROUNDS]
     palette = np.asarray([*COLOURS.values(), *BACKGROUNDS.values()], np.float32) / 255
-    votes = ((picture[:, :, None, :] - palette) ** 2).sum(-1).argmin(-1)
+    votes = ((image[:, :, None, :] - palette) ** 2).sum(-1).argmin(-1)
     results = []
     for item in scene.items:
         rows, columns = _quadrant(item.place)
@@ -137,7 +137,7 @@ def _best_shape(mask: np.ndarray) -> str:
 
 @cache
 def _templates() -> tuple[list[str], np.ndarray]:
-    """Every shape and size at offsets of half pixels, cut to the upper left quadrant."""
+    """Draw every shape and size at offsets of half pixels: names, and masks (N, 16, 16) of the upper left quadrant."""
     steps = np.arange(-2.0, 2.5, 0.5)
     shapes, masks = [], []
     for shape in SHAPES:
@@ -150,7 +150,7 @@ def _templates() -> tuple[list[str], np.ndarray]:
 
 
 def _coverage(shape: str, radius: float, row: float, column: float) -> np.ndarray:
-    """How much of each pixel the shape covers, (32, 32) in [0, 1]."""
+    """Compute how much of each pixel a shape covers, (32, 32) float32 in [0, 1]."""
     axis = (np.arange(IMAGE_SIZE * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
     y, x = axis[:, None] - row, axis[None, :] - column
     if shape == "circle":
@@ -162,4 +162,5 @@ def _coverage(shape: str, radius: float, row: float, column: float) -> np.ndarra
     else:
         inside = (np.minimum(abs(x), abs(y)) <= radius * 0.3) & (np.maximum(abs(x), abs(y)) <= radius)
     s = _SUPERSAMPLING
-    return inside.reshape(IMAGE_SIZE, s, IMAGE_SIZE, s).mean((1, 3), dtype=np.float32)
+    cover: np.ndarray = inside.reshape(IMAGE_SIZE, s, IMAGE_SIZE, s).mean((1, 3), dtype=np.float32)
+    return cover

@@ -1,7 +1,7 @@
 """The demo models' text encoder: fixed and seeded, so that nothing has to be trained or downloaded.
 
-What a trained encoder gives a diffusion transformer, each word in its context, is here the word's own vector,
-its position's, and the sum of its neighbours' vectors.
+A trained encoder gives a diffusion transformer each word in its context. Here that is the word's own vector, its
+position's, and the sum of its neighbours' vectors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VOCABULARY = (
 
 
 def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions to (tokens, pooled, mask): (B, 32, 128), (B, 128) and (B, 32) of 1 for words and 0 for padding.
+    """Encode B captions as (tokens, pooled, mask): (B, 32, 128), (B, 128), and (B, 32) of 1 for words and 0 for padding.
 
     A token is its word's vector, the sum of the vectors of the words at most four places away, and its position's
     sinusoids. The empty caption, all padding, is the unconditional one.
@@ -63,6 +63,7 @@ def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sinusoids(length: int, channels: int) -> Tensor:
+    """Encode positions as (length, channels)."""
     frequencies = torch.exp(torch.linspace(0, -5, channels // 2))
     angles = torch.arange(length)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1)

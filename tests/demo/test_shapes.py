@@ -1,4 +1,4 @@
-"""The checker is what says whether a model draws what its caption says: it must pass true pictures and fail altered ones."""
+"""The checker is what says whether a model draws what its caption says: it must pass true images and fail altered ones."""
 
 import dataclasses
 import itertools
@@ -14,16 +14,16 @@ def some_scenes(count: int, seed: int = 3) -> list[shapes.Scene]:
     return list(itertools.islice(shapes.scenes(seed), count))
 
 
-def test_true_pictures_pass():
+def test_true_images_pass():
     found = [c for s in some_scenes(400) for c in shapes.check(shapes.render(s), s)]
     assert all(c.colour_and_place for c in found)
     assert sum(c.shape for c in found) >= 0.99 * len(found)
 
 
-def test_true_pictures_pass_under_noise():
+def test_true_images_pass_under_noise():
     rng = np.random.default_rng(0)
-    pictures = [(shapes.render(s) + rng.normal(0, 0.05, (32, 32, 3)).astype(np.float32), s) for s in some_scenes(200)]
-    found = [c for p, s in pictures for c in shapes.check(p, s)]
+    images = [(shapes.render(s) + rng.normal(0, 0.05, (32, 32, 3)).astype(np.float32), s) for s in some_scenes(200)]
+    found = [c for p, s in images for c in shapes.check(p, s)]
     assert sum(c.colour_and_place for c in found) >= 0.99 * len(found)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models, shapes
-from edit_compile.demo.prompt_adherence import held_out_scenes, obedience
+from edit_compile.demo.prompt_adherence import held_out_scenes, prompt_adherence
 
 MOST_BYTES = 8 * 10**6
 
@@ -24,21 +24,21 @@ def test_it_is_small_and_diffusers_loads_it(name, kind):
 @pytest.mark.parametrize("name", models.NAMES)
 def test_it_draws_what_the_caption_says(name):
     """`benchmarks/demo_models.py` measures 200 captions; these few catch a model that has come to harm."""
-    found = obedience(load_model(f"demo/{name}").model, 16, steps=15)
+    found = prompt_adherence(load_model(f"demo/{name}").model, 16, steps=15)
     assert found.objects >= 16
     assert found.colour_and_place >= 0.9
     assert found.shape >= 0.8
 
 
-def test_another_caption_gives_another_picture():
+def test_another_caption_gives_another_image():
     first, second = (shapes.caption(scene) for scene in held_out_scenes(2))
     model = load_model("demo/mm-dit").model
     assert not torch.equal(models.sample(model, [first], steps=2), models.sample(model, [second], steps=2))
 
 
-def test_obedience_counts_wrong_pictures():
-    """A model that answers with nothing but noise is found out."""
+def test_prompt_adherence_counts_wrong_images():
+    """A model that draws nothing but noise is detected."""
     scenes = held_out_scenes(20)
     noise = torch.rand(20, 32, 32, 3, generator=torch.Generator().manual_seed(0)).numpy()
-    found = [check for picture, scene in zip(noise, scenes, strict=True) for check in shapes.check(picture, scene)]
+    found = [check for image, scene in zip(noise, scenes, strict=True) for check in shapes.check(image, scene)]
     assert sum(check.colour_and_place for check in found) <= 0.2 * len(found)

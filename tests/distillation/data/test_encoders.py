@@ -1,14 +1,14 @@
-"""The encoders of real pipelines (tiny, random) give what the pipelines give their transformers."""
+"""Encoders of real pipelines (tiny, random weights) match what the pipelines pass to their transformers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from edit_compile.adapters.drawing import make_drawer
 
 import edit_compile as ec
 import pipelines
 from edit_compile.adapters.encoders import make_decoder, make_encoder, stacked, trimmed
+from edit_compile.adapters.sampling import make_sampler
 from edit_compile.demo import models as demo
 
 CPU = torch.device("cpu")
@@ -49,12 +49,12 @@ def test_conditions_are_those_of_the_pipeline(named, encoder):
 
 def test_latents_are_in_the_models_scale(named, encoder):
     _, pipe, folder = named
-    pictures = torch.rand(2, 3, 32, 48) * 2 - 1
-    latents = encoder.encode_images(pictures)
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    latents = encoder.encode_images(images)
     assert latents.shape == (2, pipelines.LATENT_CHANNELS, 8, 12)
     vae = pipe.vae
     with torch.no_grad():
-        expected = (vae.encode(pictures).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        expected = (vae.encode(images).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
         decoded = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
     torch.testing.assert_close(latents, expected)
     for decode in (encoder.decode, make_decoder(folder, CPU, torch.float32)):
@@ -65,10 +65,10 @@ def test_granularity_is_what_the_transformer_can_take(encoder):
     assert encoder.granularity == 8  # this VAE's 4 and patches of 2
 
 
-def test_drawn_samples_are_the_pipelines(named):
+def test_samples_are_the_pipelines(named):
     name, pipe, folder = named
     options = {"num_inference_steps": 2, "max_sequence_length": 20}
-    latents = make_drawer(pipe.transformer, folder, CPU, torch.float32, options)(CAPTIONS, (32, 48), [5, 6])
+    latents = make_sampler(pipe.transformer, folder, CPU, torch.float32, options)(CAPTIONS, (32, 48), [5, 6])
     assert latents.shape == (2, pipelines.LATENT_CHANNELS, 8, 12)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     called = {"prompt": CAPTIONS, "height": 32, "width": 48, "generator": generators, "output_type": "pt"}
@@ -92,15 +92,15 @@ def test_trimming_and_stacking_give_the_same_prediction():
 
 
 @pytest.mark.parametrize("name", demo.NAMES)
-def test_demo_models_take_pictures_as_they_are(name):
+def test_demo_models_take_images_as_they_are(name):
     model = demo.untrained(name)
     encoder = make_encoder(model, f"demo/{name}", CPU, torch.float32, None)
-    pictures = torch.rand(2, 3, 16, 24) * 2 - 1
-    assert torch.equal(encoder.encode_images(pictures), pictures)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    assert torch.equal(encoder.encode_images(images), images)
     conditions = encoder.encode_captions(["a red circle", ""]) | encoder.other_conditions((16, 24), 2)
     expected = demo.conditions(model, ["a red circle", ""])
     assert conditions.keys() == expected.keys()
-    assert demo.predict(model, pictures, torch.rand(2), conditions).shape[2:] == (16, 24)
+    assert demo.predict(model, images, torch.rand(2), conditions).shape[2:] == (16, 24)
     with pytest.raises(ValueError, match="do not know"):
         encoder.check("a red zebra")
 
@@ -116,4 +116,4 @@ def test_a_model_without_its_pipeline_is_refused(tmp_path):
     with pytest.raises(ec.DistillError, match=r"the VAE and text encoders of .* cannot be loaded"):
         make_encoder(model, str(tmp_path), CPU, torch.float32, None)
     with pytest.raises(ec.DistillError, match="how captions reach a Linear is not known"):
-        make_encoder(torch.nn.Linear(1, 1), "demo/dit", CPU, torch.float32, None).others((8, 8), 1)
+        make_encoder(torch.nn.Linear(1, 1), "demo/dit", CPU, torch.float32, None).other_conditions((8, 8), 1)
