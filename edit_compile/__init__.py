@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from edit_compile.adapters.load_model import load_model
     from edit_compile.adapters.record_inputs import record
     from edit_compile.api import audit, compile, linearize, plan, plan_of, teacher
-    from edit_compile.config import LinearizeConfig
-    from edit_compile.designs import Design, register
+    from edit_compile.bench.conversion_cost import cost
+    from edit_compile.bench.latency import compare_speed
+    from edit_compile.config import LinearizeConfig, Rule
+    from edit_compile.designs import register
+    from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
     from edit_compile.distillation.recipe.schema import Recipe
     from edit_compile.distillation.run import distill
     from edit_compile.errors import (
@@ -33,8 +36,10 @@ if TYPE_CHECKING:
         RecipeError,
         RewriteError,
     )
-    from edit_compile.ir.plan import Plan, SitePlan
+    from edit_compile.ir.plan import Plan, Refusal, SitePlan
+    from edit_compile.ir.site import Site
     from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
+    from edit_compile.report.compare_samples import sample
     from edit_compile.student.checkpoint import load, load_pipeline, save
     from edit_compile.student.grid import grid
     from edit_compile.student.weights import unshare
@@ -45,8 +50,11 @@ _HOMES = {  # the same imports, for `__getattr__`
     "adapters.load_model": ("load_model",),
     "adapters.record_inputs": ("record",),
     "api": ("audit", "compile", "linearize", "plan", "plan_of", "teacher"),
-    "config": ("LinearizeConfig",),
-    "designs": ("Design", "register"),
+    "bench.conversion_cost": ("cost",),
+    "bench.latency": ("compare_speed",),
+    "config": ("LinearizeConfig", "Rule"),
+    "designs": ("register",),
+    "designs.base": ("QKV", "Design", "Tap", "Tokens", "Verdict"),
     "distillation.recipe.schema": ("Recipe",),
     "distillation.run": ("distill",),
     "errors": (
@@ -64,8 +72,10 @@ _HOMES = {  # the same imports, for `__getattr__`
         "RecipeError",
         "RewriteError",
     ),
-    "ir.plan": ("Plan", "SitePlan"),
+    "ir.plan": ("Plan", "Refusal", "SitePlan"),
+    "ir.site": ("Site",),
     "ir.tokens": ("Grid", "Segment", "TokenKind", "TokenLayout"),
+    "report.compare_samples": ("sample",),
     "student.checkpoint": ("load", "load_pipeline", "save"),
     "student.grid": ("grid",),
     "student.weights": ("unshare",),
@@ -73,6 +83,7 @@ _HOMES = {  # the same imports, for `__getattr__`
 _HOME = {name: f"edit_compile.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "QKV",
     "AuditError",
     "CaptureError",
     "CheckpointError",
@@ -90,13 +101,21 @@ __all__ = [
     "PlanError",
     "Recipe",
     "RecipeError",
+    "Refusal",
     "RewriteError",
+    "Rule",
     "Segment",
+    "Site",
     "SitePlan",
+    "Tap",
     "TokenKind",
     "TokenLayout",
+    "Tokens",
+    "Verdict",
     "audit",
+    "compare_speed",
     "compile",
+    "cost",
     "distill",
     "grid",
     "linearize",
@@ -107,6 +126,7 @@ __all__ = [
     "plan_of",
     "record",
     "register",
+    "sample",
     "save",
     "teacher",
     "unshare",
