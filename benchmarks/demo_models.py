@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models
-from edit_compile.demo.prompt_adherence import obedience
+from edit_compile.demo.prompt_adherence import prompt_adherence
 
 PROMPTS, STEPS = 200, 25
 
@@ -27,7 +27,7 @@ def main() -> None:
     ]
     for source in models.SOURCES:
         model = load_model(source).model
-        found = obedience(model, PROMPTS, steps=STEPS)
+        found = prompt_adherence(model, PROMPTS, steps=STEPS)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         lines.append(f"| {source} | {size:.2f}M | {found.objects} | {found.colour_and_place:.1%} | {found.shape:.1%} |")
     text = "\n".join([*lines, ""])

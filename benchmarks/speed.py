@@ -24,7 +24,7 @@ from torch import nn
 
 import edit_compile as ec
 from edit_compile.adapters import load_model as models
-from edit_compile.adapters.inputs import picture_inputs
+from edit_compile.adapters.inputs import inputs_for_size
 from edit_compile.bench import Row, compare_speed
 
 PIXELS = {1024: 512, 4096: 1024, 16384: 2048}  # of a square with so many image tokens
@@ -41,7 +41,7 @@ def one_block(name: str, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def inputs_for(student: nn.Module, dtype: torch.dtype, device: str, height: int, width: int) -> dict[str, Any]:
-    return picture_inputs(student, height, width, device=device, dtype=dtype).inputs
+    return inputs_for_size(student, height, width, device=device, dtype=dtype).inputs
 
 
 def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, str, bool, int, Row]]:

@@ -18,12 +18,12 @@ from edit_compile.adapters.load_model import load_model
 from edit_compile.bench import compare_speed
 from edit_compile.cli import main as command_line
 from edit_compile.demo import models, shapes
-from edit_compile.demo.prompt_adherence import held_out_scenes, obedience
-from edit_compile.report.image_grid import picture_grid, save_png
+from edit_compile.demo.prompt_adherence import held_out_scenes, prompt_adherence
+from edit_compile.report.image_grid import image_grid, save_image
 from edit_compile.report.tables import speed_table
 
 MODEL = "demo/mm-dit"
-SHORTER = ("--set", "warm_start.steps=400", "--set", "stage.0.steps=600")  # the whole recipe takes ten minutes by itself
+SHORTER = ("--set", "layerwise.steps=400", "--set", "stages.0.steps=600")  # the whole recipe takes ten minutes by itself
 PICTURES, PROMPTS = 6, 60
 SIDES = (32, 64, 128)  # pixels: 256, 1,024 and 4,096 image tokens
 
@@ -54,10 +54,10 @@ def main() -> None:
     columns = {"teacher": teacher, "untrained": ec.load(out / "converted"), "distilled": ec.load(out / "distilled")}
     captions = [shapes.caption(scene) for scene in held_out_scenes(PICTURES)]
     drawn = [(name, list(models.sample(model, captions).permute(0, 2, 3, 1).numpy())) for name, model in columns.items()]
-    save_png(picture_grid(captions, drawn), out / "grid.png")
+    save_image(image_grid(captions, drawn), out / "grid.png")
 
     errors = json.loads((out / "distilled" / "result.json").read_text())["held_out_error"]
-    found = {name: obedience(model, PROMPTS) for name, model in columns.items()}
+    found = {name: prompt_adherence(model, PROMPTS) for name, model in columns.items()}
     table = Table(title=f"Held-out error, and objects drawn as described in {PROMPTS} held-out captions", title_justify="left")
     for heading in ("model", "relative output error", "colour and place", "shape"):
         table.add_column(heading, justify="left" if heading == "model" else "right")

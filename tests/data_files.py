@@ -59,7 +59,7 @@ class Letters:
         if len(caption) > self.length:
             raise ValueError(f"{caption!r} is too long")
 
-    def captions(self, captions):
+    def encode_captions(self, captions):
         codes = torch.zeros(len(captions), self.length, 3)
         mask = torch.zeros(len(captions), self.length)
         for row, caption in enumerate(captions):
@@ -67,11 +67,11 @@ class Letters:
             mask[row, : len(caption)] = 1
         return {"encoder_hidden_states": codes, "encoder_attention_mask": mask}
 
-    def pictures(self, pictures):
+    def encode_images(self, pictures):
         return torch.nn.functional.avg_pool2d(pictures, 2)
 
-    def pixels(self, latents):
+    def decode(self, latents):
         return torch.nn.functional.interpolate(latents / 2 + 0.5, scale_factor=2)
 
-    def others(self, shape, size):
+    def other_conditions(self, shape, size):
         return {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import edit_compile as ec
-from edit_compile.adapters.inputs import picture_inputs, pixels_per_token
+from edit_compile.adapters.inputs import inputs_for_size, pixels_per_token
 from edit_compile.api import repeated_blocks
 from families import FAMILIES, build
 
@@ -40,7 +40,7 @@ def pair(name: str) -> Pair:
     for rows, columns in GRIDS:
         step = pixels_per_token(model)
         torch.manual_seed(0)
-        made = picture_inputs(model, rows * step, columns * step, batch=2, text=11, device="cpu", dtype=torch.float32)
+        made = inputs_for_size(model, rows * step, columns * step, batch=2, text=11, device="cpu", dtype=torch.float32)
         inputs.append(made.inputs)
     return Pair(model, ec.linearize(model, plan=ec.plan(model, example_inputs=example)), inputs)
 
