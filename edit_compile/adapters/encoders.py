@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edit_compile.adapters.family import Size, TextToImageFamily, known_classes, lookup_family
 from edit_compile.adapters.hub_access import hub_access
-from edit_compile.adapters.pipelines import dtype_kwarg
+from edit_compile.adapters.pipelines import dtype_kwarg, load_diffusers_pipeline
 from edit_compile.demo import models as demo
 from edit_compile.demo import text as demo_text
 from edit_compile.errors import DistillError
@@ -172,16 +172,13 @@ def load_parts(base: str, dtype: torch.dtype, transformer: nn.Module | None) -> 
     Raises:
         DistillError: it cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
-
     if Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
         raise DistillError(
             f"{base} is a transformer without its pipeline: images and captions need the VAE and text encoders beside it; "
             "give the pipeline as model:, or use data of kind cached"
         )
     try:
-        with hub_access(base):
-            pipe = DiffusionPipeline.from_pretrained(base, transformer=transformer, **dtype_kwarg(dtype))
+        pipe = load_diffusers_pipeline(base, transformer=transformer, **dtype_kwarg(dtype))
     except Exception as error:  # a folder that is not a pipeline fails in many ways
         raise DistillError(f"the VAE and text encoders of {base} cannot be loaded: {error or type(error).__name__}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edit_compile.errors import ModelNotFoundError
+
+ALIASES = {
+    "stabilityai/sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "stabilityai/sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+}
 _TIMEOUT = 5.0  # seconds
 
 
@@ -44,3 +50,18 @@ def hub_access(name: str = "") -> Iterator[bool]:
             yield False
         finally:
             constants.HF_HUB_OFFLINE = False
+
+
+def download_error(name: str, error: Exception, online: bool) -> ModelNotFoundError:
+    """Say in one line why `name` is neither cached nor downloaded, and what to do."""
+    if not online:
+        return ModelNotFoundError(
+            f"{name} is not a local path, is not cached, and the hub cannot be reached: "
+            "check the network and HF_HUB_OFFLINE, or give the path of a local copy"
+        )
+    return ModelNotFoundError(f"{name} cannot be downloaded: {first_line(error)}; give the path of a local copy")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line that an error's message has, or its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

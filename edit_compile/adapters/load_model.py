@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit_compile.adapters.hub_access import hub_access
+from edit_compile.adapters.hub_access import ALIASES, download_error, first_line, hub_access
 from edit_compile.adapters.pipelines import dtype_kwarg
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
 
-ALIASES = {
-    "stabilityai/sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "stabilityai/sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-}
 _ARCHITECTURES = Path(__file__).parent / "arch"
 
 
@@ -107,10 +103,11 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) 
     path = folder / "config.json"
     if structure_only:
         return _from_config(path)
+    model_class = _class_of(_read_config(path), folder)
     try:
-        model: nn.Module = _class_of(_read_config(path), folder).from_pretrained(folder, **dtype_kwarg(dtype))
+        model: nn.Module = model_class.from_pretrained(folder, **dtype_kwarg(dtype))
     except OSError as error:
-        raise ModelNotFoundError(f"{folder}: the weights cannot be read: {_first_line(error)}") from error
+        raise ModelNotFoundError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
     return model.eval()
 
 
@@ -148,13 +145,19 @@ def _from_timm(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn
         try:
             model = timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
-            raise ModelNotFoundError(_not_downloaded(f"timm/{name}", error, online)) from error
+            raise download_error(f"timm/{name}", error, online) from error
     return model.to(dtype or torch.float32).eval()
 
 
 def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     with hub_access() as online:
         try:
@@ -163,6 +166,10 @@ def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> Loa
                 return LoadedModel(_from_config(config), name, name, False)
             model = _class_of(_read_config(config), name).from_pretrained(name, subfolder="transformer", **dtype_kwarg(dtype))
             return LoadedModel(model.eval(), name, name)
+        except ModelNotFoundError:  # an OSError too, but it says what is wrong
+            raise
+        except HFValidationError as error:
+            raise ModelNotFoundError(f"{name} is neither a local path nor a hub id: {first_line(error)}") from error
         except GatedRepoError as error:
             raise ModelNotFoundError(
                 f"{name} is gated: accept its licence on its hub page and run `hf auth login`, or give the path of a local copy"
@@ -170,20 +177,8 @@ def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> Loa
         except RepositoryNotFoundError as error:
             raise ModelNotFoundError(f"the hub has no {name}, or it is private: check the name, or run `hf auth login`") from error
         except LocalEntryNotFoundError as error:
-            raise ModelNotFoundError(_not_downloaded(name, error, online=False)) from error
+            raise download_error(name, error, online=False) from error
         except EntryNotFoundError as error:
             raise ModelNotFoundError(f"{name} has no transformer/config.json: it is not a pipeline with a transformer") from error
         except OSError as error:
-            raise ModelNotFoundError(_not_downloaded(name, error, online)) from error
-
-
-def _not_downloaded(name: str, error: Exception, online: bool) -> str:
-    if not online:
-        return (
-            f"{name} is not cached, and the hub cannot be reached: check the network and HF_HUB_OFFLINE, or give the path of a local copy"
-        )
-    return f"{name} cannot be downloaded: {_first_line(error)}; give the path of a local copy"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise download_error(name, error, online) from error

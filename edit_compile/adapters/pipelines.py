@@ -1,4 +1,4 @@
-"""diffusers' pipelines: where a model came from, another transformer in a pipeline, the dtype of loaded weights."""
+"""diffusers' pipelines: loading one, where a model came from, another transformer in a pipeline, the dtype of loaded weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,25 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from edit_compile.adapters.hub_access import ALIASES, download_error, hub_access
+
+
+def load_diffusers_pipeline(base: str, **options: Any) -> Any:
+    """Load a pipeline from a folder or the hub; `options` are those of `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        ModelNotFoundError: it is not cached, and the hub cannot be reached. All else is raised as diffusers does.
+    """
+    from diffusers import DiffusionPipeline
+
+    with hub_access(base) as online:
+        try:
+            return DiffusionPipeline.from_pretrained(ALIASES.get(base, base), **options)
+        except OSError as error:
+            if online:
+                raise
+            raise download_error(base, error, online) from error
 
 
 def origin_of(model: Any) -> str | None:

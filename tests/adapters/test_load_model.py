@@ -54,6 +54,7 @@ def test_local_folder_and_config(tmp_path):
         ("arch/nothing", "there are: dit-xl-2, flux-dev, pixart-sigma"),
         ("timm/nothing", "has no model 'nothing'"),
         ("./nothing/here", "does not exist; give a folder"),
+        ("no such/model", "no such/model is neither a local path nor a hub id"),
     ],
 )
 def test_unknown_names(name, message):
@@ -65,7 +66,7 @@ def test_unknown_class_and_no_model(tmp_path):
     with pytest.raises(ec.ModelNotFoundError, match=r"has no config\.json"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "NoSuchModel"}))
-    with pytest.raises(ec.ModelNotFoundError, match="no model class 'NoSuchModel'"):
+    with pytest.raises(ec.ModelNotFoundError, match=rf"^{tmp_path}: diffusers .* has no model class 'NoSuchModel'$"):
         load_model(str(tmp_path))
 
 
