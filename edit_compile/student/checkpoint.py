@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit_compile.adapters.pipelines import origin_of, with_transformer
+from edit_compile.adapters.pipelines import load_diffusers_pipeline, origin_of, with_transformer
 from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError
 from edit_compile.files import flush, sha256
 from edit_compile.ir.plan import Plan
@@ -201,14 +201,12 @@ def load_pipeline(folder: str | Path, base: Any = None, **options: Any) -> Any:
     Raises:
         CheckpointError: the base is no pipeline; otherwise as `load`.
     """
-    from diffusers import DiffusionPipeline
-
     if base is None or isinstance(base, str | Path):
         name = base if base is not None else base_of(folder)
         if name is None:
             raise CheckpointError(f"{folder} does not say where its base pipeline is; pass base=...")
         try:
-            base = DiffusionPipeline.from_pretrained(_pipeline_of(name), **options)
+            base = load_diffusers_pipeline(_pipeline_of(name), **options)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{name} is no pipeline that can be loaded: {error}; pass base=..., or load the transformer: load"
