@@ -13,7 +13,7 @@ from torch import nn
 import edit_compile as ec
 import families
 import toy
-from edit_compile.adapters.inputs import picture_inputs, usual_sizes
+from edit_compile.adapters.inputs import default_sizes, inputs_for_size
 from edit_compile.adapters.load_model import load_model
 from edit_compile.api import plan_and_convert, repeated_blocks
 from edit_compile.bench import conversion_cost, count_flops
@@ -126,7 +126,7 @@ def test_report_on_a_model_with_weights(demo):
 
 def test_equal_blocks_need_run_only_once(demo):
     structure = stand_in(demo)
-    inputs = meta_inputs(picture_inputs(structure, 48, 64).inputs)
+    inputs = meta_inputs(inputs_for_size(structure, 48, 64).inputs)
     paths = [site.path for site in ec.plan_of(demo).sites]
     assert count_flops(structure, inputs, paths, repeated_blocks(structure)) == count_flops(structure, inputs, paths)
     assert "forward" not in vars(structure.transformer_blocks[1])
@@ -167,12 +167,12 @@ def test_break_even_of_a_real_structure(demo):
 @pytest.mark.parametrize("family", ["sd3", "pixart", "flux", "dit", "vit"])
 def test_picture_inputs_run_and_fill_the_grid(family):
     model, _ = families.FAMILIES[family]()
-    height, width = usual_sizes(model)[0]
+    height, width = default_sizes(model)[0]
     if family not in ("dit", "vit"):
         height, width = 64, 96
     if family == "dit":
         height = width = 64
-    picture = picture_inputs(model, height, width, batch=2, text=7, device="cpu", dtype=torch.float32)
+    picture = inputs_for_size(model, height, width, batch=2, text=7, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         output = model(**picture.inputs)
     rows, columns = picture.grid
@@ -186,10 +186,10 @@ def test_picture_inputs_run_and_fill_the_grid(family):
 def test_families_refuse_what_they_cannot_draw():
     dit, vit = families.dit()[0], families.vit()[0]
     with pytest.raises(ec.GridError, match="squares only"):
-        picture_inputs(dit, 64, 96)
+        inputs_for_size(dit, 64, 96)
     with pytest.raises(ec.GridError, match=r"it was built for 80 x 112 px"):
-        picture_inputs(vit, 112, 80)
+        inputs_for_size(vit, 112, 80)
     with pytest.raises(ec.GridError, match="end at 320 px"):
-        picture_inputs(families.sd3()[0], 1024, 64)
+        inputs_for_size(families.sd3()[0], 1024, 64)
     with pytest.raises(ec.NoExampleInputsError, match="no example inputs are known for Toy"):
-        picture_inputs(toy.Toy(), 64, 64)
+        inputs_for_size(toy.Toy(), 64, 64)
