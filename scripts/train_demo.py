@@ -1,9 +1,9 @@
 """Train a demo model from scratch: `python scripts/train_demo.py mm-dit --out runs/mm-dit`.
 
-Rectified flow on procedural pictures; Muon for the blocks' matrices and AdamW for the rest, at a constant rate that
-falls to zero in the last third; EMA. Seeded; every `--save-every` steps the state goes to `OUT/state.safetensors`
-(atomically) and a rerun of the same command continues from it. The EMA weights are written to `OUT/model` in diffusers'
-folder format. One CPU core does about 2 steps a second.
+Rectified flow on procedural images, with Muon for the blocks' matrices and AdamW for the rest, at a constant rate that
+falls to zero in the last third, and an EMA of the weights. The run is seeded. Every `--save-every` steps its state is
+saved to `OUT/state.safetensors` (atomically), from which a rerun of the same command continues. The EMA weights are
+written to `OUT/model` in diffusers' folder format. One CPU core does about 2 steps a second.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ STEPS = {"mm-dit": 4_500, "dit": 3_500}
 
 
 def batch(step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-    """The step's pictures, (B, 3, 32, 32) in [-1, 1], and captions, a tenth of them empty. A function of the step alone."""
+    """Make a step's images, (B, 3, 32, 32) in [-1, 1], and captions, a tenth of them empty: a function of step and seed alone."""
     rng = random.Random(seed * 1_000_003 + step)
     drawn = [shapes.random_scene(rng) for _ in range(size)]
-    pictures = torch.from_numpy(np.stack([shapes.render(scene) for scene in drawn])).permute(0, 3, 1, 2) * 2 - 1
-    return pictures, ["" if rng.random() < 0.1 else shapes.caption(scene) for scene in drawn]
+    images = torch.from_numpy(np.stack([shapes.render(scene) for scene in drawn])).permute(0, 3, 1, 2) * 2 - 1
+    return images, ["" if rng.random() < 0.1 else shapes.caption(scene) for scene in drawn]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are orthogonalised (Jordan et al. 2024) for hidden weights, in float32.
+    """Momentum with orthogonalised updates (Jordan et al. 2024) for matrices of hidden weights, in float32.
 
-    `torch.optim.Muon` iterates in bfloat16, which processors without bfloat16 instructions emulate slowly; here
-    equal shapes are also done in one batch.
+    `torch.optim.Muon` iterates in bfloat16, which processors without bfloat16 instructions emulate slowly. Here, equal
+    shapes are also batched.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
@@ -67,9 +67,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices to (n, rows, columns), about, by Newton-Schulz iterations."""
+    """Approximate the nearest semi-orthogonal matrices to (n, rows, columns) with Newton-Schulz iterations."""
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x: Tensor = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
@@ -77,7 +77,7 @@ def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def optimizers_for(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for everything else."""
+    """Make a Muon for the blocks' matrices and an AdamW for everything else."""
     hidden = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2]
     chosen = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -85,6 +85,7 @@ def optimizers_for(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]
 
 
 def save_state(path: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write all that a later run needs to continue, atomically."""
     state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
     for number, optimizer in enumerate(optimizers):
         for index, slots in optimizer.state_dict()["state"].items():
@@ -95,6 +96,7 @@ def save_state(path: Path, step: int, model: nn.Module, ema: dict[str, Tensor], 
 
 
 def load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> int:
+    """Restore what `save_state` wrote; returns the step to continue with."""
     from safetensors import safe_open
 
     state = load_file(path)
@@ -116,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help=f"default: those that the shipped weights took, {STEPS}")
+    parser.add_argument("--steps", type=int, help=f"default: as many as the shipped weights were trained for, {STEPS}")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -140,15 +142,15 @@ def main() -> None:
         rate = min(1, step / 200, (1 - step / args.steps) / COOL_DOWN) * args.lr
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
-        pictures, captions = batch(step, args.batch, args.seed)
+        images, captions = batch(step, args.batch, args.seed)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        noise = torch.randn(pictures.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(len(pictures), generator=generator))
-        x = torch.lerp(pictures, noise, sigma[:, None, None, None])
+        noise = torch.randn(images.shape, generator=generator)
+        sigma = torch.sigmoid(torch.randn(len(images), generator=generator))
+        x = torch.lerp(images, noise, sigma[:, None, None, None])
         velocity = models.predict(step_model, x, sigma, models.conditions(model, captions))
-        loss = (velocity - (noise - pictures)).square().mean()
+        loss = (velocity - (noise - images)).square().mean()
         model.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

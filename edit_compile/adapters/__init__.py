@@ -1,1 +1,1 @@
-"""Model families: the only package that knows any by name."""
+"""Model families: the only package that knows model classes by name."""

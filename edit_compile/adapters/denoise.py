@@ -29,16 +29,16 @@ def denoise(model: nn.Module, x_BCHW: Tensor, timesteps_B: Tensor, conditions: M
 
 
 def random_batch(
-    model: nn.Module, height: int, width: int, size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    model: nn.Module, height: int, width: int, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, dict[str, Any]]:
     """Make what `denoise` takes for images of height x width pixels: random (on the meta device, empty) x_BCHW and conditions.
 
     Raises:
-        GridError: the model cannot draw this size; says why.
+        GridError: the model does not support this size; says why.
         NoExampleInputsError: the model's family has no adapter.
     """
     family = _family(model)
-    made = inputs_for_size(model, height, width, batch=size, device=device, dtype=dtype)
+    made = inputs_for_size(model, height, width, batch=batch, device=device, dtype=dtype)
     conditions = {name: value for name, value in made.inputs.items() if name not in family.denoise_arguments}
     return family.latents(made.inputs, made.grid), conditions
 

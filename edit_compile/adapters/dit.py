@@ -19,7 +19,7 @@ class DiT(DiffusionFamily):
         }
 
     def size_limit(self, model: Any, rows: int, columns: int) -> str | None:
-        return None if rows == columns else "it draws squares only"
+        return None if rows == columns else "only square images"
 
     def example_grid(self, model: Any) -> Size:
         side = model.config.sample_size // model.config.patch_size

@@ -107,11 +107,11 @@ class DiffusionFamily(Family):
         return sizes.floats(model.config.in_channels, patch * sizes.rows, patch * sizes.columns)
 
     def pixels_per_token(self, model: Any) -> int:
-        return int(model.config.patch_size) * (1 if draws_pixels(model) else VAE_SCALE)
+        return int(model.config.patch_size) * (1 if is_pixel_space(model) else VAE_SCALE)
 
     def default_sizes(self, model: Any) -> tuple[Size, ...]:
-        """A model that draws pixels is used at its own size, twice and four times it."""
-        if draws_pixels(model):
+        """A model in pixel space is used at its own size, twice and four times it."""
+        if is_pixel_space(model):
             return tuple((model.config.sample_size * n, model.config.sample_size * n) for n in (1, 2, 4))
         return tuple((side, side) for side in DEFAULT_SIDES)
 
@@ -139,10 +139,10 @@ class TextToImageFamily(DiffusionFamily):
         return latents
 
     def text_tokens(self, model: Any) -> int:
-        return TEXT_LENGTH if draws_pixels(model) else self.max_text_tokens
+        return TEXT_LENGTH if is_pixel_space(model) else self.max_text_tokens
 
 
-def draws_pixels(model: Any) -> bool:
+def is_pixel_space(model: Any) -> bool:
     """Whether a diffusers model works on pixels, not latents, as the demo models do."""
     return bool(model.config.in_channels == RGB)
 

@@ -56,13 +56,13 @@ def inputs_for_size(
         text: number of text tokens; default: as many as the model's pipeline passes.
 
     Raises:
-        GridError: the model cannot draw this size; says why.
+        GridError: the model does not support this size; says why.
         NoExampleInputsError: the model's family has no adapter.
     """
     family, step = _family(model), pixels_per_token(model)
-    refused = f"{type(model).__name__} cannot draw {height} x {width} px"
+    refused = f"{type(model).__name__} does not support {height} x {width} px"
     if min(height, width) < step or height % step or width % step:
-        raise GridError(f"{refused}: both must be multiples of {step}, the pixels of a token")
+        raise GridError(f"{refused}: both sides must be multiples of {step}, the pixels of a token")
     rows, columns = height // step, width // step
     reason = family.size_limit(model, rows, columns)
     if reason is not None:

@@ -32,7 +32,7 @@ def make_sampler(model: nn.Module, base: str | None, device: torch.device, dtype
     family = lookup_family(model)
     if base is None or not isinstance(family, TextToImageFamily):
         known = known_classes(TextToImageFamily)
-        raise DistillError(f"a {type(model).__name__} cannot draw samples: its pipeline is not known (known: {known})")
+        raise DistillError(f"cannot sample from a {type(model).__name__}: its pipeline is not known (known: {known})")
     pipe = load_parts(base, dtype, model).to(device)
 
     def sample(captions: Sequence[str], size: Size, seeds: Sequence[int]) -> Tensor:
