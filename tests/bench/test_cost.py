@@ -165,7 +165,7 @@ def test_break_even_of_a_real_structure(demo):
 
 
 @pytest.mark.parametrize("family", ["sd3", "pixart", "flux", "dit", "vit"])
-def test_picture_inputs_run_and_fill_the_grid(family):
+def test_inputs_for_a_size_run_and_fill_the_grid(family):
     model, _ = families.FAMILIES[family]()
     height, width = default_sizes(model)[0]
     if family not in ("dit", "vit"):
@@ -183,9 +183,9 @@ def test_picture_inputs_run_and_fill_the_grid(family):
     assert (height / rows, width / columns) == ((16, 16))
 
 
-def test_families_refuse_what_they_cannot_draw():
+def test_families_refuse_sizes_they_do_not_support():
     dit, vit = families.dit()[0], families.vit()[0]
-    with pytest.raises(ec.GridError, match="squares only"):
+    with pytest.raises(ec.GridError, match="only square images"):
         inputs_for_size(dit, 64, 96)
     with pytest.raises(ec.GridError, match=r"it was built for 80 x 112 px"):
         inputs_for_size(vit, 112, 80)
