@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, cast
 
@@ -110,7 +111,7 @@ class DiffusionFamily(Family):
         return int(model.config.patch_size) * (1 if is_pixel_space(model) else VAE_SCALE)
 
     def default_sizes(self, model: Any) -> tuple[Size, ...]:
-        """A model in pixel space is used at its own size, twice and four times it."""
+        """Return a pixel-space model's own size, twice and four times it; for latent models, squares of 1024, 2048 and 4096."""
         if is_pixel_space(model):
             return tuple((model.config.sample_size * n, model.config.sample_size * n) for n in (1, 2, 4))
         return tuple((side, side) for side in DEFAULT_SIDES)
@@ -143,7 +144,7 @@ class TextToImageFamily(DiffusionFamily):
 
 
 def is_pixel_space(model: Any) -> bool:
-    """Whether a diffusers model works on pixels, not latents, as the demo models do."""
+    """Return whether a diffusers model works on pixels, not latents, as the demo models do."""
     return bool(model.config.in_channels == RGB)
 
 
@@ -158,6 +159,7 @@ def known_classes(kind: type) -> str:
     return ", ".join(name for name in _MODULES if isinstance(_family(name), kind))
 
 
+@cache
 def _family(class_name: str) -> Family:
     module = import_module(f"edit_compile.adapters.{_MODULES[class_name]}")
     return cast("Family", module.FAMILY)

@@ -15,9 +15,9 @@ from torch import Tensor
 from edit_compile.adapters.hub_access import hub_access
 from edit_compile.errors import DistillError
 
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow_prediction": "rectified-flow"}
-_FILE = "scheduler_config.json"
 Prediction = Literal["rectified-flow", "epsilon", "v-prediction"]
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow_prediction": "rectified-flow"}
+_FILE = "scheduler_config.json"
 NUM_TRAIN_TIMESTEPS = 1000.0
 
 
@@ -139,7 +139,7 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
     if prediction == "flow_prediction":
         shift = float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0)
         return NoiseSchedule("rectified-flow", shift=shift, dynamic=_dynamic(scheduler.config))
-    return NoiseSchedule(_PREDICTIONS[prediction], scheduler.alphas_cumprod)  # type: ignore[arg-type]
+    return NoiseSchedule(_PREDICTIONS[prediction], scheduler.alphas_cumprod)
 
 
 def _dynamic(config: Mapping[str, Any]) -> DynamicShift | None:
@@ -150,7 +150,7 @@ def _dynamic(config: Mapping[str, Any]) -> DynamicShift | None:
     return DynamicShift(few, many)
 
 
-def default_schedule(prediction: str) -> NoiseSchedule:
+def default_schedule(prediction: Prediction) -> NoiseSchedule:
     """Return the schedule for a prediction that the user names: a flow without shift, or the usual 1000 discrete steps.
 
     Those are of Stable Diffusion, DiT and PixArt: beta rises linearly from 0.0001 to 0.02.
@@ -159,4 +159,4 @@ def default_schedule(prediction: str) -> NoiseSchedule:
         return NoiseSchedule("rectified-flow")
     from diffusers import DDPMScheduler
 
-    return NoiseSchedule(prediction, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod)  # type: ignore[arg-type]
+    return NoiseSchedule(prediction, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod)
