@@ -1,4 +1,4 @@
-"""What users read, at the widths of their terminals."""
+"""What users read of costs and speed, at the widths of their terminals, and as JSON."""
 
 from __future__ import annotations
 
@@ -8,31 +8,10 @@ import json
 import pytest
 from rich.console import Console
 
-import edit_compile as ec
 from edit_compile.bench import Cost, CostReport, SiteCost
-from edit_compile.ir.plan import Given, PositionIds, SizesOfInputs
-from edit_compile.ir.symbol_names import readable_names
-from edit_compile.report.tables import PlanTable, cost_summary, cost_table, magnitude, plan_summary
-
-HEIGHT, WIDTH = "(s20//2)", "(s33//2)"
-PICTURE = ("image", f"({HEIGHT})*({WIDTH})")
-SIZES = SizesOfInputs(expressions=(HEIGHT, WIDTH), symbols={"s20": ("hidden_states", 2), "s33": ("hidden_states", 3)})
-
-
-def site(path, action="edit", reason="attention between image tokens", queries=(PICTURE,), keys=None, grid=(HEIGHT, WIDTH)):
-    layout = ec.TokenLayout.of(*queries)
-    return ec.SitePlan(
-        path=path,
-        action=action,
-        reason=reason,
-        query_layout=layout,
-        key_layout=ec.TokenLayout.of(*keys) if keys else layout,
-        grid=ec.Grid(grid) if grid else None,
-    )
-
-
-def plan(*sites, source=SIZES):
-    return ec.Plan(model="Model", config=ec.LinearizeConfig(), sites=sites, grid=source, inputs={})
+from edit_compile.ir.plan import Plan, Refusal, SitePlan, SizesOfInputs
+from edit_compile.ir.tokens import Grid, TokenLayout
+from edit_compile.report.tables import cost_summary, cost_table, format_si, plan_summary
 
 
 def shown(renderable, width):
@@ -42,74 +21,45 @@ def shown(renderable, width):
     return capture.get()
 
 
-BLOCKS = [site(f"transformer_blocks.{i}.attn1") for i in range(28)]
-CROSS = [
-    site(f"transformer_blocks.{i}.attn2", "keep", "cross-attention: linear in image tokens already", keys=[("text", "s31")])
-    for i in range(28)
-]
-
-
-def test_sizes_have_readable_names():
-    names = readable_names(plan(*BLOCKS, *CROSS))
-    assert names.layout(BLOCKS[0].query_layout) == "image h*w"
-    assert names.layout(CROSS[0].key_layout) == "text t"
-    assert names.grid(BLOCKS[0].grid) == "h x w"
-    assert names.meanings == {
-        "h": "rows of image tokens, hidden_states.shape[2] // 2",
-        "w": "columns of image tokens, hidden_states.shape[3] // 2",
-        "t": "text tokens",
-    }
-
-
-@pytest.mark.parametrize(
-    ("queries", "grid", "source", "expected"),
-    [
-        ([("text", "s31"), ("image", "s87")], None, PositionIds(input="img_ids"), "text t, image h*w"),
-        ([("text", "s31"), ("image", "s87")], None, Given(), "text t, image n"),
-        ([("other", "5"), ("image", "196")], ("14", "14"), Given(), "other 5, image 196"),
-        ([("image", "s3*s7"), ("text", "s31 + s77")], ("s7", "s3"), Given(), "image h*w, text t + t2"),
-        ([("image", "s2*s7*s3")], ("s2", "s7", "s3"), Given(), "image f*h*w"),
-        ([("image", "(s20//2)**2")], ("s20//2", "s20//2"), Given(), "image h ** 2"),
-        ([("image", "?"), ("text", "s1 + 1")], None, Given(), "image ?, text t + 1"),
-    ],
-)
-def test_names_of_other_layouts(queries, grid, source, expected):
-    odd = site("blocks.0.attn", queries=queries, grid=grid)
-    assert readable_names(plan(odd, source=source)).layout(odd.query_layout) == expected
-
-
-@pytest.mark.parametrize("width", [80, 120, 160])
-def test_plan_is_readable_at_any_width(width):
-    text = shown(PlanTable(plan(*BLOCKS, *CROSS)), width)
-    assert max(map(len, text.splitlines())) <= width
-    assert "28 of 56 attention sites rewritten" in text
-    assert "transformer_blocks.{0..27}.attn1" in text  # in one piece
-    assert "image h*w (keys: text t)" in text
-    assert "cross-attention: linear in image tokens already" in text
-    assert ("reason" in text) == (width == 160)
-    assert "h: rows of image tokens" in text
-
-
-def test_reasons_below_the_table_are_told_apart():
-    kept = [site("a", "keep", "causal attention"), site("b", "keep", "no image tokens take part")]
-    text = shown(PlanTable(plan(*kept, *BLOCKS)), 60)
-    assert "keep (1): causal attention" in text
-    assert "keep (2): no image tokens take part" in text
-    assert "edit: attention between image tokens" in text
-
-
 def test_plan_summary_is_json():
-    found = json.loads(json.dumps(plan_summary(plan(*BLOCKS, *CROSS))))
-    assert found["actions"] == {"edit": 28, "keep": 28}
+    image, text = TokenLayout.of(("image", "s2*s3")), TokenLayout.of(("text", "s5"))
+    common = {"query_layout": image, "grid": Grid(("s2", "s3"))}
+    refusal = Refusal(reason="cross-attention", node="softmax", source="model.py:3 (y)")
+    sites = (
+        SitePlan(path="a", action="edit", options={"reduction": 4}, reason="attention between image tokens", key_layout=image, **common),
+        SitePlan(path="b", action="keep", reason="cross-attention", key_layout=text, refusal=refusal, **common),
+        SitePlan(path="c", action="keep", kind="feed_forward", reason="no rule is for it", key_layout=image, **common),
+    )
+    plan = Plan(
+        model="Model", sites=sites, grid=SizesOfInputs(expressions=("s2", "s3"), symbols={"s2": ("x", 2), "s3": ("x", 3)}), inputs={}
+    )
+    found = json.loads(json.dumps(plan_summary(plan)))
+    assert found["actions"] == {"edit": 1, "keep": 1}
     assert found["sizes"]["t"] == "text tokens"
-    assert found["sites"][28] == {
-        "path": "transformer_blocks.0.attn2",
-        "action": "keep",
-        "reason": "cross-attention: linear in image tokens already",
-        "queries": "image h*w",
-        "keys": "text t",
-        "grid": "h x w",
-    }
+    assert found["sites"] == [
+        {
+            "path": "a",
+            "kind": "attention",
+            "action": "edit",
+            "options": {"reduction": 4},
+            "reason": "attention between image tokens",
+            "refusal": None,
+            "queries": "image h*w",
+            "keys": "image h*w",
+            "grid": "h x w",
+        },
+        {
+            "path": "b",
+            "kind": "attention",
+            "action": "keep",
+            "options": {},
+            "reason": "cross-attention",
+            "refusal": {"reason": "cross-attention", "node": "softmax", "source": "model.py:3 (y)"},
+            "queries": "image h*w",
+            "keys": "text t",
+            "grid": "h x w",
+        },
+    ]
 
 
 def cost(side, before, after):
@@ -120,8 +70,8 @@ REPORT = CostReport(
     parameters=11_901_408_320,
     added=1_348_607_232,
     costs=(cost(1024, 74_380_000_000_000, 73_890_000_000_000), cost(4096, 3_908_000_000_000_000, 1_080_000_000_000_000)),
-    impossible={"8192 x 8192": "the positions [end] at 6144 px"},
-    pays_from=3923,
+    errors={"8192 x 8192": "the positions [end] at 6144 px"},
+    break_even_tokens=3923,
     pixels_per_token=16,
 )
 
@@ -147,6 +97,8 @@ def test_cost_summary_is_json():
     found = json.loads(json.dumps(cost_summary(REPORT)))
     assert found["added"] == 1_348_607_232
     assert found["costs"][1]["ratio"] == pytest.approx(3.6185, abs=1e-4)
+    assert found["pays_from"] == 3923
+    assert found["impossible"] == {"8192 x 8192": "the positions [end] at 6144 px"}
     assert found["costs"][0]["sites"] == [{"path": "a", "before": 74_380_000_000_000, "after": 73_890_000_000_000}]
 
 
@@ -162,5 +114,5 @@ def test_cost_summary_is_json():
         (5 * 10**18, "5e+03 P"),
     ],
 )
-def test_magnitudes(number, expected):
-    assert magnitude(number) == expected
+def test_si_prefixes(number, expected):
+    assert format_si(number) == expected
