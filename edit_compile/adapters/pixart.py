@@ -18,11 +18,12 @@ class PixArt(TextToImageFamily):
     pipeline_options: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
 
     def inputs(self, model: Any, sizes: InputSizes) -> dict[str, Any]:
+        added = _added(model, resolution=sizes.floats(2), aspect_ratio=sizes.floats(1))
         return {
             "hidden_states": self.random_latents(model, sizes),
             "encoder_hidden_states": sizes.floats(sizes.text, model.config.caption_channels),
             "timestep": sizes.integers(),
-            "added_cond_kwargs": _added(model, resolution=sizes.floats(2), aspect_ratio=sizes.floats(1)),
+            "added_cond_kwargs": added,
             "encoder_attention_mask": torch.ones_like(sizes.floats(sizes.text)),
             "return_dict": False,
         }
