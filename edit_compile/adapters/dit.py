@@ -1,4 +1,4 @@
-"""DiT, conditioned on class labels. Captions do not apply, and its pipeline takes none."""
+"""DiT, conditioned on class labels instead of captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edit_compile.adapters.family import DiffusionFamily, InputSizes, Size
 
 
 class DiT(DiffusionFamily):
-    """The transformer of diffusers' DiTPipeline. It may predict the variance too."""
+    """The transformer of diffusers' DiTPipeline. Some models also predict the variance."""
 
     def inputs(self, model: Any, sizes: InputSizes) -> dict[str, Any]:
         return {

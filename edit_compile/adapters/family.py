@@ -1,6 +1,6 @@
-"""What a model family says of itself, and how a model finds its family: adapters are the only place where class names decide.
+"""The interface of a model family, and the look-up of a model's family by its class name. Only adapters match names.
 
-A new family is one module that defines FAMILY, and one line in the registry below.
+A new family is one module that defines FAMILY, and one line in `_MODULES`. Family modules are imported when first looked up.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from edit_compile.adapters.family import InputSizes, Size, TextToImageFamily
 
 
 class PixArt(TextToImageFamily):
-    """The DiT with cross-attention to text of diffusers' PixArt pipelines. It may predict the variance too."""
+    """The DiT with cross-attention to text of diffusers' PixArt pipelines. Some models also predict the variance."""
 
     max_text_tokens = 300
     pipeline_options: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}

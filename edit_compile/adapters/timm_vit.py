@@ -1,4 +1,4 @@
-"""timm's vision transformers: classifiers, of one image size, without noise or text."""
+"""timm's vision transformers: classifiers of images of one size, without noise or text."""
 
 from __future__ import annotations
 
