@@ -2,7 +2,7 @@
 
     python benchmarks/full_size.py -o benchmarks/results/DATE-full-size.md
 
-Each model runs in a process of its own; wall time, processor time and peak memory are the process's, imports included.
+Each model runs in its own process; wall time, processor time and peak memory are those of the process, imports included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-MODELS = {  # the actions that must come out
+MODELS = {  # the expected actions
     "arch/sd3.5-medium": {"mm-edit": 24, "edit": 13},
     "arch/sd3.5-large": {"mm-edit": 38},
     "arch/flux-dev": {"mm-edit": 57},
@@ -31,15 +31,15 @@ MOST_SECONDS, MOST_GIB = 40, 4
 
 
 def inspect(model: str) -> dict[str, Any]:
-    """What `inspect --json` prints, with the process's wall and processor seconds and peak memory in GiB."""
+    """Run `inspect --json` and add the process's wall and processor seconds and peak memory in GiB to what it prints."""
     with tempfile.TemporaryFile("w+") as output:
-        command = [sys.executable, "-m", "edit_compile.cli", "inspect", "--model", model, "--json"]
+        command = [sys.executable, "-m", "edit_compile", "inspect", model, "--json"]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         if status:
-            raise SystemExit(f"inspect --model {model} failed")
+            raise SystemExit(f"inspect {model} failed")
         output.seek(0)
         found = json.load(output)
     return found | {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss / 2**20}

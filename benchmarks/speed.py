@@ -1,16 +1,15 @@
-"""A transformer of one full-width block, teacher against student: PixArt-Sigma's width and SD3.5-medium's.
+"""Teacher against student for a transformer of one full-width block: the widths of PixArt-Sigma and SD3.5-medium.
 
     python benchmarks/speed.py -o benchmarks/results/DATE-speed.md
     python benchmarks/speed.py --tokens 1024 --tokens 4096 --dtype bf16 --eager-only
 
-Random weights. Both are timed in turns in one process (see `edit_compile.bench`), so that the ratio holds on a busy machine; its
-quartiles are given. Patch embedding and output layers are in the figures of both.
+Random weights. Both are timed by alternating calls in one process (see `edit_compile.bench`), so that the ratio holds on a busy
+machine; its quartiles are given. Both include patch embedding and output layers.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import time
@@ -24,10 +23,9 @@ from torch import nn
 
 import edit_compile as ec
 from edit_compile.adapters import load_model as models
-from edit_compile.adapters.inputs import inputs_for_size
-from edit_compile.bench import Row, compare_speed
+from edit_compile.bench import SpeedRow
 
-PIXELS = {1024: 512, 4096: 1024, 16384: 2048}  # of a square with so many image tokens
+PIXELS = {1024: 512, 4096: 1024, 16384: 2048}  # of a square with this number of image tokens
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCKS: dict[str, dict[str, Any]] = {"pixart-sigma": {"num_layers": 1}, "sd3.5-medium": {"num_layers": 1, "dual_attention_layers": []}}
 
@@ -40,24 +38,19 @@ def one_block(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     return ec.linearize(model.eval().to(device, dtype))
 
 
-def inputs_for(student: nn.Module, dtype: torch.dtype, device: str, height: int, width: int) -> dict[str, Any]:
-    return inputs_for_size(student, height, width, device=device, dtype=dtype).inputs
-
-
-def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, str, bool, int, Row]]:
+def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, str, bool, int, SpeedRow]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in BLOCKS:
         for dtype in arguments.dtype or DTYPES:
             for compiled in (False,) if arguments.eager_only else (False, True):
                 student = one_block(name, DTYPES[dtype], device)
-                make = functools.partial(inputs_for, student, DTYPES[dtype], device)
                 for tokens in arguments.tokens or PIXELS:
                     side = PIXELS[tokens]
-                    (row,) = compare_speed(student, make, [(side, side)], runs=arguments.runs, warm_up=1, compiled=compiled)
+                    (row,) = ec.compare_speed(student, [(side, side)], runs=arguments.runs, warmup=1, compiled=compiled)
                     yield name, dtype, compiled, tokens, row
 
 
-def line(name: str, dtype: str, compiled: bool, tokens: int, row: Row) -> str:
+def line(name: str, dtype: str, compiled: bool, tokens: int, row: SpeedRow) -> str:
     how = "compiled" if compiled else "eager"
     seconds = f"{row.teacher.median * 1000:,.0f} ms | {row.student.median * 1000:,.0f} ms"
     spread = f"{row.speedup.low:.2f} to {row.speedup.high:.2f}"
@@ -69,7 +62,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="Markdown file to write; default: print only")
     parser.add_argument("--tokens", type=int, action="append", choices=list(PIXELS), help="image tokens; repeatable; default: all")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="repeatable; default: both")
-    parser.add_argument("--eager-only", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--eager-only", action="store_true", help="do not time torch.compile")
     parser.add_argument("--runs", type=int, default=5, help="timed calls of each")
     arguments = parser.parse_args()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -77,8 +70,7 @@ def main() -> None:
         "# One block, teacher against student",
         "",
         f"`benchmarks/speed.py`, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {where}, load average {os.getloadavg()[0]:.1f} "
-        f"on {os.cpu_count()} cores at the start, {arguments.runs} runs of each in turns; reduction {ec.LinearizeConfig().reduction}, "
-        f"eta {ec.LinearizeConfig().eta}, text keys {ec.LinearizeConfig().text_keys}.",
+        f"on {os.cpu_count()} cores at the start, {arguments.runs} alternating runs of each; the designs' default options.",
         "",
         "| width of | dtype | mode | image tokens | teacher | student | speed-up | quartiles |",
         "|---|---|---|---|---|---|---|---|",

@@ -15,7 +15,6 @@ from torch import nn
 
 import edit_compile as ec
 from edit_compile.adapters.load_model import load_model
-from edit_compile.bench import compare_speed
 from edit_compile.cli import main as command_line
 from edit_compile.demo import models, shapes
 from edit_compile.demo.prompt_adherence import held_out_scenes, prompt_adherence
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     out = parser.parse_args().out
     run("inspect", "--model", MODEL)
-    run("convert", "--model", MODEL, "-o", str(out / "converted"))
+    run("convert", "--model", MODEL, "-o", str(out / "converted"), "--overwrite")
     run("distill", "demo-mm-dit", *SHORTER, "-o", str(out / "distilled"))
 
     teacher = load_model(MODEL).model
@@ -66,7 +65,7 @@ def main() -> None:
         table.add_row(name, f"{relative[name]:.4f}", f"{share.colour_and_place:.1%}", f"{share.shape:.1%}")
     console.print(table)
     student = columns["distilled"]
-    speed = compare_speed(student, functools.partial(one_picture, student), [(side, side) for side in SIDES])
+    speed = ec.compare_speed(student, [(side, side) for side in SIDES], inputs_for=functools.partial(one_picture, student))
     console.print(speed_table(speed))
     console.print(f"The pictures: {out / 'grid.png'}. The distilled model: edit_compile.load('{out / 'distilled'}')")
 

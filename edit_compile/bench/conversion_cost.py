@@ -15,8 +15,8 @@ from edit_compile.api import plan_and_convert, plan_of, repeated_blocks, teacher
 from edit_compile.bench.flops import count_flops
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import GridError, PlanError
-from edit_compile.passes.capture import meta_inputs, stand_in
-from edit_compile.passes.rewrite import ADDED
+from edit_compile.passes.capture import meta_inputs, meta_copy
+from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.grid import grid
 from edit_compile.student.site import converted_sites
 
@@ -103,7 +103,7 @@ def cost(
         NoExampleInputsError: the model's family has no adapter.
         PlanError: the model can not be converted.
     """
-    structure = stand_in(_converted(model, config))
+    structure = meta_copy(_converted(model, config))
     costs: list[Cost] = []
     errors: dict[str, str] = {}
     for height, width in sizes if sizes is not None else default_sizes(structure):

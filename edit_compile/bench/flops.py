@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edit_compile.passes.native_attention import native_attention
-from edit_compile.passes.structural_hash import structure_key
+from edit_compile.passes.structural_hash import structural_hash
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _equal_blocks_run_once(model: nn.Module, blocks: Iterable[str]) -> Iterator[
     equal: dict[str, str] = {}
     seen: dict[Any, tuple[str, Any]] = {}
     modules = {path: model.get_submodule(path) for path in blocks}
-    keys = {path: structure_key(module) for path, module in modules.items()}
+    keys = {path: structural_hash(module) for path, module in modules.items()}
 
     def run(path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         key = (keys[path], repr(pytree.tree_map(_shape, (args, kwargs))))

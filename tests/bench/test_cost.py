@@ -1,4 +1,4 @@
-"""FLOPs against hand-computed cases, PAPER.md's formulas and the order of growth; parameters; break-even."""
+"""FLOPs against hand-computed cases, the paper's formulas (arXiv 2503.16726) and the order of growth; parameters; break-even."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import edit_compile as ec
 import families
 import toy
 from edit_compile.adapters.inputs import default_sizes, inputs_for_size
-from edit_compile.adapters.load_model import load_model
-from edit_compile.api import plan_and_convert, repeated_blocks
-from edit_compile.bench import conversion_cost, count_flops
-from edit_compile.bench.cost import Cost, pays_from
-from edit_compile.passes.capture import meta_inputs, stand_in
+from edit_compile.api import repeated_blocks
+from edit_compile.bench import Cost, count_flops
+from edit_compile.bench.conversion_cost import break_even_tokens
+from edit_compile.passes.capture import meta_copy, meta_inputs
 
 
 class Hand(nn.Module):
@@ -29,14 +28,14 @@ class Hand(nn.Module):
         self.linear = nn.Linear(6, 10, bias=True)
         self.conv = nn.Conv2d(3, 8, 3, padding=1, groups=1)
 
-    def forward(self, x: torch.Tensor, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.linear(x).unflatten(-1, (2, 5)).transpose(1, 2)
-        return nn.functional.scaled_dot_product_attention(q, q, q), self.conv(picture)
+        return nn.functional.scaled_dot_product_attention(q, q, q), self.conv(image)
 
 
 def test_count_is_the_hand_computed_one():
     with torch.device("meta"):
-        found = count_flops(Hand(), {"x": torch.empty(4, 7, 6), "picture": torch.empty(1, 3, 11, 13)}, ["linear", "conv"])
+        found = count_flops(Hand(), {"x": torch.empty(4, 7, 6), "image": torch.empty(1, 3, 11, 13)}, ["linear", "conv"])
     linear = 2 * (4 * 7) * 6 * 10
     attention = 2 * 2 * (4 * 2) * 7 * 7 * 5
     conv = 2 * (11 * 13) * 8 * 3 * 9
@@ -45,9 +44,9 @@ def test_count_is_the_hand_computed_one():
 
 
 def test_edit_site_is_the_formula():
-    """PAPER.md's parts one by one, for C channels, H heads of D, h x w tokens, text left out."""
+    """The paper's parts one by one, for C channels, H heads of D, h x w tokens, text left out."""
     model = toy.Toy(channels=24, heads=2, blocks=1).eval()
-    student = stand_in(plan_and_convert(model, ec.LinearizeConfig(reduction=4), toy.inputs())[1])
+    student = meta_copy(ec.linearize(model, ec.LinearizeConfig(reduction=4), toy.inputs()))
     c, d, h, w = 24, 12, 8, 6
     n, m, hidden = h * w, h * w // 4, 24 // 4
     projections = 4 * 2 * n * c * c
@@ -71,8 +70,11 @@ JOINT = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product
 IMAGE_ONLY = [options for options in JOINT if options["eta"] == "exact" and options["text_keys"] == "full"]
 
 
-def config(query: str, projection: str, **options: str) -> ec.LinearizeConfig:
-    return ec.LinearizeConfig(query=query, key=projection, value=projection, **options)
+def with_options(plan: ec.Plan, query: str, projection: str, **options: str) -> ec.Plan:
+    """The plan with other options of the designs at every site; image-only attention has no text options."""
+    chosen = {"query": query, "key": projection, "value": projection, **options}
+    sites = (site.model_copy(update={"options": site.options | {k: v for k, v in chosen.items() if k in site.options}}) for site in plan)
+    return plan.model_copy(update={"sites": tuple(sites)})
 
 
 @functools.cache
@@ -90,7 +92,7 @@ def test_cost_is_linear_in_image_tokens(joint, options):
     """Twice the image tokens, twice the FLOPs of a rewritten site; the teacher's attention grows fourfold."""
     model, plan = planned(joint)
     text = 4 if joint else None
-    student = stand_in(ec.linearize(model, plan=plan.model_copy(update={"config": config(**options)})))
+    student = meta_copy(ec.linearize(model, plan=with_options(plan, **options)))
     sides = (32, 64, 128)  # 32 * 64 image tokens and more: text and what does not grow are small beside them
     path = "blocks.0.attn"
     counts = [count_flops(student, meta_inputs(toy.inputs(1, 128, 2 * side, text)), [path]).parts[path] for side in sides]
@@ -108,11 +110,11 @@ def test_cost_is_linear_in_image_tokens(joint, options):
 
 @pytest.fixture(scope="module")
 def demo():
-    return plan_and_convert(load_model("demo/mm-dit").model)[1]
+    return ec.linearize(ec.load_model("demo/mm-dit").model)
 
 
 def test_report_on_a_model_with_weights(demo):
-    report = conversion_cost(demo)
+    report = ec.cost(demo)
     assert [(c.height, c.image, c.text) for c in report.costs] == [(32, 256, 32), (64, 1024, 32), (128, 4096, 32)]
     assert report.parameters + report.added == sum(p.numel() for p in demo.parameters())
     assert report.added == sum(p.numel() for name, p in demo.named_parameters() if ".edit." in name)
@@ -125,7 +127,7 @@ def test_report_on_a_model_with_weights(demo):
 
 
 def test_equal_blocks_need_run_only_once(demo):
-    structure = stand_in(demo)
+    structure = meta_copy(demo)
     inputs = meta_inputs(inputs_for_size(structure, 48, 64).inputs)
     paths = [site.path for site in ec.plan_of(demo).sites]
     assert count_flops(structure, inputs, paths, repeated_blocks(structure)) == count_flops(structure, inputs, paths)
@@ -133,11 +135,11 @@ def test_equal_blocks_need_run_only_once(demo):
 
 
 def test_sizes_that_cannot_be_drawn_say_why(demo):
-    report = conversion_cost(demo, [(32, 32), (160, 32), (33, 32)])
+    report = ec.cost(demo, [(32, 32), (160, 32), (33, 32)])
     assert len(report.costs) == 1
-    assert report.pays_from is None
-    assert "positions (pos_embed_max_size=64) end at 128 px" in report.impossible["160 x 32"]
-    assert "multiples of 2" in report.impossible["33 x 32"]
+    assert report.break_even_tokens is None
+    assert "positions (pos_embed_max_size=64) end at 128 px" in report.errors["160 x 32"]
+    assert "multiples of 2" in report.errors["33 x 32"]
 
 
 def cost(image: int, saved: float) -> Cost:
@@ -145,22 +147,22 @@ def cost(image: int, saved: float) -> Cost:
 
 
 def test_break_even_is_where_the_parabola_crosses():
-    """With PAPER.md's costs, 4 N^2 C against 20 C^2 N / reduction: at 5 C / reduction."""
+    """With the paper's costs, 4 N^2 C against 20 C^2 N / reduction: at 5 C / reduction."""
     channels, reduction = 64, 4
     costs = [cost(n, 4 * n * n * channels - 20 * channels**2 * n / reduction) for n in (16, 64, 256)]
-    assert pays_from(costs) == 5 * channels / reduction == pays_from(costs[:2])
-    assert pays_from(costs[:1]) is None
-    assert pays_from([cost(n, n * n) for n in (16, 64)]) == 0
-    assert pays_from([cost(n, -n * n) for n in (16, 64)]) is None
+    assert break_even_tokens(costs) == 5 * channels / reduction == break_even_tokens(costs[:2])
+    assert break_even_tokens(costs[:1]) is None
+    assert break_even_tokens([cost(n, n * n) for n in (16, 64)]) == 0
+    assert break_even_tokens([cost(n, -n * n) for n in (16, 64)]) is None
 
 
 def test_break_even_of_a_real_structure(demo):
-    report = conversion_cost(demo)
-    n = report.pays_from
+    report = ec.cost(demo)
+    n = report.break_even_tokens
     assert n is not None
     assert 0.5 * 5 * 96 / 4 < n < 2 * 5 * 96 / 4
     side = math.ceil(math.sqrt(n) / 2) * 4  # even grids
-    above = conversion_cost(demo, [(side + 4, side + 4), (side - 8, side - 8)]).costs
+    above = ec.cost(demo, [(side + 4, side + 4), (side - 8, side - 8)]).costs
     assert above[0].ratio < 1 < above[1].ratio
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import edit_compile as ec
 from edit_compile.adapters import load_model as models
-from edit_compile.adapters.load_model import load_model
-from edit_compile.api import plan_and_convert
-from edit_compile.bench import conversion_cost
 
 ARCHITECTURES = Path(models.__file__).parent / "arch"
 
@@ -23,7 +21,7 @@ def shortened(name, folder, **changes):
     config = json.loads((ARCHITECTURES / f"{name}.json").read_text()) | changes
     path = folder / "config.json"
     path.write_text(json.dumps(config))
-    return load_model(str(path)).model
+    return ec.load_model(str(path)).model
 
 
 def actions(plan):
@@ -40,18 +38,18 @@ def actions(plan):
     ],
 )
 def test_full_width(tmp_path, name, changes, expected):
-    plan, student = plan_and_convert(shortened(name, tmp_path, **changes))
+    student = ec.linearize(shortened(name, tmp_path, **changes))
+    plan = ec.plan_of(student)
     assert actions(plan) == expected
     assert all("cross-attention" in site.reason for site in plan.sites if not site.rewritten)
     assert all(parameter.is_meta for parameter in student.parameters())
-    report = conversion_cost(student)
+    report = ec.cost(student)
     assert [cost.image for cost in report.costs] == [4096, 16384, 65536]
     channels = {"sd3.5-medium": 1536, "flux-dev": 3072, "pixart-sigma": 1152, "dit-xl-2": 1152}[name]
-    assert report.pays_from == pytest.approx(5 * channels / 4, rel=0.15)  # PAPER.md's formulas: 5 C / reduction
+    assert report.break_even_tokens == pytest.approx(5 * channels / 4, rel=0.15)  # 5 C / reduction: arXiv 2503.16726
 
 
 def test_sd35_large_ends_at_its_positions(tmp_path):
-    _, student = plan_and_convert(shortened("sd3.5-large", tmp_path, num_layers=1))
-    report = conversion_cost(student)
+    report = ec.cost(shortened("sd3.5-large", tmp_path, num_layers=1))
     assert [cost.height for cost in report.costs] == [1024, 2048]
-    assert "end at 3072 px" in report.impossible["4096 x 4096"]
+    assert "end at 3072 px" in report.errors["4096 x 4096"]
