@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -13,15 +12,14 @@ from edit_compile.adapters.inputs import example_inputs as inputs_of
 from edit_compile.adapters.pipelines import with_transformer
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import AuditError, ConfigError, PlanError
-from edit_compile.ir.input_spec import meta_from
+from edit_compile.ir import input_spec
 from edit_compile.ir.plan import Plan, SizesOfInputs
-from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.audit import Audit
+from edit_compile.passes.audit import Audit, allowed_at, example_grid
 from edit_compile.passes.audit import audit as audit_graph
 from edit_compile.passes.capture import capture
-from edit_compile.passes.planner import make_plan
+from edit_compile.passes.planner import CompiledPlan, compile_plan, recompile
 from edit_compile.student.checkpoint import attach_save_pretrained
-from edit_compile.student.convert import PLAN, SiteRewriter, converted, require_plain_forwards
+from edit_compile.student.convert import PLAN, install, require_plain_forwards
 from edit_compile.student.grid import converted_model, grid, runtime_of
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import original_weights
@@ -44,19 +42,21 @@ def plan(model: Any, config: LinearizeConfig | None = None, example_inputs: Mapp
         PlanError: it has no attention; says what was looked at.
         NoExampleInputsError: no adapter knows the model, and no inputs were given.
     """
-    return _planned(transformer_of(model), config, example_inputs)[0]
+    return _compiled(transformer_of(model), config, example_inputs).plan
 
 
 def plan_and_convert(
     model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None
 ) -> tuple[Plan, nn.Module | None]:
-    """`plan` and `linearize` in one, without the audit: the plan, and the converted copy, None where no site can be converted."""
+    """Do `plan` and `linearize` in one, without the audit of the whole model: the plan, and the converted copy, None where no site can be
+    converted.
+    """
     transformer = transformer_of(model)
-    made, rewriter = _planned(transformer, config, example_inputs)
-    return made, converted(transformer, made, rewriter) if made.rewritten else None
+    compiled = _compiled(transformer, config, example_inputs)
+    return compiled.plan, install(transformer, compiled) if compiled.plan.rewritten else None
 
 
-def _planned(model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any] | None) -> tuple[Plan, SiteRewriter]:
+def _compiled(model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any] | None) -> CompiledPlan:
     if converted_sites(model):
         raise PlanError(f"{type(model).__name__} is converted already")
     if config is not None and not isinstance(config, LinearizeConfig):
@@ -67,7 +67,7 @@ def _planned(model: nn.Module, config: LinearizeConfig | None, example_inputs: M
         )
     require_plain_forwards(model)
     inputs = dict(example_inputs) if example_inputs is not None else inputs_of(model)
-    return make_plan(model, config or LinearizeConfig(), inputs)
+    return compile_plan(model, inputs, config or LinearizeConfig())
 
 
 def linearize(
@@ -94,12 +94,9 @@ def linearize(
     if plan is not None:
         if not isinstance(plan, Plan):
             raise PlanError(f"plan is a Plan, as edit_compile.plan(model) makes it, not a {type(plan).__name__}")
-        _check_fits(model, plan)
         require_plain_forwards(model)
-        rewriter = SiteRewriter(model, meta_from(plan.inputs), plan.config)
-        rewriter.prepare(plan.rewritten)
-        return attach_save_pretrained(converted(model, plan, rewriter))  # type: ignore[return-value]
-    student = converted(model, *_planned(model, config, example_inputs))
+        return attach_save_pretrained(install(model, recompile(model, plan)))  # type: ignore[return-value]
+    student = install(model, _compiled(model, config, example_inputs))
     audit(student)
     return attach_save_pretrained(student)  # type: ignore[return-value]
 
@@ -112,21 +109,13 @@ def audit(student: nn.Module) -> Audit:
         AuditError: attention between image tokens, or another cost that grows with their square, is left at a rewritten site.
     """
     plan = plan_of(student)
-    with grid(student, *_any_grid(plan)) if not isinstance(plan.grid, SizesOfInputs) else nullcontext():
-        captured = capture(student, meta_from(plan.inputs), symbolic=False)
-    found = audit_graph(captured, [site.path for site in plan.rewritten])
+    with grid(student, *example_grid(plan.rewritten[0])) if not isinstance(plan.grid, SizesOfInputs) else nullcontext():
+        captured = capture(student, input_spec.decode(plan.inputs), symbolic=False)
+    found = audit_graph(captured, {site.path: allowed_at(site) for site in plan.rewritten if site.kind == "attention"})
     if found.findings:
         more = f" (and {len(found.findings) - 1} more)" if len(found.findings) > 1 else ""
         raise AuditError(f"{plan.model} is not what its plan says: {found.findings[0]}{more}; please report this with the model's config")
     return found
-
-
-def _any_grid(plan: Plan) -> tuple[int, int]:
-    """A grid for the example's number of image tokens, as square as it can be."""
-    site = plan.rewritten[0]
-    tokens = site.query_sizes[[s.kind for s in site.query_layout.segments].index(TokenKind.IMAGE)]
-    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
-    return height, tokens // height
 
 
 def _linearized_pipeline(pipeline: Any, *options: Any) -> Any:
@@ -143,15 +132,6 @@ def transformer_of(model: Any) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise PlanError(f"{type(model).__name__} is neither a torch.nn.Module nor a pipeline with a transformer")
     return found
-
-
-def _check_fits(model: nn.Module, plan: Plan) -> None:
-    if plan.model != type(model).__name__:
-        raise PlanError(f"the plan is for a {plan.model}, this is a {type(model).__name__}")
-    paths = {path for path, _ in model.named_modules()}
-    missing = [site.path for site in plan.rewritten if site.path not in paths]
-    if missing:
-        raise PlanError(f"the plan's sites {missing[:3]} are not in this {plan.model}")
 
 
 def plan_of(student: Any) -> Plan:

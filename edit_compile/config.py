@@ -1,64 +1,162 @@
-"""What the user chooses about a conversion."""
+"""What the user chooses about a conversion: which design for which sites, and its options."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+from pydantic import Field, ValidationError, model_validator
 
+from edit_compile.designs import AUTO, AUTOMATIC, KEEP, find_design
+from edit_compile.designs.base import Design
 from edit_compile.errors import ConfigError
+from edit_compile.frozen import Frozen
 
 
-class LinearizeConfig(BaseModel):
-    """How attention is rewritten. The defaults are the paper's where it states one; see the README for the others.
+class Choice(NamedTuple):
+    """One rule, its names looked up: sites at `paths` get `design` with `options`, a `design.Options`; None keeps them."""
 
-    Attributes:
-        design: a registered design's name; "auto" takes "edit" where attention is between image tokens alone and "mm-edit"
-            where others take part.
-        reduction: by how much ConvFusion's 3x3 convolution reduces the channels.
-        query: "conv-fusion" (EDiT) or "plain", the model's own projection.
-        key, value: "compressor" (EDiT), "conv-fusion" or "plain"; both compressed or neither, so that they stay paired.
-        eta: the weight of linear attention against softmax over text. "ratio": N_I / (N_I + N_P) (MM-EDiT);
-            "exact": by both parts' normalisers; "calibrated": a learned weight per head in the ratio.
-        text_keys: whether text queries see "full" or "compressed" image keys.
-        identity: start as close to the teacher as possible: ConvFusion adds nothing, the compressor samples.
-        include, exclude: globs over module paths; a site is converted if it matches some of the first and none of the second.
-    """
+    paths: str
+    design: type[Design] | None
+    options: Any
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    design: str = "auto"
-    reduction: PositiveInt = 4
-    query: Literal["conv-fusion", "plain"] = "conv-fusion"
-    key: Literal["compressor", "conv-fusion", "plain"] = "compressor"
-    value: Literal["compressor", "conv-fusion", "plain"] = "compressor"
-    eta: Literal["ratio", "exact", "calibrated"] = "exact"
-    text_keys: Literal["full", "compressed"] = "full"
-    identity: bool = True
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-
-    @field_validator("design")
-    @classmethod
-    def _registered(cls, name: str) -> str:
-        from edit_compile.designs import design_names  # the designs are configured by this class
-
-        if name not in ("auto", *design_names()):
-            raise ValueError(f"no such design; there are: auto, {', '.join(design_names())}")
-        return name
-
+class _Data(Frozen):
     def __init__(self, **options: Any) -> None:
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise ConfigError("; ".join(_in_words(e) for e in error.errors())) from None
-        if (self.key == "compressor") != (self.value == "compressor"):
-            raise ConfigError(f"key={self.key!r} and value={self.value!r}: compress both or neither, keys and values are paired")
+            raise ConfigError("; ".join(_in_words(problem, type(self)) for problem in error.errors())) from None
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
 
-def _in_words(problem: Any) -> str:
+class Rule(_Data):
+    """Sites whose path matches a glob get a design.
+
+    Attributes:
+        paths: the glob, over module paths.
+        design: a design's name, or "keep".
+        options: of the design.
+    """
+
+    paths: str = "*"
+    design: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def __init__(self, paths: str = "*", design: str | None = None, options: Mapping[str, Any] | None = None, **unknown: Any) -> None:
+        named = {} if design is None else {"design": design}
+        super().__init__(paths=paths, options={} if options is None else options, **named, **unknown)
+
+    @model_validator(mode="after")
+    def _known(self) -> Rule:
+        self.choice()
+        return self
+
+    def choice(self) -> Choice:
+        """Look the design up and check its options.
+
+        Raises:
+            ConfigError: there is no such design, or it has no such option.
+        """
+        if self.design == KEEP:
+            if self.options:
+                raise ConfigError(f"design={KEEP!r} has no options")
+            return Choice(self.paths, None, None)
+        design = find_design(self.design)
+        return Choice(self.paths, design, _parsed(design, self.options))
+
+
+class LinearizeConfig(_Data):
+    """How a model is converted: by one design, or by rules of which the first that matches a site and takes it wins.
+
+        LinearizeConfig(design="edit", reduction=4)
+        LinearizeConfig(rules=[Rule("*.attn", "mm-edit", {"eta": "ratio"}), Rule("*.attn2", "edit")])
+
+    Attributes:
+        design: a design's name; "auto" takes whichever of the shipped ones fits a site.
+        include, exclude: globs over module paths; a site is converted if it matches some of the first and none of the second.
+        rules: instead of `design` and its options.
+        options: of the design, each design's own; also given as keyword arguments. With "auto" an option goes to every
+            design that has it.
+
+    Raises:
+        ConfigError: an option or design is not known, or has an impossible value.
+    """
+
+    design: str = AUTO
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        extra = {name: value for name, value in given.items() if name not in cls.model_fields}
+        named = {name: value for name, value in given.items() if name in cls.model_fields}
+        nested = named.get("options", {})
+        return {**named, "options": {**nested, **extra}} if extra and isinstance(nested, Mapping) else named
+
+    @model_validator(mode="after")
+    def _known(self) -> LinearizeConfig:
+        if self.rules and (self.design != AUTO or self.options):
+            raise ConfigError("give either rules or a design and its options: a rule has a design and options of its own")
+        self.choices()
+        return self
+
+    def choices(self) -> tuple[Choice, ...]:
+        """List the designs to try at each site, in order.
+
+        Raises:
+            ConfigError: see `LinearizeConfig`.
+        """
+        if self.rules:
+            return tuple(rule.choice() for rule in self.rules)
+        if self.design == KEEP:
+            raise ConfigError(f"design={KEEP!r} converts nothing; use it in a rule")
+        designs = [find_design(name) for name in (AUTOMATIC if self.design == AUTO else (self.design,))]
+        _check_names(self.options, designs)
+        own = ({name: value for name, value in self.options.items() if name in design.Options.model_fields} for design in designs)
+        return tuple(Choice("*", design, _parsed(design, options)) for design, options in zip(designs, own, strict=True))
+
+
+def parse_options(design: type[Design], options: Mapping[str, Any]) -> Any:
+    """Check a design's options.
+
+    Raises:
+        ConfigError: one is not known or has an impossible value.
+    """
+    return _parsed(design, options)
+
+
+def _parsed(design: type[Design], options: Mapping[str, Any]) -> Any:
+    _check_names(options, [design])
+    try:
+        return design.Options(**options)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_in_words(problem, design.Options) for problem in error.errors())) from None
+
+
+def _check_names(options: Iterable[str], designs: list[type[Design]]) -> None:
+    known = list(dict.fromkeys(name for design in designs for name in design.Options.model_fields))
+    for name in options:
+        if name not in known:
+            raise ConfigError(_unknown(name, [*LinearizeConfig.model_fields, *known]))
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"unknown option {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}there are: {', '.join(known)}"
+
+
+def _in_words(problem: Any, model: type[Frozen]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown option {name!r}; there are: {', '.join(LinearizeConfig.model_fields)}"
+        return _unknown(name, list(model.model_fields))
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}" if name else message

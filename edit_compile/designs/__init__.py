@@ -1,10 +1,89 @@
-"""Attention designs: what the compiler can rewrite a site's attention to, and the parts they share."""
+"""Attention designs: what the compiler can rewrite a site to. One file each; see `base` for what a design is.
 
-from edit_compile.designs.base import Additions, Design, design_names, find_design, register
-from edit_compile.designs.edit import EDIT
-from edit_compile.designs.mm_edit import MM_EDIT
+Designs from outside are added with `register`, or by an entry point of the group `edit_compile.designs` whose name is the
+design's. Importing this package imports no design: each is loaded when its name is used.
+"""
 
-register(EDIT)
-register(MM_EDIT)
+from __future__ import annotations
 
-__all__ = ["Additions", "Design", "design_names", "find_design", "register"]
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edit_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edit_compile.designs.base import Design
+
+GROUP = "edit_compile.designs"
+AUTO, KEEP = "auto", "keep"
+AUTOMATIC = ("mm-edit", "edit")  # what "auto" tries, in order
+_SHIPPED = {"edit": "edit_compile.designs.edit:Edit", "mm-edit": "edit_compile.designs.mm_edit:MMEdit"}
+_registered: dict[str, type[Design]] = {}
+
+DesignClass = TypeVar("DesignClass", bound="type[Design]")
+
+
+def register(design: DesignClass) -> DesignClass:
+    """Add a design; also a class decorator.
+
+    Raises:
+        ConfigError: it is not a `Design` with a name, or the name is taken.
+    """
+    from edit_compile.designs.base import Design
+
+    if not (isinstance(design, type) and issubclass(design, Design) and isinstance(getattr(design, "name", None), str)):
+        raise ConfigError(f"{design!r} cannot be registered: a design is a subclass of edit_compile.Design with a name")
+    if design.name in (AUTO, KEEP, *design_names()):
+        raise ConfigError(f"a design named {design.name!r} exists already; choose another name")
+    _registered[design.name] = design
+    return design
+
+
+def unregister(name: str) -> None:
+    """Take a design away that `register` has added."""
+    _registered.pop(name, None)
+
+
+def design_names() -> tuple[str, ...]:
+    """List the designs that can be named: shipped ones, those of installed packages, registered ones."""
+    return tuple(dict.fromkeys([*_SHIPPED, *_installed(), *_registered]))
+
+
+def find_design(name: str) -> type[Design]:
+    """Find a design by name.
+
+    Raises:
+        ConfigError: there is none, lists those that are; or the package that has it cannot be imported.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name in _SHIPPED:
+        module, _, attribute = _SHIPPED[name].partition(":")
+        return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
+    if name in _installed():
+        return _load(name)
+    near = get_close_matches(name, design_names(), 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown design {name!r}: {hint}there are: {', '.join(design_names())}")
+
+
+@cache
+def _installed() -> dict[str, Any]:
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in (AUTO, KEEP, *_SHIPPED)}
+
+
+@cache
+def _load(name: str) -> type[Design]:
+    entry = _installed()[name]
+    try:
+        design = entry.load()
+    except Exception as error:  # whatever importing somebody else's package raises
+        raise ConfigError(f"the design {name!r} of {entry.value} cannot be loaded: {type(error).__name__}: {error}") from error
+    from edit_compile.designs.base import Design
+
+    if not (isinstance(design, type) and issubclass(design, Design)):
+        raise ConfigError(f"the entry point {name!r} of group {GROUP} is {entry.value}, which is not a Design")
+    return design

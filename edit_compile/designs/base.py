@@ -1,75 +1,194 @@
-"""The open set of designs: a name, where it fits, and how its module is built. Adding one takes a file and a `register`."""
+"""What a design is: which sites it takes, what it adds, how it computes, what it costs, and what the audit may hold it to.
+
+The compiler establishes the facts about a `Site`; a design judges them. It is an `nn.Module`: an instance is the module
+that one rewritten site gets, so its parameters are what conversion adds there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from edit_compile.errors import ConfigError
+from edit_compile.frozen import Frozen
+from edit_compile.ir.plan import SiteKind
+from edit_compile.ir.site import Place, Site
 
-if TYPE_CHECKING:
-    from edit_compile.config import LinearizeConfig
+IMAGE = "image"  # the kind of segment that a grid belongs to; see `TokenKind`
 
 
-@dataclass(frozen=True)
-class Additions:
-    """What a rewritten site's design module is built from."""
+class Verdict(NamedTuple):
+    """Whether a design takes a site, and why or why not: the words that `inspect` prints."""
 
-    design: str
-    channels: dict[str, int]
-    heads: int
-    head_channels: int
-    scale: float | None
-    before: int | None
-    after: int | None
+    ok: bool
+    reason: str
 
 
 @dataclass(frozen=True)
-class Design:
-    """An attention design that sites can be rewritten to.
+class Tap:
+    """A module that the compiler calls on the image tokens at a fixed place of a site's graph.
 
     Attributes:
-        name: as in `LinearizeConfig.design` and `SitePlan.action`.
-        joint: whether it is for attention in which image tokens and others take part together; if not, for image tokens alone.
-        build: makes the module that a rewritten site gets. The site's graph calls its `query`, `key` and `value`, where
-            they are modules, and the module itself in the place of softmax attention: with (query, key, value, mask) or, if
-            joint, with (query, key, value, grid, mask, uncompressed (key, value, mask) or None).
+        where: the place; `Site.channels` has those of the site.
+        module: maps (B, C, *grid) to (B, C, *grid') or, if `form` is "tokens", (B, N, C) to (B, N, C).
+        stride: by how much it thins each dimension of the grid, n to ceil(n / stride); () for not at all. The compiler samples
+            whatever is indexed by token and joins the tap's way (RoPE tables, masks) accordingly.
+        form: how the module takes image tokens.
     """
 
-    name: str
-    joint: bool
-    build: Callable[[Additions, LinearizeConfig], nn.Module]
+    where: Place
+    module: nn.Module
+    stride: tuple[int, ...] = ()
+    form: Literal["image", "tokens"] = "image"
 
 
-_DESIGNS: dict[str, Design] = {}
+class Span(NamedTuple):
+    """A run of tokens of one kind along a token axis, in one call."""
+
+    kind: str
+    start: int
+    length: int
 
 
-def register(design: Design) -> Design:
-    """Add a design.
+class Tokens(NamedTuple):
+    """Which tokens are where along a token axis, in one call. Sizes are symbolic while a graph is traced.
+
+    Attributes:
+        kinds: of the segments, in order: "image", "text" or "other".
+        lengths: of the segments, in tokens.
+        grid: of the image tokens, (h, w) or (t, h, w), row-major.
+    """
+
+    kinds: tuple[str, ...]
+    lengths: tuple[int, ...]
+    grid: tuple[int, ...]
+
+    def spans(self) -> Iterator[Span]:
+        """Yield the segments with their positions."""
+        start = 0
+        for kind, length in zip(self.kinds, self.lengths, strict=True):
+            yield Span(kind, start, length)
+            start += length
+
+    def image(self, x: Tensor, dim: int = 2) -> Tensor:
+        """Narrow a tensor to its image tokens along `dim`."""
+        at = self.kinds.index(IMAGE)
+        return x.narrow(dim, sum(self.lengths[:at]), self.lengths[at])
+
+    def others(self, x: Tensor, dim: int = 2) -> Tensor:
+        """Take the tokens that are not image tokens along `dim`, in order."""
+        at = self.kinds.index(IMAGE)
+        before, after = sum(self.lengths[:at]), sum(self.lengths[at + 1 :])
+        return torch.cat([x.narrow(dim, 0, before), x.narrow(dim, x.shape[dim] - after, after)], dim)
+
+    def joined(self, image: Tensor, others: Tensor, dim: int = 2) -> Tensor:
+        """Put image tokens and others together in the model's order: the inverse of `image` and `others`."""
+        at = self.kinds.index(IMAGE)
+        before, after = sum(self.lengths[:at]), sum(self.lengths[at + 1 :])
+        return torch.cat([others.narrow(dim, 0, before), image, others.narrow(dim, before, after)], dim)
+
+    def thinned(self, stride: Sequence[int]) -> Tokens:
+        """Return the layout behind a tap of that stride, () for none."""
+        grid = tuple((n + s - 1) // s for n, s in zip(self.grid, stride, strict=True)) if stride else self.grid
+        lengths = tuple(math.prod(grid) if kind == IMAGE else n for kind, n in zip(self.kinds, self.lengths, strict=True))
+        return Tokens(self.kinds, lengths, grid)
+
+
+class QKV(NamedTuple):
+    """The operands of attention, heads first.
+
+    Attributes:
+        query: (B, H, L, D).
+        key, value: (B, G, M, D) and (B, G, M, E) with G groups of heads, G = H unless the model has grouped-query attention;
+            M < L where a tap thins the image tokens.
+        mask: boolean or additive, broadcastable to (B, H, 1, M), or to (B, H, L, M) if it differs from query to query; None
+            for no mask.
+        original: the model's own operands, as without taps; None unless the design has `needs_original`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    original: QKV | None = None
+
+
+class Design(nn.Module, ABC):
+    """The base of all designs. Subclass it, name it, `register` it.
+
+    Attributes:
+        name: as in configurations, plans and on the command line.
+        kind: of the sites it is for.
+        needs_original: whether `forward` reads `QKV.original`.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[SiteKind] = "attention"
+    needs_original: bool = False
+
+    class Options(Frozen):
+        """The design's own options; none unless the subclass has an `Options` of its own."""
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, site: Site, options: Any) -> Verdict:
+        """Say whether the design takes a site, and why or why not."""
+
+    def __init__(self, site: Site, options: Any) -> None:
+        """Make the module of one site; `taps` and `forward` belong to it."""
+        super().__init__()
+
+    def taps(self) -> tuple[Tap, ...]:
+        """List the modules to insert into the site's graph, one a place at most."""
+        return ()
+
+    def forward(self, x: QKV, tokens: Tokens) -> Tensor:
+        """Compute the attention output of all queries, (B, H, L, E). Not called in feed-forward networks.
+
+        Args:
+            x: the operands behind the taps.
+            tokens: where the image and the other tokens are among the L queries.
+        """
+        raise NotImplementedError(f"the design {self.name!r} has no forward: {type(self).__name__} works by its taps alone")
+
+    @classmethod
+    @abstractmethod
+    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+        """Count the FLOPs of one sample, in closed form: of the taps, and of `forward` in the place of softmax attention.
+
+        A multiplication with an addition counts as two; pointwise operations are left out.
+
+        Args:
+            grid: of the image tokens, (h, w) or (t, h, w).
+            others: number of tokens that are not image tokens.
+        """
+
+    @classmethod
+    def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:
+        """Say whether one matrix product may pair so many image tokens with so many: the audit asks. Default: never quadratic."""
+        return min(rows, columns) <= 1
+
+
+def tokens_of(x: Tensor, dim: int, grid: Tensor, kinds: Sequence[str], lengths: Sequence[int | None]) -> Tokens:
+    """Make the layout of a token axis, as a rewritten site's graph does in every call.
+
+    Args:
+        x: a tensor with the token axis at `dim`.
+        grid: its shape is the image tokens' grid.
+        kinds: of the segments.
+        lengths: of the segments; None for the image, and for one other segment at most, which has what remains.
 
     Raises:
-        ConfigError: its name is taken.
+        ValueError: the grid has not as many positions as there are image tokens.
     """
-    if design.name in ("auto", "keep", *_DESIGNS):
-        raise ConfigError(f"a design named {design.name!r} exists already; choose another name")
-    _DESIGNS[design.name] = design
-    return design
-
-
-def design_names() -> tuple[str, ...]:
-    """The registered designs, in order of registration."""
-    return tuple(_DESIGNS)
-
-
-def find_design(name: str) -> Design:
-    """The design of a name.
-
-    Raises:
-        ConfigError: there is none; lists those that are.
-    """
-    if name not in _DESIGNS:
-        raise ConfigError(f"unknown design {name!r}; there are: {', '.join(_DESIGNS)}")
-    return _DESIGNS[name]
+    image = math.prod(grid.shape)
+    rest = x.shape[dim] - image - sum(n for n in lengths if n is not None)
+    if rest != 0 and len(kinds) == 1:
+        raise ValueError(f"{x.shape[dim]} image tokens do not fill a grid of {' x '.join(map(str, grid.shape))} = {image}")
+    found = tuple(image if kind == IMAGE else rest if n is None else n for kind, n in zip(kinds, lengths, strict=True))
+    return Tokens(tuple(kinds), found, tuple(grid.shape))

@@ -10,8 +10,8 @@ from torch import Tensor
 from edit_compile.errors import PlanError
 
 
-def describe(value: Any) -> Any:
-    """A JSON description of (nested) arguments.
+def encode(value: Any) -> Any:
+    """Describe (nested) arguments as JSON.
 
     Raises:
         PlanError: a value cannot be described.
@@ -19,28 +19,28 @@ def describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, dict):
-        return {"dict": {str(k): describe(v) for k, v in value.items()}}
+        return {"dict": {str(k): encode(v) for k, v in value.items()}}
     if isinstance(value, list | tuple):
-        return {"list" if isinstance(value, list) else "tuple": [describe(v) for v in value]}
+        return {"list" if isinstance(value, list) else "tuple": [encode(v) for v in value]}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
-    raise PlanError(f"example inputs may hold tensors, numbers, strings, lists and dicts, not {type(value).__name__}")
+    raise PlanError(f"inputs may hold tensors, numbers, strings, lists and dicts, not {type(value).__name__}")
 
 
-def meta_from(description: Any) -> Any:
-    """The arguments again, tensors on the meta device.
+def decode(description: Any) -> Any:
+    """Make the arguments again, tensors on the meta device.
 
     Raises:
-        PlanError: not a description.
+        PlanError: it is not a description.
     """
     try:
         ((kind, content), *rest) = description.items()
         if kind == "tensor":
             return torch.empty(content, dtype=getattr(torch, rest[0][1]), device="meta")
         if kind == "dict":
-            return {k: meta_from(v) for k, v in content.items()}
+            return {k: decode(v) for k, v in content.items()}
         if kind in ("list", "tuple"):
-            items = [meta_from(v) for v in content]
+            items = [decode(v) for v in content]
             return items if kind == "list" else tuple(items)
         if kind == "value":
             return content

@@ -2,54 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
-from edit_compile.config import LinearizeConfig
 from edit_compile.errors import PlanError
-from edit_compile.ir.tokens import Grid, TokenKind, TokenLayout
+from edit_compile.frozen import Frozen
+from edit_compile.ir import plan_table
+from edit_compile.ir.tokens import Grid, TokenLayout
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+KEEP = "keep"
+
+SiteKind = Literal["attention", "feed_forward"]
+MaskKind = Literal["none", "by_key", "by_query"]
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Data(Frozen):
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+class Refusal(_Data):
+    """Why a site cannot be rewritten.
+
+    Attributes:
+        reason: in words.
+        node: the operation that stands in the way, as the graph names it.
+        source: the line of the model's source that it comes from, `file.py:12 (code)`.
+    """
+
+    reason: str
+    node: str | None = None
+    source: str | None = None
 
 
 class SitePlan(_Data):
-    """One attention computation: where it is, which tokens take part, what is done and why.
+    """One attention computation or feed-forward network: where it is, which tokens take part, what is done and why.
 
     Attributes:
-        path: the module that holds the attention and its projections.
-        index: which of the attentions inside that module, in order of execution.
+        path: the module that holds it and its projections.
+        index: which of the computations of its kind inside that module, in order of execution.
         action: a design's name, or "keep".
+        options: the design's options, all of them.
         reason: why, in words.
+        refusal: where something stands in the way, what and where.
         query_layout, key_layout: the segments along the query's and the key's token axis.
-        grid: the image tokens' grid, if known.
-        query_sizes, key_sizes: the segments' lengths in the example that was captured.
+        grid: the image tokens' grid, if known: expressions over the symbols of the plan's `grid`.
+        query_sizes, key_sizes, grid_sizes: the segments' lengths and the grid in the example that was captured.
+        mask: none, the same for all queries, or different from query to query.
+        causal: whether a query sees the keys up to its own position only.
     """
 
     path: str
     index: int = 0
+    kind: SiteKind = "attention"
     action: str
+    options: dict[str, Any] = Field(default_factory=dict)
     reason: str
+    refusal: Refusal | None = None
     query_layout: TokenLayout
     key_layout: TokenLayout
     grid: Grid | None = None
     query_sizes: tuple[int, ...] = ()
     key_sizes: tuple[int, ...] = ()
+    grid_sizes: tuple[int, ...] = ()
+    mask: MaskKind = "none"
+    causal: bool = False
 
     @property
     def rewritten(self) -> bool:
-        return self.action != "keep"
+        return self.action != KEEP
+
+    def kept(self, reason: str, refusal: Refusal | None = None) -> SitePlan:
+        """Return the same site, kept for a reason."""
+        return self.model_copy(update={"action": KEEP, "options": {}, "reason": reason, "refusal": refusal})
 
 
 class SizesOfInputs(_Data):
-    """The grid follows from the sizes of the model's inputs: expressions over `symbols`, each an input's dimension."""
+    """The grid follows from the sizes of the model's inputs.
+
+    Attributes:
+        expressions: the model's finest grid, over `symbols`; a site on another one has expressions of its own.
+        symbols: where each symbol is read, an input's name and its dimension.
+    """
 
     kind: Literal["sizes"] = "sizes"
-    expressions: tuple[str, ...]
+    expressions: tuple[str, ...] = Field(min_length=2, max_length=3)
     symbols: dict[str, tuple[str, int]]
 
 
@@ -68,48 +109,115 @@ class Given(_Data):
 
     kind: Literal["given"] = "given"
     tokens: str | None = None
-    symbols: dict[str, tuple[str, int]] = {}
+    symbols: dict[str, tuple[str, int]] = Field(default_factory=dict)
+
+
+GridSource = Annotated[SizesOfInputs | PositionIds | Given, Field(discriminator="kind")]
+
+
+class PassRecord(_Data):
+    """What a pass did.
+
+    Attributes:
+        name: of the pass.
+        graph: "model", or the path of the first site of its structure.
+        count: of what the pass is named for.
+        nodes: in the graph after it.
+    """
+
+    name: str
+    graph: str
+    count: int
+    nodes: int
 
 
 class Plan(_Data):
-    """The plan of a whole model. `inputs` describes the example inputs (shapes, dtypes, constants) it was made with."""
+    """The plan of a whole model.
+
+    Attributes:
+        model: its class.
+        sites: in order of execution.
+        grid: where the image tokens' grid comes from in each call.
+        inputs: describes the example inputs (shapes, dtypes, constants) it was made with.
+        passes: those that made it, over the model's graph and over the graph of every distinct site.
+    """
 
     version: int = PLAN_VERSION
     model: str
-    config: LinearizeConfig
     sites: tuple[SitePlan, ...]
-    grid: SizesOfInputs | PositionIds | Given
+    grid: GridSource
     inputs: dict[str, Any]
+    passes: tuple[PassRecord, ...] = ()
 
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:
         return tuple(site for site in self.sites if site.rewritten)
 
+    def __iter__(self) -> Iterator[SitePlan]:  # type: ignore[override]
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, path: str) -> SitePlan:
+        """Find the first site at a path.
+
+        Raises:
+            KeyError: there is none; lists the nearest paths.
+        """
+        return next((site for site in self.sites if site.path == path), None) or self._no_site(path)
+
+    def _no_site(self, path: str) -> SitePlan:
+        from difflib import get_close_matches
+
+        near = get_close_matches(path, [site.path for site in self.sites], 3, 0)
+        raise KeyError(f"no site at {path!r}; near it: {', '.join(near)}")
+
     def __str__(self) -> str:
-        """A line for the model and one for every site."""
-        width = max(len(site.path) for site in self.sites)
-        lines = [f"  {site.path:{width}}  {site.action:8}{site.query_layout}  {site.reason}" for site in self.sites]
-        return "\n".join([f"{self.model}: {len(self.rewritten)} of {len(self.sites)} attention sites rewritten", *lines])
+        return plan_table.render(self)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterable[str]:
+        yield plan_table.markup(self, options.max_width)
+
+    def _repr_html_(self) -> str:
+        return plan_table.html(self)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """Read a plan.
 
         Raises:
             PlanError: it is not one, or of a version this release does not know.
         """
+        version = _version_of(text)
+        if version not in (None, PLAN_VERSION):
+            raise PlanError(f"the plan has version {version}, this release reads version {PLAN_VERSION}: make it again")
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             raise PlanError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        if plan.version != PLAN_VERSION:
-            raise PlanError(f"the plan has version {plan.version}, this release reads version {PLAN_VERSION}")
+        plan.check()
         return plan
 
+    def check(self) -> None:
+        """Check what the types do not say.
 
-def has_image(layout: TokenLayout) -> bool:
-    return layout.has(TokenKind.IMAGE)
+        Raises:
+            PlanError: a site is named twice.
+        """
+        paths = [site.path for site in self.rewritten]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise PlanError(f"the plan rewrites the site {twice} twice")
+
+
+def _version_of(text: str | bytes) -> Any:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content.get("version") if isinstance(content, dict) else None

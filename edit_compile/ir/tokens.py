@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -52,11 +51,6 @@ class TokenLayout:
 
     def __str__(self) -> str:
         return "[" + ", ".join(map(str, self.segments)) + "]"
-
-
-def concatenated(layouts: Iterable[TokenLayout]) -> TokenLayout:
-    """The layout of token axes joined in order."""
-    return sum(layouts, TokenLayout(()))
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,23 @@
-"""The passes: plain functions over one graph, run in the order of `PASSES`. Each run leaves a record of what it did.
+"""The passes over the whole model's graph: plain functions, in the order of `ANALYSIS`.
 
-    canonicalize      attention written by hand becomes one node
-    find_attention    every attention, and the module that holds it and its projections
-    classify_tokens   which positions are image, text or other, and the image's grid
-    plan_sites        what is done with every attention, and why
-
-`rewrite` then works site by site, on each site's own graph, and `audit` looks at the converted model.
+canonicalize_model    attention written by hand becomes one node
+find_sites            every attention and feed-forward network, and the module that holds it and its projections
+classify_model        which positions are image, text or other, and the image's grids
+decide_sites          what may be done with every site, and why others are kept
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edit_compile.config import LinearizeConfig
-from edit_compile.ir.plan import SitePlan
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture
-from edit_compile.passes.classify_tokens import Tokens, classify_tokens
+from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
 from edit_compile.passes.find_attention import Attention, find_attention
-from edit_compile.passes.plan_sites import plan_sites
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """What a pass did: `found` counts what it is named for, `nodes` the graph's nodes after it."""
-
-    name: str
-    found: int
-    nodes: int
-    milliseconds: float
+from edit_compile.passes.find_feed_forward import FeedForward, find_feed_forward
+from edit_compile.passes.plan_sites import Candidate, plan_sites
 
 
 @dataclass
@@ -43,51 +27,42 @@ class Analysis:
     captured: Capture
     config: LinearizeConfig
     attentions: list[Attention] = field(default_factory=list)
-    tokens: Tokens | None = None
-    sites: list[SitePlan] = field(default_factory=list)
-    records: list[PassRecord] = field(default_factory=list)
+    feed_forwards: list[FeedForward] = field(default_factory=list)
+    tokens: TokenMap | None = None
+    sites: list[Candidate] = field(default_factory=list)
 
     @property
-    def classified(self) -> Tokens:
-        assert self.tokens is not None, "classify_tokens has not run"
+    def classified(self) -> TokenMap:
+        assert self.tokens is not None, "classify_model has not run"
         return self.tokens
 
 
-def _canonicalize(analysis: Analysis) -> int:
+AnalysisPass = Callable[[Analysis], int]  # returns how many it has found
+
+
+def canonicalize_model(analysis: Analysis) -> int:
+    """Rewrite attention written by hand to one node each."""
     return canonicalize(analysis.captured.graph)
 
 
-def _find_attention(analysis: Analysis) -> int:
+def find_sites(analysis: Analysis) -> int:
+    """Find every attention and every feed-forward network."""
     analysis.attentions = find_attention(analysis.captured.graph)
-    return len(analysis.attentions)
+    analysis.feed_forwards = find_feed_forward(analysis.captured.graph)
+    return len(analysis.attentions) + len(analysis.feed_forwards)
 
 
-def _classify_tokens(analysis: Analysis) -> int:
+def classify_model(analysis: Analysis) -> int:
+    """Follow every axis from the model's inputs; counts the inputs that carry the image."""
     analysis.tokens = classify_tokens(analysis.captured)
-    return len(analysis.tokens.pictures)
+    return len(analysis.tokens.image_inputs)
 
 
-def _plan_sites(analysis: Analysis) -> int:
+def decide_sites(analysis: Analysis) -> int:
+    """Decide for every site which designs may be tried, or why it is kept."""
     graph = analysis.captured.graph
-    analysis.sites = plan_sites(graph, analysis.attentions, analysis.classified, analysis.config)
+    analysis.sites = plan_sites(graph, analysis.attentions, analysis.feed_forwards, analysis.classified, analysis.config)
     return len(analysis.sites)
 
 
-PASSES: tuple[tuple[str, Callable[[Analysis], int]], ...] = (
-    ("canonicalize", _canonicalize),
-    ("find_attention", _find_attention),
-    ("classify_tokens", _classify_tokens),
-    ("plan_sites", _plan_sites),
-)
-
-
-def analyse(captured: Capture, config: LinearizeConfig) -> Analysis:
-    """Run `PASSES` over a captured model. The records are also logged, at level DEBUG."""
-    analysis = Analysis(captured, config)
-    for name, run in PASSES:
-        start = time.perf_counter()
-        found = run(analysis)
-        record = PassRecord(name, found, len(captured.graph.nodes), 1000 * (time.perf_counter() - start))
-        analysis.records.append(record)
-        log.debug("%s: %d found, %d nodes, %.0f ms", record.name, record.found, record.nodes, record.milliseconds)
-    return analysis
+ANALYSIS: tuple[AnalysisPass, ...] = (canonicalize_model, find_sites, classify_model, decide_sites)

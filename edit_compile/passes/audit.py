@@ -1,27 +1,38 @@
-"""Look at a converted model's own graph: is what the plan promises true of what would run?
+"""Look at a rewritten graph: is what the plan promises true of what would run?
 
-Checked at every rewritten site: no softmax attention between image tokens is left, and no operation multiplies image
-tokens by image tokens, so that the site's cost per image token does not grow with their number.
+No operation at a rewritten site multiplies image tokens by image tokens, unless its design answers for that many by that
+many: so the site's cost per image token does not grow with their number. Looked at in two places: at every distinct site
+while it is compiled, and in the whole converted model, captured anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from edit_compile.config import parse_options
+from edit_compile.designs import find_design
+from edit_compile.errors import AuditError
+from edit_compile.ir.plan import SitePlan
 from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.axes.algebra import Axis, axis_size
+from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.canonicalize import canonicalize
-from edit_compile.passes.capture import Capture
-from edit_compile.passes.classify_tokens import Tokens, classify_tokens
-from edit_compile.passes.find_attention import module_path
-from edit_compile.passes.op_traits import name_of
+from edit_compile.passes.capture import Capture, capture
+from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
+from edit_compile.passes.graph_walk import module_path, op_name
+from edit_compile.passes.rewrite import seed_axes
+from edit_compile.passes.site_graph import ADDED, IMAGE, SiteGraph
 
 _PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum")
 _SOFTMAX_ATTENTION = "scaled_dot_product"  # in the name of every kernel for it
+
+Allows = Callable[[int, int], bool]  # may one product pair so many image tokens with so many?
 
 
 @dataclass(frozen=True)
@@ -33,12 +44,23 @@ class Audit:
     findings: tuple[str, ...]
 
 
-def audit(captured: Capture, rewritten: Sequence[str]) -> Audit:
+def allowed_at(site: SitePlan) -> Allows:
+    """Ask a planned site's design.
+
+    Raises:
+        ConfigError: the design or one of its options is not known.
+    """
+    design, grid = find_design(site.action), example_grid(site)
+    options = parse_options(design, site.options)
+    return lambda rows, columns: design.allows(rows, columns, grid, options)
+
+
+def audit(captured: Capture, rewritten: Mapping[str, Allows]) -> Audit:
     """Audit the captured graph of a converted model.
 
     Args:
         captured: the converted model, captured anew.
-        rewritten: the paths of its rewritten sites.
+        rewritten: what is allowed at each of its rewritten attention sites, by path.
     """
     canonicalize(captured.graph)
     tokens = classify_tokens(captured)
@@ -49,12 +71,57 @@ def audit(captured: Capture, rewritten: Sequence[str]) -> Audit:
         if site is None or not _is_product(node):
             continue
         seen[site] += 1
-        pairs = list(_image_by_image(node, tokens))
-        if pairs:
-            what = "softmax attention" if _SOFTMAX_ATTENTION in name_of(node) else name_of(node)
-            findings.append(f"{site}: {what} ({node.name}) multiplies {pairs[0][0]} image tokens by {pairs[0][1]}")
+        findings += [f"{site}: {finding}" for finding in _forbidden(node, tokens, rewritten[site])]
     findings += [f"{site}: no attention was found at it" for site, count in seen.items() if not count]
     return Audit(len(seen), sum(seen.values()), tuple(findings))
+
+
+def audit_site(site: SiteGraph) -> int:
+    """Capture the rewritten site again and audit it; counts the products looked at.
+
+    Raises:
+        AuditError: it multiplies image tokens by image tokens, and its design does not allow so many by so many.
+        CaptureError: the rewritten site cannot run.
+    """
+    grid = example_grid(site.plan)
+    again = capture(_probe(site, grid), site.arguments, cast=False, symbolic=False)
+    canonicalize(again.graph)
+    tokens = TokenMap(flow_axes(again.graph, lambda node: seed_axes(node, again, site)), frozenset({IMAGE}))
+    design, options = type(site.chosen), site.choice.options
+
+    def allows(rows: int, columns: int) -> bool:
+        return design.allows(rows, columns, grid, options)
+
+    products = [node for node in again.graph.nodes if _is_product(node)]
+    findings = [finding for node in products for finding in _forbidden(node, tokens, allows)]
+    if not products and site.plan.kind == "attention":
+        findings = ["no attention was found at it"]
+    if findings:
+        raise AuditError(f"{site.plan.path}: the design {design.name!r} is not what it says: {findings[0]}, which its `allows` refuses")
+    return len(products)
+
+
+def example_grid(plan: SitePlan) -> tuple[int, ...]:
+    """Return a site's grid in the example; where it is unknown, one of as many tokens, as square as it can be."""
+    if plan.grid_sizes:
+        return plan.grid_sizes
+    tokens = plan.query_sizes[[s.kind for s in plan.query_layout.segments].index(TokenKind.IMAGE)]
+    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
+    return height, tokens // height
+
+
+def _probe(site: SiteGraph, grid: tuple[int, ...]) -> torch.nn.Module:
+    """The site's module as conversion would make it, for one grid, without a teacher."""
+    shape: Tensor = torch.empty((), device="meta").expand(grid)
+    methods = {
+        "forward": site.forward,
+        "edit_path": site.plan.path,
+        "edit_teacher_is_on": lambda module: False,
+        "edit_current_grid": lambda module: shape,
+    }
+    probe = object.__new__(type(type(site.module).__name__, (type(site.module),), methods))
+    probe.__dict__ = {**site.module.__dict__, "_modules": {**site.module._modules, ADDED: site.chosen}}
+    return probe
 
 
 def _site_of(node: fx.Node, sites: dict[str, int]) -> str | None:
@@ -65,18 +132,21 @@ def _site_of(node: fx.Node, sites: dict[str, int]) -> str | None:
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.op == "call_function" and (_SOFTMAX_ATTENTION in name_of(node) or name_of(node) in _PRODUCTS)
+    return node.op == "call_function" and (_SOFTMAX_ATTENTION in op_name(node) or op_name(node) in _PRODUCTS)
 
 
-def _image_by_image(node: fx.Node, tokens: Tokens) -> Iterator[tuple[int, int]]:
-    """Pairs of axes with more than one image token among those that the operation runs over: rows, columns, summed."""
+def _forbidden(node: fx.Node, tokens: TokenMap, allows: Allows) -> Iterator[str]:
+    """What is wrong with a product: axes with image tokens among those that it runs over (rows, columns, summed)."""
     for a, b in _axes_run_over(node, tokens):
-        if _image_tokens(a, tokens) > 1 and _image_tokens(b, tokens) > 1:
-            yield _image_tokens(a, tokens), _image_tokens(b, tokens)
+        rows, columns = _image_tokens(a, tokens), _image_tokens(b, tokens)
+        if rows > 1 and columns > 1 and not allows(rows, columns):
+            what = "softmax attention" if _SOFTMAX_ATTENTION in op_name(node) else op_name(node)
+            yield f"{what} ({node.name}) multiplies {rows} image tokens by {columns}"
+            return
 
 
-def _axes_run_over(node: fx.Node, tokens: Tokens) -> Iterable[tuple[Axis, Axis]]:
-    name = name_of(node)
+def _axes_run_over(node: fx.Node, tokens: TokenMap) -> Iterable[tuple[Axis, Axis]]:
+    name = op_name(node)
     if name == "einsum":
         return combinations(_einsum_axes(node, tokens), 2)
     left, right = (tokens.axes[operand] for operand in (node.args[:2] if _SOFTMAX_ATTENTION in name else node.args[-2:]))
@@ -85,7 +155,7 @@ def _axes_run_over(node: fx.Node, tokens: Tokens) -> Iterable[tuple[Axis, Axis]]
     return [] if min(len(left), len(right)) < 2 else [(left[-2], left[-1]), (left[-2], right[-1]), (right[-2], right[-1])]
 
 
-def _einsum_axes(node: fx.Node, tokens: Tokens) -> list[Axis]:
+def _einsum_axes(node: fx.Node, tokens: TokenMap) -> list[Axis]:
     """The axis of every letter but those of the batch, which all operands and the result have."""
     terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
     letters = {s: a for term, n in zip(terms.split(","), node.args[1], strict=True) for s, a in zip(term, tokens.axes[n], strict=False)}
@@ -93,6 +163,6 @@ def _einsum_axes(node: fx.Node, tokens: Tokens) -> list[Axis]:
     return [axis for letter, axis in letters.items() if letter not in batch]
 
 
-def _image_tokens(axis: Axis, tokens: Tokens) -> int:
+def _image_tokens(axis: Axis, tokens: TokenMap) -> int:
     """How many image tokens an axis holds; a channel axis has none, whatever it was computed from."""
     return axis_size(tuple(piece for piece in axis if tokens.kind(piece) is TokenKind.IMAGE))

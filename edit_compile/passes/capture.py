@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from edit_compile.errors import CaptureError
+from edit_compile.ir.plan import Refusal
 from edit_compile.passes.native_attention import native_attention
 
 PROBE_DTYPE = torch.bfloat16
@@ -52,7 +53,7 @@ class Capture:
         return self.sources[node.name]
 
 
-def stand_in(module: nn.Module, dtype: torch.dtype = PROBE_DTYPE) -> nn.Module:
+def meta_copy(module: nn.Module, dtype: torch.dtype = PROBE_DTYPE) -> nn.Module:
     """The module's structure over meta tensors: no weights, floating-point tensors in `dtype`, evaluation mode."""
     memo: dict[int, Any] = {}
     for tensor in _tensors_of(module):
@@ -80,7 +81,7 @@ def capture(module: nn.Module, inputs: Mapping[str, Any], *, functional: bool = 
     Raises:
         CaptureError: the module cannot be captured; says which op or line stands in the way.
     """
-    structure = stand_in(module)
+    structure = meta_copy(module)
     with native_attention():
         try:
             program = _export(structure, meta_inputs(dict(inputs)) if cast else dict(inputs), functional, symbolic)
@@ -89,17 +90,21 @@ def capture(module: nn.Module, inputs: Mapping[str, Any], *, functional: bool = 
     return Capture(program, _sources(program))
 
 
-def call_arguments(module: nn.Module, inputs: Mapping[str, Any], paths: set[str]) -> dict[str, dict[str, Any]]:
-    """What each submodule at `paths` receives when `module(**inputs)` runs: meta arguments by parameter name.
+def call_arguments(module: nn.Module, inputs: Mapping[str, Any], paths: set[str]) -> dict[str, dict[str, Any] | Refusal]:
+    """Record what each submodule at `paths` receives when `module(**inputs)` runs: meta arguments by parameter name.
 
-    A variable keyword parameter's content is merged in. A submodule called several times reports its first call.
+    A variable keyword parameter's content is merged in. A submodule called several times reports its first call; one whose
+    arguments have no names, why it cannot be captured.
     """
-    structure = stand_in(module)
-    received: dict[str, dict[str, Any]] = {}
+    structure = meta_copy(module)
+    received: dict[str, dict[str, Any] | Refusal] = {}
 
     def keep(path: str) -> Any:
         def hook(submodule: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            received.setdefault(path, bound_arguments(submodule, args, kwargs))
+            try:
+                received.setdefault(path, bound_arguments(submodule, args, kwargs))
+            except CaptureError as error:
+                received.setdefault(path, Refusal(reason=f"{path}: {error}"))
 
         return hook
 

@@ -7,6 +7,8 @@ Here equal sites are instances over one function.
 from __future__ import annotations
 
 import inspect
+import itertools
+import linecache
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,40 +18,57 @@ from torch import Tensor, fx, nn
 
 from edit_compile.errors import RewriteError
 from edit_compile.passes.capture import Capture
+from edit_compile.passes.site_graph import Refused
+
+_numbers = itertools.count()  # of generated sources: their names must differ
 
 
 def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """A method for modules of this class: checks what the graph took as constant, then runs the graph.
+    """Generate a method for modules of this class: checks what the graph took as constant, then runs the graph.
 
     Args:
+        graph: its last placeholder is the grid.
         arguments: those the site was captured with, by parameter name.
+
+    Raises:
+        Refused: the module returns what a graph cannot.
     """
-    signature = inspect.signature(type(module).forward)
+    signature, name = inspect.signature(type(module).forward), type(module).__name__
     outputs = pytree.tree_unflatten(list(graph.output_node().args[0]), captured.program.call_spec.out_spec)
     for kind in _kinds(outputs):
         if kind not in (tuple, list, dict, fx.Node, type(None)):
-            raise RewriteError(f"{type(module).__name__} returns a {kind.__name__}; a site must return tensors, tuples, lists or dicts")
+            raise Refused(f"{name} returns a {kind.__name__}; a site must return tensors, tuples, lists or dicts")
     graph.output_node().args = (outputs,)
     code = graph.python_code("self")
     scope: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src.replace("def forward(", "def _run(", 1), f"<edit_compile {type(module).__name__}>", "exec"), scope)
-
-    leaves = _access_paths(signature, arguments)
-    checks = [_check(path, value) for path, value in leaves if not isinstance(value, Tensor)]
+    _execute(code.src.replace("def forward(", "def _run(", 1), f"<edit_compile graph of {name} {next(_numbers)}>", scope)
     scope |= {"_refuse": _refuse, "_has_others": _has_others, "_defaults": {n: p.default for n, p in signature.parameters.items()}}
-    refused = _missing(signature, arguments) | {c: c for c in [*checks, *_left_out(signature, arguments)]} | _others(signature, arguments)
-    body = [
-        f"def forward({_declaration(signature)}):",
-        "    if self.edit_runtime.teaching:",
-        f"        return self.edit_teach({_forwarding(signature)})",
-        "    edit_grid = self.edit_runtime.current_grid(self)",
-        *(f"    if {condition}: _refuse(self, {words!r})" for condition, words in refused.items()),
-        f"    return _run(self, {', '.join([path for path, _ in leaves] + ['edit_grid'])})",
-    ]
-    exec(compile("\n".join(body), f"<edit_compile {type(module).__name__}.forward>", "exec"), scope)
-    forward = scope["forward"]
-    forward.__signature__ = signature
+    _execute(_method(signature, arguments), f"<edit_compile forward of {name} {next(_numbers)}>", scope)
+    forward: Callable[..., Any] = scope["forward"]
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
+
+
+def _method(signature: inspect.Signature, arguments: Mapping[str, Any]) -> str:
+    """The source of the method. The receiver is called as in the module's own forward."""
+    leaves, me = _access_paths(signature, arguments), next(iter(signature.parameters))
+    checks = [_check(path, value) for path, value in leaves if not isinstance(value, Tensor)]
+    refused = _missing(signature, arguments) | {c: c for c in [*checks, *_left_out(signature, arguments)]} | _others(signature, arguments)
+    lines = [
+        f"def forward({_declaration(signature)}):",
+        f"    if {me}.edit_teacher_is_on():",
+        f"        return {me}.edit_teacher_forward({_forwarding(signature)})",
+        f"    _edit_grid = {me}.edit_current_grid()",
+        *(f"    if {condition}: _refuse({me}, {words!r})" for condition, words in refused.items()),
+        f"    return _run({me}, {', '.join([path for path, _ in leaves] + ['_edit_grid'])})",
+    ]
+    return "\n".join(lines)
+
+
+def _execute(source: str, file: str, scope: dict[str, Any]) -> None:
+    """Run generated source; tracebacks and debuggers find its lines."""
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), scope)
 
 
 def _kinds(outputs: Any) -> Iterator[type]:

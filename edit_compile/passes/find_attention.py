@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from edit_compile.passes.canonicalize import SDPA
+from edit_compile.passes.graph_walk import module_path, operand, upstream
 
 aten = torch.ops.aten
 LINEARS = (aten.linear.default, aten.addmm.default)
@@ -18,24 +19,23 @@ _MATMULS = (aten.matmul.default, aten.bmm.default)
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention. `index` counts the attentions of the same module; `linear` is one that has no softmax to replace."""
+    """One attention. `index` counts the attentions of the same module."""
 
     node: fx.Node
     path: str
     index: int
-    linear: bool = False
 
     @property
     def query(self) -> fx.Node:
-        return self.node.args[0]
+        return operand(self.node, 0)
 
     @property
     def key(self) -> fx.Node:
-        return self.node.args[1]
+        return operand(self.node, 1)
 
     @property
     def value(self) -> fx.Node:
-        return self.node.args[2]
+        return operand(self.node, 2)
 
     @property
     def mask(self) -> fx.Node | None:
@@ -62,7 +62,7 @@ class Attention:
 
 
 def find_attention(graph: fx.Graph) -> list[Attention]:
-    """The softmax attentions of a canonical graph, in order of execution."""
+    """List the softmax attentions of a canonical graph, in order of execution."""
     seen: dict[str, int] = {}
     found = []
     for node in graph.nodes:
@@ -73,42 +73,35 @@ def find_attention(graph: fx.Graph) -> list[Attention]:
     return found
 
 
-def module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed([path for path, _ in stack.values()]), "")
+def is_linear(node: fx.Node) -> bool:
+    """Say whether a node is a Linear's computation, or a call of a Linear's module."""
+    return node.target in LINEARS or (node.op == "call_module" and bool(node.meta.get("linear")))
 
 
 def site_path(attention: fx.Node) -> str:
-    """The innermost module that contains the attention and the Linears its operands come from."""
-    paths = [module_path(attention), *(module_path(n) for operand in attention.args[:3] for n in projections(operand))]
-    return _common([path.split(".") if path else [] for path in paths])
+    """Find the innermost module that contains the attention and the Linears its operands come from."""
+    paths = [module_path(attention), *(module_path(n) for at in range(3) for n in projections(operand(attention, at)))]
+    return common_path(paths)
 
 
 def projections(node: fx.Node) -> Iterator[fx.Node]:
-    """The nearest Linears that a tensor is computed from, on every way back that has one."""
-    seen, pending = {node}, [node]
-    while pending:
-        at = pending.pop()
-        if at.target in LINEARS:
-            yield at
-            continue
-        for operand in at.all_input_nodes:
-            if operand not in seen and operand.op == "call_function":
-                seen.add(operand)
-                pending.append(operand)
+    """Yield the nearest Linears that a tensor is computed from, on every way back that has one."""
+    found = upstream(node, enter=lambda at: at.target not in LINEARS and (at is node or at.op == "call_function"))
+    return (at for at in found if at.target in LINEARS)
 
 
-def _common(paths: list[list[str]]) -> str:
-    # A Linear's own path ends in its name: its holder is what is common with the attention.
-    shared = paths[0]
+def common_path(paths: list[str]) -> str:
+    """Return the longest path that all of some module paths begin with, by whole names."""
+    shared = paths[0].split(".") if paths[0] else []
     for path in paths[1:]:
-        length = next((i for i, (a, b) in enumerate(zip(shared, path, strict=False)) if a != b), min(len(shared), len(path)))
+        parts = path.split(".") if path else []
+        length = next((i for i, (a, b) in enumerate(zip(shared, parts, strict=False)) if a != b), min(len(shared), len(parts)))
         shared = shared[:length]
     return ".".join(shared)
 
 
 def contractions(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Every matrix product as (node, right operand): linear attention sums its keys and values over tokens in one."""
+    """Yield every matrix product and its right operand: linear attention sums its keys and values over tokens in one."""
     for node in graph.nodes:
         if node.target in _MATMULS and len(node.all_input_nodes) == 2:
-            yield node, node.args[1]
+            yield node, operand(node, 1)

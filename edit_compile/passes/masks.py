@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from edit_compile.passes.axes.algebra import hint, shape_of
-from edit_compile.passes.op_traits import MOVES, name_of
+from edit_compile.passes.axes.algebra import hint
+from edit_compile.passes.graph_walk import shape_of
+from edit_compile.passes.op_traits import VIEW_OPS, op_name
 
 _EXPANDS = ("expand", "repeat", "broadcast_to", "expand_as")
-_KEEPS = MOVES | {"cat", "pad", "constant_pad_nd", "repeat_interleave", "to", "_to_copy", "type_as"}
+_KEEPS = VIEW_OPS | {"cat", "pad", "constant_pad_nd", "repeat_interleave", "to", "_to_copy", "type_as"}
 _FOR_A_WHOLE_QUERY = ("add", "mul", "bitwise_and", "logical_and", "__and__")
 
 
@@ -24,7 +25,7 @@ def same_for_all_queries(mask: fx.Node) -> bool:
     operands = [n for n in mask.all_input_nodes if shape_of(n) is not None]
     if shape is None or not operands:
         return False
-    name = name_of(mask)
+    name = op_name(mask)
     if name in _EXPANDS:
         return same_for_all_queries(operands[0])
     if name in _FOR_A_WHOLE_QUERY:

@@ -7,21 +7,31 @@ a constant made on the meta device means "the input's device"; any other cast is
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx, nn
 
-from edit_compile.errors import RewriteError
 from edit_compile.passes.capture import PROBE_DTYPE, Capture
-from edit_compile.passes.find_attention import LINEARS, SDPA
+from edit_compile.passes.find_attention import LINEARS
+from edit_compile.passes.graph_walk import operand, remove_dead, upstream
+from edit_compile.passes.site_graph import Refused
 
 aten = torch.ops.aten
 _CASTS = ("to", "_to_copy")
-_META_OF_CALL = ("val", "nn_module_stack")
+_META_OF_CALL = ("val", "nn_module_stack", "stack_trace")
 
 
-def clean(captured: Capture, module: nn.Module) -> fx.Graph:
-    """A copy of the site's graph: parameters by `get_attr`, the module's own submodules called where they can be."""
+def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()) -> fx.Graph:
+    """Copy a site's graph with parameters by `get_attr` and the module's own submodules called where they can be.
+
+    Args:
+        core: nodes of the captured graph that must stay visible: no submodule around them is called as a whole, but that of
+            a projection itself.
+
+    Raises:
+        Refused: the module makes a tensor constant in its forward.
+    """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(captured.graph, mapping)
@@ -34,8 +44,8 @@ def clean(captured: Capture, module: nn.Module) -> fx.Graph:
         if node.op == "call_function" and node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     remove_dead(graph)
-    raise_modules(graph, module)
-    free_dtypes_and_devices(graph)
+    recover_module_calls(graph, module, [mapping[node] for node in core])
+    generalize_dtype_device(graph)
     remove_dead(graph)
     graph.lint()
     return graph
@@ -48,7 +58,7 @@ def _replace_by_attribute(node: fx.Node, name: str, module: nn.Module) -> None:
     except AttributeError:
         found = False
     if not found:
-        raise RewriteError(f"{type(module).__name__} makes a tensor constant {name!r} in its forward; register it as a buffer")
+        raise Refused(f"{type(module).__name__} makes a tensor constant {name!r} in its forward; register it as a buffer", node)
     with node.graph.inserting_before(node):
         attribute = node.graph.get_attr(name)
     attribute.meta = dict(node.meta)
@@ -56,26 +66,34 @@ def _replace_by_attribute(node: fx.Node, name: str, module: nn.Module) -> None:
     node.graph.erase_node(node)
 
 
-def raise_modules(graph: fx.Graph, module: nn.Module) -> None:
+def recover_module_calls(graph: fx.Graph, module: nn.Module, core: Iterable[fx.Node] = ()) -> None:
     """Turn the nodes of a submodule's forward back into a call of it, so that LoRA, quantization and hooks on it act.
 
-    Done where the submodule maps one tensor to one tensor and runs no attention.
+    Done where the submodule maps one tensor to one tensor, for the outermost such module that leaves the core visible.
     """
+    opened = {key for node in core for key in _opened(node)}
     groups: dict[str, list[fx.Node]] = {}
+    paths: dict[str, str] = {}
     for node in graph.nodes:
-        called = _called_below_root(node)
+        called = next(((key, path) for key, path in _calls_below_root(node) if key not in opened), None)
         if called is not None and node.op == "call_function":
             groups.setdefault(called[0], []).append(node)
-    for nodes in groups.values():
-        path = _called_below_root(nodes[0])[1]
-        if _takes_one_argument(module.get_submodule(path)):
-            _raise(graph, path, nodes)
+            paths[called[0]] = called[1]
+    for key, nodes in groups.items():
+        if _takes_one_argument(module.get_submodule(paths[key])):
+            _recover(graph, paths[key], nodes)
 
 
-def _called_below_root(node: fx.Node) -> tuple[str, str] | None:
-    """Key and path of the outermost submodule call a node belongs to."""
+def _calls_below_root(node: fx.Node) -> list[tuple[str, str]]:
+    """Keys and paths of the submodule calls a node belongs to, outermost first."""
     stack = [(key, path) for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items() if path]
-    return stack[0] if stack and "_empty_nn_module_stack" not in stack[0][1] else None
+    return [] if stack and "_empty_nn_module_stack" in stack[0][1] else stack
+
+
+def _opened(node: fx.Node) -> list[str]:
+    """Keys of the calls around a node of the core: all, but a projection's own."""
+    calls = [key for key, _ in _calls_below_root(node)]
+    return calls[:-1] if node.target in LINEARS else calls
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
@@ -84,10 +102,8 @@ def _takes_one_argument(module: nn.Module) -> bool:
     return bool(parameters) and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters[1:])
 
 
-def _raise(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
+def _recover(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
     inside = set(nodes)
-    if any(n.target is SDPA for n in nodes):
-        return
     inputs = {i for n in nodes for i in n.all_input_nodes if i not in inside and i.op != "get_attr" and _is_tensor(i)}
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
     if len(inputs) != 1 or len(outputs) != 1 or not _is_tensor(outputs[0]):
@@ -105,20 +121,20 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def free_dtypes_and_devices(graph: fx.Graph) -> None:
+def generalize_dtype_device(graph: fx.Graph) -> None:
+    """Replace the probe dtype and device by those of an input."""
     reference = next((n for n in graph.nodes if n.op == "placeholder" and _is_tensor(n) and n.meta["val"].dtype is PROBE_DTYPE), None)
     for node in list(graph.nodes):
         if node.op != "call_function" or not hasattr(node.target, "_opname"):
             continue
         if node.target._opname in _CASTS:
-            _free_cast(node, reference)
+            _generalize_cast(node, reference)
         elif "device" in node.kwargs:
-            _free_constant(node, reference)
+            _generalize_constant(node, reference)
 
 
-def _free_cast(node: fx.Node, reference: fx.Node | None) -> None:
-    source, graph = node.args[0], node.graph
-    assert isinstance(source, fx.Node)
+def _generalize_cast(node: fx.Node, reference: fx.Node | None) -> None:
+    source, graph = operand(node, 0), node.graph
     dtype = node.meta["val"].dtype
     if dtype is source.meta["val"].dtype:
         node.replace_all_uses_with(source)
@@ -134,19 +150,11 @@ def _free_cast(node: fx.Node, reference: fx.Node | None) -> None:
 
 
 def _nearest_in_probe_dtype(node: fx.Node) -> fx.Node | None:
-    pending, seen = [node], {node}
-    while pending:
-        at = pending.pop(0)
-        if _is_tensor(at) and at.meta["val"].dtype is PROBE_DTYPE and at.op != "get_attr":
-            return at
-        for operand in at.all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                pending.append(operand)
-    return None
+    found = (at for at in upstream(node) if _is_tensor(at) and at.meta["val"].dtype is PROBE_DTYPE and at.op != "get_attr")
+    return next(found, None)
 
 
-def _free_constant(node: fx.Node, reference: fx.Node | None) -> None:
+def _generalize_constant(node: fx.Node, reference: fx.Node | None) -> None:
     if reference is None:
         return
     with node.graph.inserting_before(node):
@@ -155,8 +163,3 @@ def _free_constant(node: fx.Node, reference: fx.Node | None) -> None:
         if node.kwargs.get("dtype") is PROBE_DTYPE:
             changed["dtype"] = node.graph.call_function(getattr, (reference, "dtype"))
     node.kwargs = changed
-
-
-def remove_dead(graph: fx.Graph) -> None:
-    """Dead code elimination; a site's graph has no owning module and nothing in it has effects."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

@@ -10,11 +10,11 @@ from torch import fx
 from edit_compile.passes.axes.algebra import Axis, Value
 
 aten = torch.ops.aten
-MOVES = frozenset(
+VIEW_OPS = frozenset(
     """view reshape _unsafe_view flatten unflatten permute transpose t unsqueeze squeeze select unbind getitem chunk split
     split_with_sizes contiguous clone slice movedim alias detach""".split()  # noqa: SIM905
 )
-_STRUCTURAL = MOVES | frozenset(
+_STRUCTURAL = VIEW_OPS | frozenset(
     """cat stack expand repeat repeat_interleave to _to_copy type_as copy slice_scatter dropout sym_size view_as_complex
     view_as_real zeros_like ones_like empty_like""".split()  # noqa: SIM905
 )
@@ -22,17 +22,17 @@ _ALONG_LAST = frozenset(["linear", "layer_norm", "rms_norm", "native_layer_norm"
 _ALONG_DIM = frozenset(["softmax", "_softmax", "mean", "sum", "amax", "amin", "var", "linalg_vector_norm"])
 
 
-def name_of(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
     return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
 
 
-def mixing_node(nodes: list[fx.Node], axes: Mapping[fx.Node, Value], is_image: Callable[[Axis], bool]) -> fx.Node | None:
+def first_token_mixing_node(nodes: list[fx.Node], axes: Mapping[fx.Node, Value], is_image: Callable[[Axis], bool]) -> fx.Node | None:
     """The first of the nodes that mixes image tokens, or whose effect on them is unknown."""
     return next((n for n in nodes if n.op == "call_function" and _mixes(n, axes, is_image)), None)
 
 
 def _mixes(node: fx.Node, axes: Mapping[fx.Node, Value], is_image: Callable[[Axis], bool]) -> bool:
-    name = name_of(node)
+    name = op_name(node)
     operands = [axes[n] for n in node.all_input_nodes if isinstance(axes.get(n), tuple)]
     if not any(is_image(axis) for operand in operands for axis in operand):
         return False

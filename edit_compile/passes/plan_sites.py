@@ -1,206 +1,277 @@
-"""Decide, site by site: rewritten with which design, or kept for which reason."""
+"""Decide, site by site, from the whole model's graph: which designs may be tried, or why the site is kept."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
 
 from torch import fx
 
-from edit_compile.config import LinearizeConfig
-from edit_compile.designs import find_design
+from edit_compile.config import Choice, LinearizeConfig
 from edit_compile.errors import PlanError
-from edit_compile.ir.plan import SitePlan
+from edit_compile.ir.plan import KEEP, MaskKind, Refusal, SiteKind, SitePlan
 from edit_compile.ir.tokens import TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axes, Axis, Piece, axis_size, shape_of
+from edit_compile.passes.axes.algebra import Axis, AxisSegment, axis_size
 from edit_compile.passes.canonicalize import SOFTMAXES
-from edit_compile.passes.classify_tokens import Tokens
-from edit_compile.passes.find_attention import Attention, contractions, module_path, projections
+from edit_compile.passes.classify_tokens import TokenMap
+from edit_compile.passes.find_attention import Attention, contractions
+from edit_compile.passes.find_feed_forward import FeedForward
+from edit_compile.passes.graph_walk import module_path, number, shape_of
 from edit_compile.passes.masks import same_for_all_queries
+from edit_compile.passes.site_graph import refusal
+
+MAX_GRID_DIMS = 3
 
 
-def plan_sites(graph: fx.Graph, attentions: list[Attention], tokens: Tokens, config: LinearizeConfig) -> list[SitePlan]:
-    """One SitePlan for every attention of the graph, linear ones included.
+@dataclass(frozen=True)
+class Candidate:
+    """A site and the designs to try at it, in order; none for a site that is kept, whose plan says why."""
+
+    plan: SitePlan
+    choices: tuple[Choice, ...] = ()
+
+
+def plan_sites(
+    graph: fx.Graph, attentions: Sequence[Attention], networks: Sequence[FeedForward], tokens: TokenMap, config: LinearizeConfig
+) -> list[Candidate]:
+    """List one candidate for every attention of the graph, linear ones included, and for the feed-forward networks that rules name.
 
     Raises:
         PlanError: a glob matches no site.
     """
-    repeated = {a.path for a in attentions if a.index or any(b.path.startswith(f"{a.path}.") for b in attentions)}
-    sites = [_planned(a, tokens, config, a.path in repeated) for a in attentions]
-    sites = _of_one_grid(sites, [tokens.grid_sizes(tokens.axes[a.query][-2]) for a in attentions])
-    sites += _unread_sites(graph, tokens)
-    sites += _linear_sites(graph, tokens, {site.path for site in sites})
-    for glob in (*config.include, *config.exclude):
-        if sites and not any(fnmatchcase(site.path, glob) for site in sites):
-            raise PlanError(f"{glob!r} matches no attention; there are: {', '.join(dict.fromkeys(s.path for s in sites))}")
-    return sites
+    choices = config.choices()
+    found = [_of_attention(facts, tokens, config, choices) for facts in _attention_facts(attentions, tokens)]
+    if any(choice.design is not None and choice.design.kind == "feed_forward" for choice in choices):
+        found += [c for network in networks if (c := _of_network(network, tokens, config, choices)) is not None]
+    found += [Candidate(plan) for plan in _unread_sites(graph, tokens)]
+    found += [Candidate(plan) for plan in _linear_sites(graph, tokens, {candidate.plan.path for candidate in found})]
+    _check_globs([candidate.plan.path for candidate in found], config)
+    return found
 
 
-def _planned(attention: Attention, tokens: Tokens, config: LinearizeConfig, repeated: bool) -> SitePlan:
-    query_axis, key_axis = tokens.axes[attention.query][-2], tokens.axes[attention.key][-2]
-    (query, query_sizes), (key, key_sizes) = tokens.layout(query_axis), tokens.layout(key_axis)
-    grid = tokens.grid(query_axis)
-    action, reason = _decision(attention, tokens, config, query, key, query_axis, repeated)
-    return SitePlan(
-        path=attention.path,
-        index=attention.index,
-        action=action,
-        reason=reason,
-        query_layout=query,
-        key_layout=key,
-        grid=grid,
-        query_sizes=query_sizes,
-        key_sizes=key_sizes,
-    )
+def _check_globs(paths: Sequence[str], config: LinearizeConfig) -> None:
+    for glob in (*config.include, *config.exclude, *(rule.paths for rule in config.rules)):
+        if paths and not any(fnmatchcase(path, glob) for path in paths):
+            raise PlanError(f"{glob!r} matches no attention; there are: {', '.join(dict.fromkeys(paths))}")
 
 
-def _decision(
-    attention: Attention,
-    tokens: Tokens,
-    config: LinearizeConfig,
-    query: TokenLayout,
-    key: TokenLayout,
-    query_axis: Axis,
-    repeated: bool,
-) -> tuple[str, str]:
-    obstacle = _obstacle(attention, tokens, query, key, query_axis, repeated)
-    if obstacle:
-        return "keep", obstacle
-    if not _selected(attention.path, config):
-        return "keep", "left out by include and exclude"
-    joint = not key.only(TokenKind.IMAGE)
-    design = find_design(_AUTOMATIC[joint] if config.design == "auto" else config.design)
-    if design.joint != joint:
-        return "keep", f"design={design.name!r} is for {_FITS[design.joint]}"
-    return design.name, "image tokens and others attend jointly" if joint else "attention between image tokens"
+@dataclass(frozen=True)
+class _Facts:
+    """What the graph tells of one attention."""
+
+    attention: Attention
+    tokens: TokenMap
+    queries: TokenLayout
+    keys: TokenLayout
+    shared_module: bool  # with other attention
+
+    @property
+    def query_axis(self) -> Axis:
+        axis: Axis = self.tokens.axes[self.attention.query][-2]
+        return axis
 
 
-_AUTOMATIC = {False: "edit", True: "mm-edit"}
-_FITS = {False: "attention between image tokens alone", True: "joint attention of image tokens and others"}
+def _attention_facts(attentions: Sequence[Attention], tokens: TokenMap) -> Iterator[_Facts]:
+    shared = {a.path for a in attentions if a.index or any(b.path.startswith(f"{a.path}.") for b in attentions)}
+    for attention in attentions:
+        queries, _ = tokens.layout(tokens.axes[attention.query][-2])
+        keys, _ = tokens.layout(tokens.axes[attention.key][-2])
+        yield _Facts(attention, tokens, queries, keys, attention.path in shared)
 
 
-def _selected(path: str, config: LinearizeConfig) -> bool:
-    return any(fnmatchcase(path, glob) for glob in config.include) and not any(fnmatchcase(path, glob) for glob in config.exclude)
+def _of_attention(facts: _Facts, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate:
+    attention = facts.attention
+    plan = _site_plan(attention.path, facts.query_axis, tokens.axes[attention.key][-2], tokens, index=attention.index)
+    plan = plan.model_copy(update={"mask": _mask_kind(attention), "causal": attention.causal})
+    reason = next((reason for check in _CHECKS if (reason := check(facts)) is not None), None)
+    if reason is not None:
+        return Candidate(plan.kept(reason, refusal(reason, attention.node)))
+    return _chosen(plan, config, choices)
 
 
-def _obstacle(attention: Attention, tokens: Tokens, query: TokenLayout, key: TokenLayout, query_axis: Axis, repeated: bool) -> str | None:
-    """Why this attention cannot or need not be rewritten."""
-    image_queries, image_keys = query.has(TokenKind.IMAGE), key.has(TokenKind.IMAGE)
+def _of_network(network: FeedForward, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate | None:
+    """A candidate for a network over image tokens; None for one over other things."""
+    axes = tokens.axes.get(network.source)
+    if not isinstance(axes, tuple) or len(axes) < 2 or not tokens.layout(axes[-2])[0].has(TokenKind.IMAGE):
+        return None
+    plan = _site_plan(network.path, axes[-2], axes[-2], tokens, index=network.index, kind="feed_forward")
+    own = _chosen(plan, config, choices)
+    if not own.choices:
+        return None
+    runs = sum(s.kind is TokenKind.IMAGE for s in plan.query_layout.segments)
+    reason = _outside(network.path) or (f"its input has {len(axes)} dimensions, not (batch, tokens, channels)" if len(axes) != 3 else None)
+    reason = reason or ("the image tokens are in several runs" if runs != 1 else _unknown_start(plan.query_layout))
+    return Candidate(plan.kept(reason, refusal(reason, network.output))) if reason is not None else own
+
+
+def _chosen(plan: SitePlan, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate:
+    if not any(fnmatchcase(plan.path, glob) for glob in config.include) or any(fnmatchcase(plan.path, glob) for glob in config.exclude):
+        return Candidate(plan.kept("left out by include and exclude"))
+    own = [c for c in choices if fnmatchcase(plan.path, c.paths) and (c.design is None or c.design.kind == plan.kind)]
+    if not own:
+        return Candidate(plan.kept("no rule names it"))
+    if own[0].design is None:
+        return Candidate(plan.kept(f"kept by the rule for {own[0].paths!r}"))
+    return Candidate(plan, tuple(own))
+
+
+# ------------------------------------------------------------------ what no design can do anything about
+
+
+def _takes_no_part(facts: _Facts) -> str | None:
+    image_queries, image_keys = facts.queries.has(TokenKind.IMAGE), facts.keys.has(TokenKind.IMAGE)
     if not image_queries and not image_keys:
         return "no image tokens take part"
     if not image_keys:
         return "cross-attention: linear in image tokens already"
-    if not image_queries:
-        return "only text queries image: linear in image tokens already"
-    if query != key:
-        return f"queries {query} and keys {key} differ: not self-attention"
-    if sum(s.kind is TokenKind.IMAGE for s in query.segments) != 1:
-        return "the image tokens are in several runs"
-    if not attention.path:
-        return "the attention is in the model's own forward, outside any submodule"
-    if repeated:
-        return "one module runs several attentions"
-    rank = len(shape_of(attention.query) or ())
-    if rank != 4:
-        return f"its queries have {rank} dimensions, not (batch, heads, tokens, channels)"
-    if attention.causal:
-        return "causal attention"
-    if attention.symbolic_scale:
-        return "the softmax scale depends on the sizes of the inputs"
-    if attention.mask is not None and not same_for_all_queries(attention.mask):
-        return "the mask differs from query to query"
-    if not all(any(projections(operand)) for operand in (attention.query, attention.key, attention.value)):
-        return "query, key or value does not come from a Linear"
-    if _unknown_split(query):
-        return f"where the image tokens begin in {query} does not follow from the grid"
-    return _grid_obstacle(tokens.axes[attention.query], tokens)
+    return None if image_queries else "only text queries image: linear in image tokens already"
 
 
-def _grid_obstacle(query: Axes, tokens: Tokens) -> str | None:
-    grid = tokens.grid(query[-2])
-    if grid is not None and len(grid.sizes) == 3:
-        return f"video: the grid {grid} has time, and no design compresses time yet"
-    if grid is not None and len(grid.sizes) > 3:
-        return f"the image tokens are in blocks, not row by row: {grid}"
-    batched = sum(tokens.kind(piece) is TokenKind.IMAGE for axis in query[:-2] for piece in _whole_dimensions(axis))
+def _not_self_attention(facts: _Facts) -> str | None:
+    return None if facts.queries == facts.keys else f"queries {facts.queries} and keys {facts.keys} differ: not self-attention"
+
+
+def _several_runs(facts: _Facts) -> str | None:
+    runs = sum(s.kind is TokenKind.IMAGE for s in facts.queries.segments)
+    return None if runs == 1 else "the image tokens are in several runs"
+
+
+def _not_in_a_module(facts: _Facts) -> str | None:
+    return _outside(facts.attention.path)
+
+
+def _outside(path: str) -> str | None:
+    return None if path else "the attention is in the model's own forward, outside any submodule"
+
+
+def _shares_its_module(facts: _Facts) -> str | None:
+    return "one module runs several attentions" if facts.shared_module else None
+
+
+def _other_rank(facts: _Facts) -> str | None:
+    rank = len(shape_of(facts.attention.query) or ())
+    return None if rank == 4 else f"its queries have {rank} dimensions, not (batch, heads, tokens, channels)"
+
+
+def _scale_by_size(facts: _Facts) -> str | None:
+    return "the softmax scale depends on the sizes of the inputs" if facts.attention.symbolic_scale else None
+
+
+def _start_unknown(facts: _Facts) -> str | None:
+    return _unknown_start(facts.queries)
+
+
+def _unknown_start(layout: TokenLayout) -> str | None:
+    """Refuse where neither the tokens before the image nor those after it have a known number."""
+    at = next(i for i, s in enumerate(layout.segments) if s.kind is TokenKind.IMAGE)
+    sides = (layout.segments[:at], layout.segments[at + 1 :])
+    if any(all(s.length.isdigit() for s in side) for side in sides):
+        return None
+    return f"where the image tokens begin in {layout} does not follow from the grid"
+
+
+def _grid_in_blocks(facts: _Facts) -> str | None:
+    grid = facts.tokens.grid(facts.query_axis)
+    return f"the image tokens are in blocks, not row by row: {grid}" if grid is not None and len(grid.sizes) > MAX_GRID_DIMS else None
+
+
+def _part_of_the_image(facts: _Facts) -> str | None:
+    """Refuse attention whose batch holds some of the image's dimensions and whose tokens are the rest, of constant number."""
+    grid, axes = facts.tokens.grid(facts.query_axis), facts.tokens.axes[facts.attention.query]
+    batched = sum(facts.tokens.kind(segment) is TokenKind.IMAGE for axis in axes[:-2] for segment in _uncomposed(axis))
     if batched > 1 and (grid is None or all(size.isdigit() for size in grid.sizes)):
         return "attention within rows, columns or windows: part of the image's dimensions are in the batch"
     return None
 
 
-def _whole_dimensions(axis: Axis) -> Iterator[Piece]:
-    """The pieces that an axis multiplies, down to those that were not merged from others."""
-    for piece in axis:
-        if piece.factors:
-            yield from (inner for factor in piece.factors for inner in _whole_dimensions(factor))
+def _uncomposed(axis: Axis) -> Iterator[AxisSegment]:
+    """Yield the segments that an axis multiplies, down to those that were not merged from others."""
+    for segment in axis:
+        if segment.composed_of:
+            yield from (inner for factor in segment.composed_of for inner in _uncomposed(factor))
         else:
-            yield piece
+            yield segment
 
 
-def _of_one_grid(sites: list[SitePlan], grids: list[tuple[int, ...]]) -> list[SitePlan]:
-    """A model's forward publishes one grid: that of most of its sites. The others are kept."""
-    wanted = Counter(grid for site, grid in zip(sites, grids, strict=True) if site.rewritten)
-    if len(wanted) < 2:
-        return sites
-    (most, _), *_ = sorted(wanted.items(), key=lambda item: (-item[1], -len(item[0])))
-    reason = "its image tokens are on another grid than those of most sites, and a model's forward publishes one"
-    return [
-        site if not site.rewritten or _fits(grid, most) else site.model_copy(update={"action": "keep", "reason": reason})
-        for site, grid in zip(sites, grids, strict=True)
-    ]
+_CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
+    _takes_no_part,
+    _not_self_attention,
+    _several_runs,
+    _not_in_a_module,
+    _shares_its_module,
+    _other_rank,
+    _scale_by_size,
+    _start_unknown,
+    _grid_in_blocks,
+    _part_of_the_image,
+)
 
 
-def _fits(grid: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Equal, or where only the number of tokens is known, of equal number."""
-    return grid == other or (1 in (len(grid), len(other)) and prod(grid) == prod(other))
+def _mask_kind(attention: Attention) -> MaskKind:
+    if attention.mask is None:
+        return "none"
+    return "by_key" if same_for_all_queries(attention.mask) else "by_query"
 
 
-def _unknown_split(layout: TokenLayout) -> bool:
-    """Whether neither the tokens before the image nor those after it have a known number."""
-    at = next(i for i, s in enumerate(layout.segments) if s.kind is TokenKind.IMAGE)
-    before, after = layout.segments[:at], layout.segments[at + 1 :]
-    return not all(s.length.isdigit() for s in before) and not all(s.length.isdigit() for s in after)
+# ------------------------------------------------------------------ attention that is none of torch's
 
 
-def _unread_sites(graph: fx.Graph, tokens: Tokens) -> Iterator[SitePlan]:
-    """Softmax between image tokens that canonicalize could not read as attention."""
+def _unread_sites(graph: fx.Graph, tokens: TokenMap) -> Iterator[SitePlan]:
+    """Yield softmax between image tokens that canonicalize could not read as attention."""
     reason = "softmax attention in a form that is not recognised; F.scaled_dot_product_attention(q, k, v) and softmax(q @ k.mT * s) @ v are"
     seen: set[str] = set()
     for node in graph.nodes:
         axes, path = tokens.axes.get(node), module_path(node)
         if node.target not in SOFTMAXES or not isinstance(axes, tuple) or len(axes) < 2 or path in seen:
             continue
-        dim = node.args[1] % len(axes)
+        dim = number(node, 1) % len(axes)
         rows, columns = axes[dim - 1 if dim == len(axes) - 1 else dim + 1], axes[dim]
         if all(tokens.layout(axis)[0].has(TokenKind.IMAGE) and axis_size(axis) > 1 for axis in (rows, columns)):
             seen.add(path)
-            yield _kept(path, reason, rows, columns, tokens)
+            yield _site_plan(path, rows, columns, tokens).kept(reason, refusal(reason, node))
 
 
-def _linear_sites(graph: fx.Graph, tokens: Tokens, others: set[str]) -> Iterator[SitePlan]:
-    """Attention that sums keys and values over the image tokens in a matrix product, with no softmax between."""
+def _linear_sites(graph: fx.Graph, tokens: TokenMap, others: set[str]) -> Iterator[SitePlan]:
+    """Yield attention that sums keys and values over the image tokens in a matrix product, with no softmax between."""
     seen = set(others)
+    reason = "already linear attention: keys and values are summed over the image tokens"
     for node, right in contractions(graph):
         axes, path = tokens.axes.get(right), module_path(node)
         if not isinstance(axes, tuple) or len(axes) < 2 or path in seen:
             continue
         if tokens.layout(axes[-2])[0].has(TokenKind.IMAGE) and axis_size(axes[-2]) > 1:
             seen.add(path)
-            reason = "already linear attention: keys and values are summed over the image tokens"
-            yield _kept(path, reason, axes[-2], axes[-2], tokens)
+            yield _site_plan(path, axes[-2], axes[-2], tokens).kept(reason, refusal(reason, node))
 
 
-def _kept(path: str, reason: str, query: Axis, key: Axis, tokens: Tokens) -> SitePlan:
+def _site_plan(path: str, query: Axis, key: Axis, tokens: TokenMap, *, index: int = 0, kind: SiteKind = "attention") -> SitePlan:
     (query_layout, query_sizes), (key_layout, key_sizes) = tokens.layout(query), tokens.layout(key)
     return SitePlan(
         path=path,
-        action="keep",
-        reason=reason,
+        index=index,
+        kind=kind,
+        action=KEEP,
+        reason="",
         query_layout=query_layout,
         key_layout=key_layout,
         grid=tokens.grid(query),
         query_sizes=query_sizes,
         key_sizes=key_sizes,
+        grid_sizes=tokens.grid_sizes(query) if tokens.grid(query) is not None else (),
     )
+
+
+def decided(candidate: Candidate, choice: Choice, reason: str) -> SitePlan:
+    """Return the plan of a site that gets a design."""
+    assert choice.design is not None
+    options = choice.options.model_dump(mode="json")
+    return candidate.plan.model_copy(update={"action": choice.design.name, "options": options, "reason": reason, "refusal": None})
+
+
+def refused(candidate: Candidate, refusals: Sequence[tuple[str, Refusal]]) -> SitePlan:
+    """Return the plan of a site that every design has refused; what they have in common is said once."""
+    reasons = list(dict.fromkeys(r.reason for _, r in refusals))
+    reason = reasons[0] if len(reasons) == 1 else "; ".join(f"{name}: {r.reason}" for name, r in refusals)
+    first = next((r for _, r in refusals if r.node is not None), refusals[0][1])
+    return candidate.plan.kept(reason, first.model_copy(update={"reason": reason}))

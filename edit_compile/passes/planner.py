@@ -1,46 +1,135 @@
-"""From a model to its plan: capture, the passes, a trial of every rewrite, and where the image's grid comes from."""
+"""From a model to its compiled plan: capture, the passes over the model, the passes over each site, the grid's source."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from edit_compile.config import LinearizeConfig
-from edit_compile.errors import PlanError, RewriteError
-from edit_compile.ir.input_spec import describe
-from edit_compile.ir.plan import Given, Plan, PositionIds, SitePlan, SizesOfInputs
+from edit_compile.config import Choice, LinearizeConfig, parse_options
+from edit_compile.designs import find_design
+from edit_compile.errors import GridError, PlanError, RewriteError
+from edit_compile.ir import input_spec
+from edit_compile.ir.plan import Given, GridSource, Plan, PositionIds, Refusal, SitePlan, SizesOfInputs
+from edit_compile.ir.size_expressions import evaluator, symbols_in
 from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.analysis import Analysis, analyse
+from edit_compile.passes.analysis import Analysis
 from edit_compile.passes.capture import Capture, capture
 from edit_compile.passes.classify_tokens import position_ids
-from edit_compile.student.convert import SiteRewriter
+from edit_compile.passes.pipeline import Passes, run_passes
+from edit_compile.passes.plan_sites import Candidate
+from edit_compile.passes.site_compiler import SiteCompiler, SiteForward, compile_sites
+
+Symbols = dict[str, tuple[str, int]]  # where the value of a size symbol is read: an input's name and its dimension
 
 
-def make_plan(model: nn.Module, config: LinearizeConfig, inputs: Mapping[str, Any]) -> tuple[Plan, SiteRewriter]:
-    """The plan, and the rewriter that has tried it: a site whose rewrite fails is kept, and the failure is the reason.
+@dataclass(frozen=True)
+class CompiledPlan:
+    """A plan, and the new forward of every site that it rewrites, by path. Each distinct one has passed the audit."""
+
+    plan: Plan
+    forwards: Mapping[str, SiteForward]
+
+
+def compile_plan(model: nn.Module, inputs: Mapping[str, Any], config: LinearizeConfig, passes: Passes | None = None) -> CompiledPlan:
+    """Plan a model's conversion, and compile it: a site that no design can be compiled for is kept, and the reason is in the plan.
+
+    Args:
+        inputs: keyword arguments of one forward, batch 2 or more, all sizes different.
 
     Raises:
-        PlanError: the model has no attention; says what was looked at. Or the example inputs have batch 1.
+        CaptureError: the model cannot be captured.
+        PlanError: it has no attention, says what was looked at; or the inputs have batch 1.
+        AuditError: a design is not what it says.
     """
-    analysis = analyse(capture(model, inputs), config)
+    passes = passes or Passes()
+    analysis = Analysis(capture(model, inputs), config)
+    records = run_passes(passes.analysis, analysis, "model", lambda at: len(at.captured.graph.nodes))
     _require_batch(analysis.captured)
     if not analysis.sites:
-        kinds = sorted({type(m).__name__ for m in model.modules()})
-        looked_at = f"none of its {len(analysis.captured.graph.nodes)} operations is one"
-        raise PlanError(f"{type(model).__name__} has no attention: {looked_at} ({', '.join(kinds[:8])})")
-    rewriter = SiteRewriter(model, inputs, config)
-    rewriter.prepare(site for site in analysis.sites if site.rewritten)
-    sites = tuple(_tried(site, rewriter) for site in analysis.sites)
-    grid = _grid_source(analysis, sites, set(inputs))
-    return Plan(model=type(model).__name__, config=config, sites=sites, grid=grid, inputs=describe(inputs)), rewriter
+        raise PlanError(_nothing_found(model, analysis.captured))
+    symbols = _symbols(analysis.captured, set(inputs))
+    compiler = SiteCompiler(model, inputs, passes)
+    sites, forwards = compile_sites(compiler, [_with_known_grid(candidate, symbols) for candidate in analysis.sites])
+    source = _grid_source(analysis, sites, symbols, set(inputs))
+    sites = tuple(_on_grid_of(site, source, sites) for site in sites)
+    forwards = {site.path: forwards[site.path] for site in sites if site.rewritten}
+    plan = Plan(
+        model=type(model).__name__,
+        sites=sites,
+        grid=source,
+        inputs=input_spec.encode(dict(inputs)),
+        passes=(*records, *compiler.records),
+    )
+    return CompiledPlan(plan, forwards)
+
+
+def recompile(model: nn.Module, plan: Plan, passes: Passes | None = None) -> CompiledPlan:
+    """Compile a plan that was made before, as it is.
+
+    Raises:
+        PlanError: it does not fit the model, or was made with a pass that is not among those given.
+        RewriteError: a planned site cannot be rewritten.
+        AuditError: a design is not what it says.
+        ConfigError: a design or one of its options is not known.
+    """
+    passes = passes or Passes()
+    _check_fits(model, plan, passes)
+    compiler = SiteCompiler(model, input_spec.decode(plan.inputs), passes)
+    sites, forwards = compile_sites(compiler, [Candidate(site, (_choice(site),)) for site in plan.rewritten])
+    for planned, found in zip(plan.rewritten, sites, strict=True):
+        if not found.rewritten:
+            raise RewriteError(found.reason)
+        _check_grid(planned, plan)
+    return CompiledPlan(plan, forwards)
+
+
+def _choice(site: SitePlan) -> Choice:
+    design = find_design(site.action)
+    return Choice("*", design, parse_options(design, site.options))
+
+
+def _check_fits(model: nn.Module, plan: Plan, passes: Passes) -> None:
+    if plan.model != type(model).__name__:
+        raise PlanError(f"the plan is for a {plan.model}, this is a {type(model).__name__}")
+    plan.check()
+    paths = {path for path, _ in model.named_modules()}
+    missing = [site.path for site in plan.rewritten if site.path not in paths]
+    if missing:
+        raise PlanError(f"the plan's sites {missing[:3]} are not in this {plan.model}")
+    made_with = dict.fromkeys(record.name for record in plan.passes if record.graph != "model")
+    known = {run.__name__ for run in passes.site}
+    unknown = [name for name in made_with if name not in known]
+    if unknown:
+        raise PlanError(f"the plan was made with the pass {unknown[0]!r}, which is not among those given; give it with passes=")
+
+
+def _check_grid(site: SitePlan, plan: Plan) -> None:
+    """Raise `PlanError` for a grid that is not made of the sizes that the plan reads."""
+    if not isinstance(plan.grid, SizesOfInputs):
+        return
+    sizes = (plan.grid.expressions, *([site.grid.sizes] if site.grid is not None else []))
+    if len(sizes) == 1:
+        raise PlanError(f"the plan does not say what the grid of {site.path} is")
+    try:
+        for expression in (each for grid in sizes for each in grid):
+            evaluator(expression, set(plan.grid.symbols))
+    except GridError as error:
+        raise PlanError(f"the plan's grid of {site.path}: {error}") from None
+
+
+def _nothing_found(model: nn.Module, captured: Capture) -> str:
+    kinds = sorted({type(m).__name__ for m in model.modules()})
+    looked_at = f"none of its {len(captured.graph.nodes)} operations is one"
+    return f"{type(model).__name__} has no attention: {looked_at} ({', '.join(kinds[:8])})"
 
 
 def _require_batch(captured: Capture) -> None:
-    """A size of 1 is a constant in a graph: what is made from it would mix the samples of a larger batch, or fail."""
+    """Raise `PlanError` for batch 1: a constant in a graph, and what is made from it would mix the samples of a larger batch, or fail."""
     outputs = [leaf.meta.get("val") for leaf in captured.graph.output_node().all_input_nodes]
     if any(isinstance(value, torch.Tensor) and value.ndim > 1 and type(value.shape[0]) is int and value.shape[0] == 1 for value in outputs):
         raise PlanError(
@@ -49,44 +138,84 @@ def _require_batch(captured: Capture) -> None:
         )
 
 
-def _tried(site: SitePlan, rewriter: SiteRewriter) -> SitePlan:
-    if not site.rewritten:
-        return site
-    result = rewriter.forward_for(site)
-    return site.model_copy(update={"action": "keep", "reason": str(result)}) if isinstance(result, RewriteError) else site
+# ------------------------------------------------------------------ grids
 
 
-def _grid_source(analysis: Analysis, sites: tuple[SitePlan, ...], arguments: set[str]) -> SizesOfInputs | PositionIds | Given:
-    rewritten = [site for site in sites if site.rewritten]
-    if not rewritten:
-        return Given()
-    site = next((site for site in rewritten if site.grid is not None), rewritten[0])
-    if site.grid is not None:
-        symbols = _symbols_of(site.grid.sizes, analysis.captured, arguments)
-        return SizesOfInputs(expressions=site.grid.sizes, symbols=symbols) if symbols is not None else Given()
-    at = next(i for i, s in enumerate(site.query_layout.segments) if s.kind is TokenKind.IMAGE)
-    ids = position_ids(analysis.captured, analysis.classified, site.query_sizes[at])
-    if ids is not None and ids in arguments:
-        return PositionIds(input=ids)
-    tokens = site.query_layout.segments[at].length
-    symbols = _symbols_of((tokens,), analysis.captured, arguments)
-    return Given(tokens=tokens, symbols=symbols) if symbols is not None else Given()
-
-
-def _symbols_of(expressions: Sequence[str], captured: Capture, arguments: set[str]) -> dict[str, tuple[str, int]] | None:
-    """Where the symbols of some expressions can be read; None if that is not known of all."""
-    needed = {name for expression in expressions for name in re.findall(r"[A-Za-z_]\w*", expression)}
-    symbols = {name: where for name, where in _symbols(captured).items() if name in needed and where[0] in arguments}
-    return symbols if set(symbols) == needed else None
-
-
-def _symbols(captured: Capture) -> dict[str, tuple[str, int]]:
-    """Where the value of a size symbol can be read: an input and its dimension."""
-    found: dict[str, tuple[str, int]] = {}
+def _symbols(captured: Capture, arguments: set[str]) -> Symbols:
+    """Where the value of each size symbol can be read."""
+    found: Symbols = {}
     for node in captured.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and captured.source(node).kind == "input" and isinstance(value, torch.Tensor):
+            name = captured.source(node).name
             for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and str(size.node.expr).isidentifier():
-                    found.setdefault(str(size.node.expr), (captured.source(node).name, dim))
+                if name in arguments and isinstance(size, torch.SymInt) and str(size.node.expr).isidentifier():
+                    found.setdefault(str(size.node.expr), (name, dim))
     return found
+
+
+def _known(expressions: Sequence[str], symbols: Symbols) -> bool:
+    try:
+        for expression in expressions:
+            evaluator(expression, set(symbols))
+    except GridError:
+        return False
+    return True
+
+
+def _with_known_grid(candidate: Candidate, symbols: Symbols) -> Candidate:
+    """Drop a grid whose expressions cannot be evaluated in a call: the caller has to state it."""
+    grid = candidate.plan.grid
+    if grid is None or not candidate.choices or _known(grid.sizes, symbols):
+        return candidate
+    return Candidate(candidate.plan.model_copy(update={"grid": None}), candidate.choices)
+
+
+def _grid_source(analysis: Analysis, sites: Sequence[SitePlan], symbols: Symbols, arguments: set[str]) -> GridSource:
+    """Say where the model's finest grid comes from in a call."""
+    rewritten = [site for site in sites if site.rewritten]
+    with_grid = [site for site in rewritten if site.grid is not None]
+    if with_grid:
+        finest = max(with_grid, key=lambda site: (prod(site.grid_sizes), -len(site.grid_sizes)))
+        assert finest.grid is not None
+        needed = {name for site in with_grid if site.grid is not None for size in site.grid.sizes for name in symbols_in(size)}
+        return SizesOfInputs(expressions=finest.grid.sizes, symbols={name: symbols[name] for name in sorted(needed)})
+    if not rewritten:
+        return Given()
+    site = max(rewritten, key=_image_tokens)
+    ids = position_ids(analysis.captured, analysis.classified, _image_tokens(site))
+    if ids is not None and ids in arguments:
+        return PositionIds(input=ids)
+    tokens = _image_length(site)
+    return Given(tokens=tokens, symbols={n: symbols[n] for n in symbols_in(tokens)}) if _known([tokens], symbols) else Given()
+
+
+def _on_grid_of(site: SitePlan, source: GridSource, sites: Sequence[SitePlan]) -> SitePlan:
+    """Keep a site whose grid is unknown where it cannot be the model's finest: it has another number of image tokens."""
+    if not site.rewritten or site.grid is not None:
+        return site
+    same = [
+        other for other in sites if other.rewritten and _image_tokens(other) == _image_tokens(site) and _is_finest(other, source, sites)
+    ]
+    if not same:
+        reason = "its image tokens are on a grid of their own, which does not follow from the sizes of the inputs"
+        return site.kept(reason, Refusal(reason=reason))
+    return site.model_copy(update={"grid": same[0].grid, "grid_sizes": same[0].grid_sizes})
+
+
+def _is_finest(site: SitePlan, source: GridSource, sites: Sequence[SitePlan]) -> bool:
+    if isinstance(source, SizesOfInputs):
+        return site.grid is not None and site.grid.sizes == source.expressions
+    return _image_tokens(site) == max(_image_tokens(other) for other in sites if other.rewritten)
+
+
+def _image_at(site: SitePlan) -> int:
+    return next(i for i, s in enumerate(site.query_layout.segments) if s.kind is TokenKind.IMAGE)
+
+
+def _image_tokens(site: SitePlan) -> int:
+    return site.query_sizes[_image_at(site)]
+
+
+def _image_length(site: SitePlan) -> str:
+    return site.query_layout.segments[_image_at(site)].length

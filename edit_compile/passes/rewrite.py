@@ -1,97 +1,148 @@
-"""Rewrite one site's graph: ConvFusion before the query's Linear, the compressor after the key's and value's, and the
-design's attention in the place of softmax attention. The rest of the site's graph stays.
-"""
+"""The passes that rewrite one site's graph: find its core, build the design, insert its taps, put its attention in place."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from edit_compile.config import LinearizeConfig
-from edit_compile.designs import Additions, find_design
-from edit_compile.designs.ops.token_spans import cut_image, sample_axis
-from edit_compile.errors import RewriteError
-from edit_compile.ir.plan import SitePlan
+from edit_compile.designs.base import QKV, Tap, tokens_of
+from edit_compile.designs.ops.token_spans import cut_image, on_images, sample_axis
+from edit_compile.errors import ConfigError
+from edit_compile.ir.plan import Refusal
+from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.axes.algebra import Axis, Piece, Value, axis_size, hint, shape_of
+from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, axis_size, hint
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture
-from edit_compile.passes.clone_branch import IMAGE, Lane, is_image, place
-from edit_compile.passes.find_attention import LINEARS, Attention, find_attention
-from edit_compile.passes.normalize import clean, remove_dead
-from edit_compile.passes.op_traits import MOVES, mixing_node, name_of
+from edit_compile.passes.clone_branch import BranchCloner
+from edit_compile.passes.find_attention import Attention, find_attention, is_linear
+from edit_compile.passes.find_feed_forward import FeedForward, find_feed_forward
+from edit_compile.passes.graph_walk import between, op_name, operand, remove_dead, shape_of, upstream
+from edit_compile.passes.normalize import normalize
+from edit_compile.passes.op_traits import VIEW_OPS, first_token_mixing_node
+from edit_compile.passes.site_graph import ADDED, IMAGE, Refused, SiteGraph, image_place, is_image, refusal
 
-ADDED = "edit"
 aten = torch.ops.aten
+_OPERANDS = ("query", "key", "value")
+_OTHERS = "others"  # the source of tokens that are not image tokens
 
 
-@dataclass(frozen=True)
-class RewrittenGraph:
-    """A site's new graph; its last placeholder is the grid."""
+def canonicalize_site(site: SiteGraph) -> int:
+    """Rewrite attention written by hand to one node."""
+    if hasattr(site.module, ADDED):
+        raise Refused(f"{site.plan.path} has an attribute {ADDED!r} of its own, the name that added modules get")
+    return canonicalize(site.graph)
 
-    graph: fx.Graph
-    additions: Additions
+
+# ------------------------------------------------------------------ facts
 
 
-def rewrite_site(captured: Capture, module: nn.Module, site: SitePlan, config: LinearizeConfig) -> RewrittenGraph:
-    """Rewrite a copy of a site's captured graph.
+def locate_core(site: SiteGraph) -> int:
+    """Find the attention or feed-forward network, and where taps can be inserted; counts these places.
 
     Raises:
-        RewriteError: an operation stands in the way; says which.
+        Refused: the module on its own is not what the whole model's graph says of it.
     """
-    if hasattr(module, ADDED):
-        raise RewriteError(f"{site.path} has an attribute {ADDED!r} of its own, the name that added modules get")
-    canonicalize(captured.graph)
-    axes = flow_axes(captured.graph, lambda node: _seed(node, captured, site))
-    attention = _only_attention(captured.graph, site)
-    _check_layout(axes, attention, site)
-    _check_token_wise(attention, axes, site)
-    graph = clean(captured, module)
-    axes = flow_axes(graph, lambda node: _seed(node, captured, site) if node.op == "placeholder" else None)
-    attention = _only_attention(graph, site)
-    return _Rewriter(graph, axes, attention, site, config).run()
+    site.axes = flow_axes(site.graph, lambda node: seed_axes(node, site.captured, site))
+    if site.plan.kind == "attention":
+        site.core = attention = _only_attention(site)
+        _check_layout(site, attention)
+        site.places = dict(_attention_places(site, attention))
+        site.site = replace(_facts(site), **_head_facts(attention, site.axes))
+    else:
+        site.core = network = _only_network(site)
+        site.places = dict(_network_places(site, network))
+        site.site = _facts(site)
+    return len(site.site.channels)
 
 
-def _only_attention(graph: fx.Graph, site: SitePlan) -> Attention:
-    found = find_attention(graph)
-    if len(found) != 1:
-        why = "; does it return its attention's weights?" if not found else ""
-        raise RewriteError(f"{site.path}: captured on its own, the module runs {len(found)} attentions that can be read, not one{why}")
-    return found[0]
+def _facts(site: SiteGraph) -> Site:
+    plan = site.plan
+    channels = {place: _channels(node, site.axes) for place, node in site.places.items() if isinstance(node, fx.Node)}
+    return Site(
+        kind=plan.kind,
+        path=plan.path,
+        queries=plan.query_layout,
+        keys=plan.key_layout,
+        grid_dims=len(plan.grid.sizes) if plan.grid is not None else None,
+        channels=channels,
+        missing={place: found.reason for place, found in site.places.items() if isinstance(found, Refusal)},
+        mask=plan.mask,
+        causal=plan.causal,
+    )
 
 
-def _seed(node: fx.Node, captured: Capture, site: SitePlan) -> Value:
-    """A site's inputs know their tokens by number: the whole model's graph has told which numbers there are."""
+def _head_facts(attention: Attention, axes: Mapping[fx.Node, Value]) -> dict[str, Any]:
+    query, key, value = (shape_of(node) or () for node in (attention.query, attention.key, attention.value))
+    heads = {"heads": int(query[1]), "key_heads": int(key[1])}
+    return heads | {"head_dim": int(query[-1]), "value_dim": int(value[-1]), "scale": attention.scale}
+
+
+def seed_axes(node: fx.Node, captured: Capture, site: SiteGraph) -> Axes | None:
+    """Say what the axes of a site's input are. Its tokens are known by their number: the whole model's graph has told which there are."""
     shape = shape_of(node)
     if shape is None or captured.sources.get(node.name) is None or captured.source(node).kind != "input":
         return None
-    pieces = tuple(
-        Piece(size, segment.length, frozenset({IMAGE if segment.kind is TokenKind.IMAGE else "others"}))
-        for size, segment in zip(site.query_sizes, site.query_layout.segments, strict=True)
+    known = _known_lengths(site)
+    batch_first = len(shape) >= 3
+    return tuple(_batch(size) if d == 0 and batch_first else known.get(hint(size)) or _other(size) for d, size in enumerate(shape))
+
+
+def _known_lengths(site: SiteGraph) -> dict[int, Axis]:
+    """Map numbers of tokens to the runs of segments that have so many: the whole sequence first, then single segments, then runs."""
+    plan = site.plan
+    segments = tuple(
+        AxisSegment(size, segment.length, frozenset({IMAGE if segment.kind is TokenKind.IMAGE else _OTHERS}))
+        for size, segment in zip(plan.query_sizes, plan.query_layout.segments, strict=True)
     )
-    known = {axis_size(pieces): pieces} | {piece.size: (piece,) for piece in pieces if piece.size > 1}
-    at = next(i for i, p in enumerate(pieces) if IMAGE in p.all_sources)
+    known: dict[int, Axis] = {axis_size(segments): segments}
+    known |= {segment.size: (segment,) for segment in segments if segment.size > 1}
+    at = next(i for i, segment in enumerate(segments) if IMAGE in segment.all_sources)
     for low in range(at + 1):
-        for high in range(at + 1, len(pieces) + 1):
-            known.setdefault(axis_size(pieces[low:high]), pieces[low:high])
-    return tuple(
-        known.get(hint(s)) or (Piece(hint(s), "1" if hint(s) == 1 else str(s)),) if d or len(shape) < 3 else (Piece(hint(s), str(s)),)
-        for d, s in enumerate(shape)
-    )
+        for high in range(at + 1, len(segments) + 1):
+            known.setdefault(axis_size(segments[low:high]), segments[low:high])
+    return known
 
 
-def _check_layout(axes: dict[fx.Node, Value], attention: Attention, site: SitePlan) -> None:
-    for operand in (attention.query, attention.key, attention.value):
-        found = [is_image((piece,)) for piece in axes[operand][-2]]
-        expected = [s.kind is TokenKind.IMAGE for s in site.query_layout.segments]
-        if _runs(found) != _runs(expected):
-            raise RewriteError(
-                f"{site.path}: {operand.name} has its tokens in another order than the whole model's graph; "
-                "give example inputs in which all sizes differ"
+def _batch(size: Any) -> Axis:
+    return (AxisSegment(hint(size), str(size)),)
+
+
+def _other(size: Any) -> Axis:
+    return (AxisSegment(hint(size), "1" if hint(size) == 1 else str(size)),)
+
+
+def _only_attention(site: SiteGraph) -> Attention:
+    found = find_attention(site.graph)
+    if len(found) != 1:
+        why = "; does it return its attention's weights?" if not found else ""
+        raise Refused(f"{site.plan.path}: captured on its own, the module runs {len(found)} attentions that can be read, not one{why}")
+    return found[0]
+
+
+def _only_network(site: SiteGraph) -> FeedForward:
+    found = [network for network in find_feed_forward(site.graph) if any(map(is_image, site.axes[network.source]))]
+    if len(found) != 1:
+        raise Refused(
+            f"{site.plan.path}: captured on its own, the module runs {len(found)} feed-forward networks over image tokens, not one"
+        )
+    return found[0]
+
+
+def _check_layout(site: SiteGraph, attention: Attention) -> None:
+    expected = _runs([s.kind is TokenKind.IMAGE for s in site.plan.query_layout.segments])
+    for node in (attention.query, attention.key, attention.value):
+        if _runs([is_image((segment,)) for segment in site.axes[node][-2]]) != expected:
+            raise Refused(
+                f"{site.plan.path}: {node.name} has its tokens in another order than the whole model's graph; "
+                "give example inputs in which all sizes differ",
+                node,
             )
 
 
@@ -99,177 +150,295 @@ def _runs(flags: list[bool]) -> list[bool]:
     return [flag for i, flag in enumerate(flags) if i == 0 or flag != flags[i - 1]]
 
 
-def _check_token_wise(attention: Attention, axes: dict[fx.Node, Value], site: SitePlan) -> None:
-    """Between its Linear and the attention, nothing may mix tokens: that part runs on fewer of them."""
-    for operand in (attention.key, attention.value):
-        linear = image_linear(operand, axes, site)
-        between = list(_between(linear, operand))
-        mixing = mixing_node(between, axes, is_image)
-        if mixing is not None:
-            raise RewriteError(f"{site.path}: {mixing.target} ({mixing.name}) mixes image tokens between projection and attention")
+# ------------------------------------------------------------------ places for taps
 
 
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The nodes on every way from `first` to `last`, both included, in order."""
-    down = {first}
-    for node in first.graph.nodes:
-        if down.intersection(node.all_input_nodes):
-            down.add(node)
-    up, pending = {last}, [last]
-    while pending:
-        for operand in pending.pop().all_input_nodes:
-            if operand not in up:
-                up.add(operand)
-                pending.append(operand)
-    return [n for n in first.graph.nodes if n in down and n in up]
+def _attention_places(site: SiteGraph, attention: Attention) -> Iterator[tuple[Place, fx.Node | Refusal]]:
+    """Yield, for the query, key and value, the tensor that enters its Linear and the one that leaves it, or why there is none."""
+    for name, node in zip(_OPERANDS, (attention.query, attention.key, attention.value), strict=True):
+        try:
+            linear = image_linear(node, site)
+            before, after = operand(linear, 0), _anchor(linear, node, site.axes)
+        except Refused as refused:
+            before = after = refused.refusal  # type: ignore[assignment]
+        yield _place(f"before_{name}"), before
+        yield _place(f"after_{name}"), after
 
 
-def is_linear(node: fx.Node) -> bool:
-    return node.target in LINEARS or bool(node.op == "call_module" and node.meta.get("linear"))
+def _network_places(site: SiteGraph, network: FeedForward) -> Iterator[tuple[Place, fx.Node | Refusal]]:
+    path = site.plan.path
+    yield "before_hidden", network.source
+    one = len(network.hidden) == 1
+    yield "after_hidden", network.hidden[0] if one else refusal(f"{path}: its hidden channels come from two Linears", network.hidden[1])
+    yield "before_output", operand(network.output, 0)
 
 
-def image_linear(node: fx.Node, axes: dict[fx.Node, Value], site: SitePlan) -> fx.Node:
-    """The Linear that the image tokens of a query, key or value come from."""
-    found, pending, seen = [], [node], {node}
-    while pending:
-        at = pending.pop()
-        if is_linear(at):
-            found.append(at)
-            continue
-        for operand in at.all_input_nodes:
-            value = axes.get(operand)
-            if operand not in seen and (isinstance(value, list) or (isinstance(value, tuple) and any(map(is_image, value)))):
-                seen.add(operand)
-                pending.append(operand)
+def _place(name: str) -> Place:
+    assert name in get_args(Place)
+    return name  # type: ignore[return-value]
+
+
+def image_linear(node: fx.Node, site: SiteGraph) -> fx.Node:
+    """Find the Linear that the image tokens of a query, key or value come from.
+
+    Raises:
+        Refused: there is not exactly one, or it does not map (batch, tokens, channels).
+    """
+
+    def has_image(at: fx.Node) -> bool:
+        value = site.axes.get(at)
+        return isinstance(value, list) or (isinstance(value, tuple) and any(map(is_image, value)))
+
+    found = [at for at in upstream(node, enter=lambda at: not is_linear(at) and has_image(at)) if is_linear(at) and has_image(at)]
     if len(found) != 1:
-        raise RewriteError(f"{site.path}: {node.name} comes from {len(found)} Linears of image tokens, not one")
-    tokens = axes[found[0].args[0]]
+        raise Refused(f"{site.plan.path}: {node.name} comes from {len(found)} Linears of image tokens, not one", node)
+    tokens = site.axes[operand(found[0], 0)]
     if len(tokens) != 3 or not is_image(tokens[1]):
-        raise RewriteError(f"{site.path}: {found[0].name} is not a Linear over (batch, tokens, channels)")
+        raise Refused(f"{site.plan.path}: {found[0].name} is not a Linear over (batch, tokens, channels)", found[0])
     return found[0]
 
 
-class _Rewriter:
-    def __init__(self, graph: fx.Graph, axes: dict[fx.Node, Value], attention: Attention, site: SitePlan, config: LinearizeConfig):
-        self.graph, self.axes, self.attention, self.site, self.config = graph, axes, attention, site, config
-        self.channels: dict[str, int] = {}
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            self.grid = graph.placeholder("edit_grid")
-
-    def run(self) -> RewrittenGraph:
-        attention = self.attention
-        before, after = place(self.axes[attention.query][-2])
-        scale, shape = attention.scale, shape_of(attention.query) or ()
-        joint = find_design(self.site.action).joint
-        with self.graph.inserting_before(attention.node):
-            query = self._query_lane()
-            key = self._key_lane("key", attention.key)
-            value = self._key_lane("value", attention.value)
-            compressed = self.config.key == "compressor"
-            mask = self._row(attention.mask)
-            short = self._sampled(mask) if compressed else mask
-            if joint:
-                full = (attention.key, attention.value, mask) if compressed and self.config.text_keys == "full" else None
-                new = self.graph.call_module(ADDED, (query, key, value, self.grid, short, full))
-            else:
-                new = self.graph.call_module(ADDED, (query, key, value, short))
-        new.meta = dict(attention.node.meta)
-        attention.node.replace_all_uses_with(new)
-        self.graph.erase_node(attention.node)
-        remove_dead(self.graph)
-        self.graph.lint()
-        heads, head_channels = int(shape[1]), int(shape[-1])
-        additions = Additions(self.site.action, self.channels, heads, head_channels, scale, before, after)
-        return RewrittenGraph(self.graph, additions)
-
-    def _query_lane(self) -> fx.Node:
-        return self._fused_lane("query", self.attention.query, compressed=False)
-
-    def _key_lane(self, name: str, operand: fx.Node) -> fx.Node:
-        kind = getattr(self.config, name)
-        if kind == "compressor":
-            return self._compressed_lane(name, operand)
-        return self._fused_lane(name, operand, compressed=False)
-
-    def _fused_lane(self, name: str, operand: fx.Node, *, compressed: bool) -> fx.Node:
-        """ConvFusion on the image tokens that enter the Linear."""
-        linear = image_linear(operand, self.axes, self.site)
-        source = linear.args[0]
-        self.channels[name] = int((shape_of(source) or ())[-1])
-        if getattr(self.config, name) == "plain":
-            return operand
-        fused = self._on_image(name, source)
-        projected = self.graph.node_copy(linear, lambda n: fused if n is source else n)
-        projected.meta = dict(linear.meta)
-        return Lane(self.graph, self.axes, self.grid, {linear: projected}, compressed=compressed).emit(operand)
-
-    def _compressed_lane(self, name: str, operand: fx.Node) -> fx.Node:
-        """The compressor on the image tokens that leave the Linear, cut to this operand's part if it is fused."""
-        anchor = self._anchor(image_linear(operand, self.axes, self.site), operand)
-        shape = shape_of(anchor) or ()
-        dim = _token_dim(self.axes[anchor])
-        others = [hint(s) for d, s in enumerate(shape) if d not in (0, dim)]
-        self.channels[name] = int(torch.tensor(others).prod())
-        tokens = anchor
-        if len(shape) != 3 or dim != 1:
-            moved = self.graph.call_function(torch.movedim, (anchor, dim, 1))
-            tokens = self.graph.call_function(torch.flatten, (moved, 2))
-        short = self._on_image(name, tokens, place(self.axes[anchor][dim]))
-        if tokens is not anchor:
-            split = self.graph.call_function(torch.unflatten, (short, 2, others))
-            short = self.graph.call_function(torch.movedim, (split, 1, dim))
-        short.meta = dict(anchor.meta)
-        return Lane(self.graph, self.axes, self.grid, {anchor: short}, compressed=True).emit(operand)
-
-    def _on_image(self, name: str, tokens: fx.Node, where: tuple[int | None, int | None] | None = None) -> fx.Node:
-        """Call an added module on the image part of (B, tokens, channels)."""
-        before, after = where or place(self.axes[tokens][1])
-        target = f"{ADDED}.{name}"
-        if (before, after) == (0, 0):
-            return self.graph.call_module(target, (tokens, self.grid))
-        parts = self.graph.call_function(cut_image, (tokens, 1, self.grid, before, after))
-        front, image, back = (self.graph.call_function(operator.getitem, (parts, i)) for i in range(3))
-        return self.graph.call_function(torch.cat, ([front, self.graph.call_module(target, (image, self.grid)), back], 1))
-
-    def _anchor(self, linear: fx.Node, operand: fx.Node) -> fx.Node:
-        """The first node after the Linear, through moves alone, that holds fewest numbers per token: this operand's part."""
-        way = set(_between(linear, operand))
-        best, node = linear, linear
-        while True:
-            users = [u for u in node.users if u in way]
-            if len(users) != 1 or name_of(users[0]) not in MOVES:
-                return best
-            node = users[0]
-            if isinstance(self.axes.get(node), tuple) and _numbers(node) < _numbers(best) and _batch_first(self.axes[node]):
-                best = node
-
-    def _row(self, mask: fx.Node | None) -> fx.Node | None:
-        """A mask with one row for all queries."""
-        if mask is None or hint((shape_of(mask) or (1, 1))[-2]) == 1:
-            return mask
-        row = self.graph.call_function(aten.slice.Tensor, (mask, -2, 0, 1))
-        row.meta = {**mask.meta, "row_of": mask}
-        return row
-
-    def _sampled(self, mask: fx.Node | None) -> fx.Node | None:
-        if mask is None:
-            return None
-        axes = self.axes[mask.meta.get("row_of", mask)]
-        if axis_size(axes[-1]) == 1:
-            return mask
-        if not is_image(axes[-1]):
-            raise RewriteError(f"{self.site.path}: the mask {mask.name} is not by token")
-        return self.graph.call_function(sample_axis, (mask, len(axes) - 1, self.grid, *place(axes[-1])))
+def _anchor(linear: fx.Node, last: fx.Node, axes: Mapping[fx.Node, Value]) -> fx.Node:
+    """Find the first node after the Linear, through views alone, that holds fewest numbers per token: this operand's part."""
+    way = set(between(linear, last))
+    best, node = linear, linear
+    while True:
+        users = [user for user in node.users if user in way]
+        if len(users) != 1 or op_name(users[0]) not in VIEW_OPS:
+            return best
+        node = users[0]
+        if isinstance(axes.get(node), tuple) and _numel(node) < _numel(best) and _batch_first(axes[node]):
+            best = node
 
 
-def _numbers(node: fx.Node) -> int:
+def _channels(node: fx.Node, axes: Mapping[fx.Node, Value]) -> int:
+    shape, dim = shape_of(node) or (), _token_dim(axes[node])
+    return int(torch.tensor([hint(s) for d, s in enumerate(shape) if d not in (0, dim)]).prod())
+
+
+def _numel(node: fx.Node) -> int:
     return int(torch.tensor([hint(s) for s in shape_of(node) or ()]).prod())
 
 
-def _token_dim(axes: tuple[Axis, ...]) -> int:
+def _token_dim(axes: Axes) -> int:
     return next(d for d, axis in enumerate(axes) if is_image(axis) and axis_size(axis) > 1)
 
 
-def _batch_first(axes: tuple[Axis, ...]) -> bool:
+def _batch_first(axes: Axes) -> bool:
     return len(axes) >= 3 and not is_image(axes[0]) and any(is_image(axis) for axis in axes)
+
+
+# ------------------------------------------------------------------ the design
+
+
+def build_design(site: SiteGraph) -> int:
+    """Ask the chosen design whether it takes the site, and make its module on the meta device; counts its taps.
+
+    Raises:
+        Refused: it does not, or it wants a tap at a place that this site does not have.
+    """
+    design, options = site.choice.design, site.choice.options
+    assert design is not None
+    verdict = design.accepts(site.facts, options)
+    if not verdict.ok:
+        raise Refused(verdict.reason, site.core.node if isinstance(site.core, Attention) else None)
+    try:
+        with torch.device("meta"):
+            site.design = design(site.facts, options)
+    except (ConfigError, KeyError) as error:
+        missing = f"{site.facts.missing.get(str(error.args[0]), error)}" if isinstance(error, KeyError) else str(error)
+        raise Refused(missing) from error
+    taps = site.design.taps()
+    for tap in taps:
+        _check_tap(tap, site)
+    if len({tap.where for tap in taps}) < len(taps) or len(set(_thinning(taps).values())) > 1:
+        raise Refused(f"the design {design.name!r} has two taps at one place, or thins keys and values differently")
+    return len(taps)
+
+
+def _check_tap(tap: Tap, site: SiteGraph) -> None:
+    found = site.places.get(tap.where)
+    if not isinstance(found, fx.Node):
+        raise Refused(found.reason if found is not None else f"a site of kind {site.plan.kind} has no place {tap.where!r}")
+    if not tap.stride:
+        return
+    if not tap.where.endswith(("_key", "_value")):
+        raise Refused(f"the tap {tap.where!r} thins tokens: only keys and values can be thinned")
+    attention = _attention_of(site)
+    last = attention.key if tap.where.endswith("_key") else attention.value
+    mixing = first_token_mixing_node(between(image_linear(last, site), last), site.axes, is_image)
+    if mixing is not None:
+        raise Refused(f"{site.plan.path}: {mixing.target} ({mixing.name}) mixes image tokens between projection and attention", mixing)
+
+
+def _thinning(taps: tuple[Tap, ...]) -> dict[str, tuple[int, ...]]:
+    """The strides of key and value, by operand."""
+    strides = dict.fromkeys(("key", "value"), ())
+    return strides | {tap.where.partition("_")[2]: tap.stride for tap in taps if tap.stride}
+
+
+def _attention_of(site: SiteGraph) -> Attention:
+    assert isinstance(site.core, Attention), "a feed-forward network has no keys"
+    return site.core
+
+
+# ------------------------------------------------------------------ the rewrite
+
+
+def normalize_site(site: SiteGraph) -> int:
+    """Free the graph of what capture froze, call the module's own submodules again; counts the nodes that are left."""
+    site.graph = normalize(site.captured, site.module, core_nodes(site))
+    site.axes = flow_axes(site.graph, lambda node: seed_axes(node, site.captured, site) if node.op == "placeholder" else None)
+    if isinstance(site.core, Attention):
+        site.core = _only_attention(site)
+        site.places = dict(_attention_places(site, site.core))
+    else:
+        site.core = _only_network(site)
+        site.places = dict(_network_places(site, site.core))
+    return len(site.graph.nodes)
+
+
+def core_nodes(site: SiteGraph) -> list[fx.Node]:
+    """List the nodes that must not disappear in the call of a submodule."""
+    return [site.core.node] if isinstance(site.core, Attention) else [*site.core.hidden, site.core.output]  # type: ignore[union-attr]
+
+
+def insert_taps(site: SiteGraph) -> int:
+    """Call the design's modules at their places; counts them."""
+    last = [node for node in site.graph.nodes if node.op == "placeholder"][-1]
+    with site.graph.inserting_after(last):
+        site.grid = site.graph.placeholder("edit_grid")
+    taps = {tap.where: (number, tap) for number, tap in enumerate(site.chosen.taps())}
+    names = _tap_names(site)
+    if isinstance(site.core, Attention):
+        with site.graph.inserting_before(site.core.node):
+            for name, node in zip(_OPERANDS, (site.core.query, site.core.key, site.core.value), strict=True):
+                own = [taps[where][1] for where in (_place(f"before_{name}"), _place(f"after_{name}")) if where in taps]
+                site.operands[name] = _tapped(site, node, own, names)
+    else:
+        network = site.core
+        assert network is not None
+        with site.graph.inserting_before(network.output):
+            own = [taps[where][1] for where in ("before_hidden", "after_hidden", "before_output") if where in taps]
+            site.operands["output"] = _tapped(site, operand(network.output, 0), own, names)
+    return len(taps)
+
+
+def _tap_names(site: SiteGraph) -> dict[int, str]:
+    """Where each tap's module is below the site, by identity."""
+    return {id(module): f"{ADDED}.{path}" for path, module in site.chosen.named_modules()}
+
+
+def _tapped(site: SiteGraph, target: fx.Node, taps: list[Tap], names: Mapping[int, str]) -> fx.Node:
+    """Return the target behind taps at places on its way, in order."""
+    changed: dict[fx.Node, fx.Node] = {}
+    stride: tuple[int, ...] = ()
+    for tap in taps:
+        place = site.places[tap.where]
+        assert isinstance(place, fx.Node)
+        source = _cloner(site, changed, stride).clone(place) if changed else place
+        stride = tap.stride or stride
+        changed = {place: _call_tap(site, tap, names, place, source)}
+    return _cloner(site, changed, stride).clone(target) if changed else target
+
+
+def _cloner(site: SiteGraph, changed: dict[fx.Node, fx.Node], stride: tuple[int, ...]) -> BranchCloner:
+    assert site.grid is not None
+    return BranchCloner(site.graph, site.axes, site.grid, dict(changed), stride)
+
+
+def _call_tap(site: SiteGraph, tap: Tap, names: Mapping[int, str], place: fx.Node, source: fx.Node) -> fx.Node:
+    """Call a tap's module on the image tokens of a tensor whatever its layout; other tokens stay.
+
+    Args:
+        place: the tensor as it was, whose axes are known.
+        source: the tensor that takes its place.
+    """
+    shape, dim, graph = shape_of(place) or (), _token_dim(site.axes[place]), site.graph
+    inner = [hint(s) for d, s in enumerate(shape) if d not in (0, dim)]
+    tokens = source
+    if flat := (len(shape) != 3 or dim != 1):
+        tokens = graph.call_function(torch.flatten, (graph.call_function(torch.movedim, (source, dim, 1)), 2))
+    tapped = _on_image_tokens(site, tap, names, tokens, image_place(site.axes[place][dim]))
+    if flat:
+        tapped = graph.call_function(torch.movedim, (graph.call_function(torch.unflatten, (tapped, 2, inner)), 1, dim))
+    tapped.meta = dict(place.meta)
+    return tapped
+
+
+def _on_image_tokens(site: SiteGraph, tap: Tap, names: Mapping[int, str], tokens: fx.Node, where: tuple[int | None, int | None]) -> fx.Node:
+    graph, (before, after) = site.graph, where
+
+    def call(image: fx.Node) -> fx.Node:
+        if tap.form == "tokens":
+            return graph.call_module(names[id(tap.module)], (image,))
+        return graph.call_function(on_images, (graph.get_attr(names[id(tap.module)]), image, site.grid))
+
+    if (before, after) == (0, 0):
+        return call(tokens)
+    parts = graph.call_function(cut_image, (tokens, 1, site.grid, before, after))
+    front, image, back = (graph.call_function(operator.getitem, (parts, i)) for i in range(3))
+    return graph.call_function(torch.cat, ([front, call(image), back], 1))
+
+
+def replace_core(site: SiteGraph) -> int:
+    """Put the design's module in the place of softmax attention, or the last tap's result before the last projection."""
+    if isinstance(site.core, Attention):
+        _replace_attention(site, site.core)
+    else:
+        assert site.core is not None
+        output = site.core.output
+        output.args = (site.operands["output"], *output.args[1:])
+    remove_dead(site.graph)
+    site.graph.lint()
+    return 1
+
+
+def _replace_attention(site: SiteGraph, attention: Attention) -> None:
+    graph, stride = site.graph, _thinning(site.chosen.taps())["key"]
+    with graph.inserting_before(attention.node):
+        mask = _row(site, attention.mask)
+        short = _sampled(site, mask, stride) if stride else mask
+        own = (attention.query, attention.key, attention.value, mask)
+        original = graph.call_function(QKV, own) if site.chosen.needs_original else None
+        operands = tuple(site.operands[name] for name in _OPERANDS)
+        x = graph.call_function(QKV, (*operands, short, original))
+        kinds, lengths = _layout(site)
+        tokens = graph.call_function(tokens_of, (attention.query, 2, site.grid, kinds, lengths))
+        new = graph.call_module(ADDED, (x, tokens))
+    new.meta = dict(attention.node.meta)
+    attention.node.replace_all_uses_with(new)
+    graph.erase_node(attention.node)
+
+
+def _layout(site: SiteGraph) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
+    """The kinds and lengths of the query's segments: None for the image, and for what remains; unknown neighbours are one segment."""
+    kinds: list[str] = []
+    lengths: list[int | None] = []
+    for segment in site.plan.query_layout.segments:
+        known = int(segment.length) if segment.length.isdigit() and segment.kind is not TokenKind.IMAGE else None
+        if known is None and kinds and lengths[-1] is None and TokenKind.IMAGE not in (kinds[-1], segment.kind):
+            continue
+        kinds.append(str(segment.kind))
+        lengths.append(known)
+    return tuple(kinds), tuple(lengths)
+
+
+def _row(site: SiteGraph, mask: fx.Node | None) -> fx.Node | None:
+    """A mask with one row for all queries, where it is the same for all."""
+    if mask is None or site.plan.mask != "by_key" or hint((shape_of(mask) or (1, 1))[-2]) == 1:
+        return mask
+    row = site.graph.call_function(aten.slice.Tensor, (mask, -2, 0, 1))
+    row.meta = {**mask.meta, "row_of": mask}
+    return row
+
+
+def _sampled(site: SiteGraph, mask: fx.Node | None, stride: tuple[int, ...]) -> fx.Node | None:
+    if mask is None:
+        return None
+    axes = site.axes[mask.meta.get("row_of", mask)]
+    if axis_size(axes[-1]) == 1:
+        return mask
+    if not is_image(axes[-1]):
+        raise Refused(f"{site.plan.path}: the mask {mask.name} is not by token", mask)
+    return site.graph.call_function(sample_axis, (mask, len(axes) - 1, site.grid, *image_place(axes[-1]), stride))

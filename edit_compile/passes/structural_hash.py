@@ -10,7 +10,7 @@ _PLAIN = (bool, int, float, str, bytes, type(None), type)
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"edit_path"}  # where a converted site is makes no difference
 
 
-def structure_key(module: nn.Module) -> tuple[Any, ...]:
+def structural_hash(module: nn.Module) -> tuple[Any, ...]:
     """Classes, attributes, and the shapes of tensors, of the module and all below it."""
     tensors = tuple((name, tuple(t.shape)) for name, t in [*module.named_parameters(), *module.named_buffers()])
     return tensors, tuple((path, _key(sub)) for path, sub in module.named_modules())

@@ -26,7 +26,7 @@ from edit_compile.adapters.pipelines import load_diffusers_pipeline, origin_of, 
 from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError
 from edit_compile.files import flush, sha256
 from edit_compile.ir.plan import Plan
-from edit_compile.passes.rewrite import ADDED
+from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.convert import FINGERPRINT, PLAN
 from edit_compile.student.fingerprint import TensorPrint, difference, fingerprint
 from edit_compile.student.grid import converted_model

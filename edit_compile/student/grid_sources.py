@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from edit_compile.errors import GridError
 from edit_compile.ir.plan import Given, PositionIds, SizesOfInputs
+from edit_compile.ir.size_expressions import evaluator
 
 Source = SizesOfInputs | PositionIds | Given
 
@@ -159,40 +158,3 @@ def grid_of_ids(ids: Tensor, name: str) -> tuple[int, int]:
             "wrap the call in edit_compile.grid(model, height, width)"
         )
     return height, width
-
-
-_OPERATORS: dict[type[ast.AST], Callable[..., int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.USub: operator.neg,
-}
-
-
-def evaluator(expression: str, symbols: set[str]) -> Callable[[Mapping[str, int]], int]:
-    """An arithmetic expression over sizes as a function of them. Nothing but + - * // , numbers and symbols is accepted.
-
-    Raises:
-        GridError: anything else is in it.
-    """
-    try:
-        return _compiled(ast.parse(expression, mode="eval").body, symbols)
-    except (SyntaxError, KeyError) as error:
-        raise GridError(f"{expression!r} is no size expression over {sorted(symbols)}: {error}") from None
-
-
-def _compiled(node: ast.AST, symbols: set[str]) -> Callable[[Mapping[str, int]], int]:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        number = node.value
-        return lambda sizes: number
-    if isinstance(node, ast.Name) and node.id in symbols:
-        name = node.id
-        return lambda sizes: sizes[name]
-    if isinstance(node, ast.BinOp):
-        apply, left, right = _OPERATORS[type(node.op)], _compiled(node.left, symbols), _compiled(node.right, symbols)
-        return lambda sizes: apply(left(sizes), right(sizes))
-    if isinstance(node, ast.UnaryOp):
-        apply_one, operand = _OPERATORS[type(node.op)], _compiled(node.operand, symbols)
-        return lambda sizes: apply_one(operand(sizes))
-    raise KeyError(ast.dump(node))

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from edit_compile.config import LinearizeConfig
-from edit_compile.designs import Additions, find_design
 from edit_compile.errors import RewriteError
-from edit_compile.passes.rewrite import ADDED
+from edit_compile.passes.site_compiler import SiteForward
+from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.grid import RUNTIME, Runtime
 
 TEACHER = "_edit_teacher"
 _LIVE = ("training", "forward")  # attributes that act on a converted site as on any module
-
-
-@dataclass(frozen=True)
-class SiteForward:
-    """What equal sites share: the generated forward, and what their design module is built from."""
-
-    forward: Callable[..., Any]
-    additions: Additions
 
 
 class ConvertedSite(nn.Module):
@@ -50,7 +40,13 @@ class ConvertedSite(nn.Module):
             self.edit_teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def edit_teach(self, *args: Any, **kwargs: Any) -> Any:
+    def edit_teacher_is_on(self) -> bool:
+        return self.edit_runtime.teaching
+
+    def edit_current_grid(self) -> Tensor:
+        return self.edit_runtime.current_grid(self)
+
+    def edit_teacher_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original attention. Wrappers that move or cast weights as they go (offloading, sharding) do not know the
         teacher: its weights follow what it is given.
         """
@@ -84,7 +80,7 @@ class ConvertedSite(nn.Module):
         return f"{own}, linearized" if own else "linearized"
 
 
-def install(model: nn.Module, path: str, site: SiteForward, config: LinearizeConfig, runtime: Runtime, classes: dict[Any, type]) -> None:
+def install_site(model: nn.Module, path: str, site: SiteForward, runtime: Runtime, classes: dict[Any, type]) -> None:
     """Convert the module at `path` in place. `classes` holds one class per original class and forward."""
     module = model.get_submodule(path)
     teacher = copy.copy(module)
@@ -95,7 +91,7 @@ def install(model: nn.Module, path: str, site: SiteForward, config: LinearizeCon
     own.__class__ = classes[key]
     tensor = next(_floats(module), None)
     with torch.device("meta" if tensor is not None and tensor.is_meta else "cpu"):  # no structure-only model pays for initial values
-        design = find_design(site.additions.design).build(site.additions, config)
+        design = site.build(path)
     setattr(own, ADDED, design.to(device=tensor.device, dtype=tensor.dtype) if tensor is not None else design)
     for parameter in _floats(own):
         parameter.requires_grad_(True)

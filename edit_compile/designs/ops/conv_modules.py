@@ -1,7 +1,6 @@
 """The trainable modules that EDiT adds: ConvFusion before the query's Linear, the compressor after the key's and value's.
 
-Both act on image tokens (B, N, C), row-major on a grid of h x w = N. The grid comes as the *shape* of a tensor,
-which torch.compile keeps symbolic where integers held by a module would recompile at every resolution.
+Both map images (B, C, h, w), as taps do.
 """
 
 from __future__ import annotations
@@ -11,33 +10,16 @@ from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError
 
-MOST_GROUPS = 32
-
-
-def to_picture(x_BNC: Tensor, grid_hw: Tensor) -> Tensor:
-    """Tokens (B, N, C) as (B, C, h, w): a view, channels last in memory.
-
-    Raises:
-        ValueError: the grid does not have N positions.
-    """
-    h, w = grid_hw.shape
-    if h * w != x_BNC.shape[1]:
-        raise ValueError(f"{x_BNC.shape[1]} image tokens do not fill a grid of {h} x {w} = {h * w}")
-    return x_BNC.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-
-
-def to_tokens(x_BChw: Tensor) -> Tensor:
-    """A picture (B, C, h, w) as tokens (B, h*w, C)."""
-    return x_BChw.flatten(2).transpose(1, 2)
+MAX_GROUPS = 32
 
 
 def group_count(channels: int) -> int:
-    """The largest number of groups up to 32 that divides the channels."""
-    return next(g for g in range(min(MOST_GROUPS, channels), 0, -1) if channels % g == 0)
+    """Return the largest number of groups up to 32 that divides the channels."""
+    return next(g for g in range(min(MAX_GROUPS, channels), 0, -1) if channels % g == 0)
 
 
 class ConvFusion(nn.Module):
-    """X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X)))) (EDiT): local context for the query.
+    """X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X)))) (EDiT, arXiv 2503.16726): local context for the query.
 
     The 3x3 reduces the channels `reduction` times, the 1x1 restores them; with `identity` it starts at zero, so
     that an untrained query equals the teacher's.
@@ -56,9 +38,9 @@ class ConvFusion(nn.Module):
             for parameter in self.restore.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x_BNC: Tensor, grid_hw: Tensor) -> Tensor:
-        hidden = self.activation(self.norm(self.reduce(to_picture(x_BNC, grid_hw))))
-        return x_BNC + to_tokens(self.restore(hidden))
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        hidden: Tensor = self.restore(self.activation(self.norm(self.reduce(x_BChw))))
+        return x_BChw + hidden
 
 
 class SpatialCompressor(nn.Module):
@@ -76,5 +58,10 @@ class SpatialCompressor(nn.Module):
             with torch.no_grad():
                 self.conv.weight[:, :, 1, 1] = 1
 
-    def forward(self, x_BNC: Tensor, grid_hw: Tensor) -> Tensor:
-        return to_tokens(self.conv(to_picture(x_BNC, grid_hw)))
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return tuple(map(int, self.conv.stride))
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        compressed: Tensor = self.conv(x_BChw)
+        return compressed

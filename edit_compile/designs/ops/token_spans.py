@@ -1,45 +1,73 @@
-"""Where the image tokens are along a token axis, at run time: cutting them out, and sampling tables on the compressed grid.
+"""Image tokens as images and back, and sampling what is indexed by token on a thinned grid.
 
-A place is a pair (before, after): the numbers of tokens before and after the image, one of which may be None for
-"whatever remains". The image's own number of tokens is h * w of the grid.
+The grid of a call comes as the *shape* of a tensor, which torch.compile keeps symbolic where integers held by a module
+would recompile at every resolution.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def image_span(length: int, grid_hw: Tensor, before: int | None, after: int | None) -> tuple[int, int]:
-    """First and last-plus-one position of the image in an axis of `length` tokens."""
-    h, w = grid_hw.shape
-    start = before if before is not None else length - h * w - (after or 0)
-    return start, start + h * w
-
-
-def cut_image(x: Tensor, dim: int, grid_hw: Tensor, before: int | None, after: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens before the image, the image's, and those after it, along `dim`.
+def to_image(x_BNC: Tensor, grid: Sequence[int]) -> Tensor:
+    """View tokens (B, N, C) as an image (B, C, *grid), channels last in memory.
 
     Raises:
-        ValueError: the grid has more positions than there are tokens left for it.
+        ValueError: the grid does not have N positions.
+    """
+    if math.prod(grid) != x_BNC.shape[1]:
+        raise ValueError(f"{x_BNC.shape[1]} image tokens do not fill a grid of {' x '.join(map(str, grid))} = {math.prod(grid)}")
+    return x_BNC.unflatten(1, tuple(grid)).movedim(-1, 1)
+
+
+def to_tokens(x_BCG: Tensor) -> Tensor:
+    """View an image (B, C, *grid) as tokens (B, N, C)."""
+    return x_BCG.flatten(2).transpose(1, 2)
+
+
+def image_span(length: int, grid: Tensor, before: int | None, after: int | None) -> tuple[int, int]:
+    """Return the first and last-plus-one position of the image in an axis of `length` tokens.
+
+    Args:
+        before, after: numbers of tokens before and after the image, one of which may be None for what remains.
+    """
+    image = math.prod(grid.shape)
+    start = before if before is not None else length - image - (after or 0)
+    return start, start + image
+
+
+def cut_image(x: Tensor, dim: int, grid: Tensor, before: int | None, after: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a token axis into the tokens before the image, the image's, and those after it, along `dim`.
+
+    Raises:
+        ValueError: there are image tokens alone, and not as many as the grid has positions.
     """
     length = x.shape[dim]
-    start, stop = image_span(length, grid_hw, before, after)
+    start, stop = image_span(length, grid, before, after)
     if before == 0 and after == 0 and stop != length:
-        h, w = grid_hw.shape
-        raise ValueError(f"{length} image tokens do not fill a grid of {h} x {w} = {h * w}")
+        raise ValueError(f"{length} image tokens do not fill a grid of {' x '.join(map(str, grid.shape))} = {stop - start}")
     return x.narrow(dim, 0, start), x.narrow(dim, start, stop - start), x.narrow(dim, stop, length - stop)
 
 
-def sample_axis(x: Tensor, dim: int, grid_hw: Tensor, before: int | None, after: int | None) -> Tensor:
-    """A table by token, such as RoPE's or a mask, at the compressor's window centres; other tokens stay.
+def sample_axis(x: Tensor, dim: int, grid: Tensor, before: int | None, after: int | None, stride: Sequence[int]) -> Tensor:
+    """Sample a table by token, RoPE's or a mask, at the window centres of a tap with that stride; other tokens stay.
 
-    (..., before + h*w + after, ...) to (..., before + ceil(h/2)*ceil(w/2) + after, ...) along `dim`.
+    (..., before + prod(grid) + after, ...) to (..., before + prod(ceil(grid / stride)) + after, ...) along `dim`.
     """
-    h, w = grid_hw.shape
-    front, image, back = cut_image(x, dim, grid_hw, before, after)
-    sampled = image.unflatten(dim, (h, w)).transpose(0, dim)[::2].transpose(0, dim)
-    sampled = sampled.transpose(0, dim + 1)[::2].transpose(0, dim + 1).flatten(dim, dim + 1)
+    front, image, back = cut_image(x, dim, grid, before, after)
+    sampled = image.unflatten(dim, tuple(grid.shape))
+    for axis, step in enumerate(stride):
+        sampled = sampled.transpose(0, dim + axis)[::step].transpose(0, dim + axis) if step > 1 else sampled
+    sampled = sampled.flatten(dim, dim + len(stride) - 1)
     if before == 0 and after == 0:
         return sampled
     return torch.cat([front, sampled, back], dim)
+
+
+def on_images(module: torch.nn.Module, x_BNC: Tensor, grid: Tensor) -> Tensor:
+    """Call a module that maps images on tokens: (B, N, C) to (B, N', C)."""
+    return to_tokens(module(to_image(x_BNC, grid.shape)))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, fx
 
-from edit_compile.passes.axes.algebra import Axes, Value, axis_size, fresh, hint, shape_of
+from edit_compile.passes.axes.algebra import Axes, Value, axis_size, hint, new_axis
 from edit_compile.passes.axes.rules import RULES, operation, same_positions
+from edit_compile.passes.graph_walk import shape_of
 
 
 def flow_axes(graph: fx.Graph, seed: Callable[[fx.Node], Axes | None]) -> dict[fx.Node, Value]:
@@ -18,7 +19,7 @@ def flow_axes(graph: fx.Graph, seed: Callable[[fx.Node], Axes | None]) -> dict[f
         shape = shape_of(node)
         if node.op in ("placeholder", "get_attr"):
             if shape is not None:
-                axes[node] = seed(node) or tuple(fresh(s) for s in shape)
+                axes[node] = seed(node) or tuple(new_axis(s) for s in shape)
         elif node.op in ("call_function", "call_module"):
             axes[node] = _through(node, axes)
     return axes
@@ -37,5 +38,5 @@ def _through(node: fx.Node, axes: Mapping[fx.Node, Value]) -> Value:
     results = []
     for index, shape in enumerate(shapes):
         found = rule(node, axes, shape, index)
-        results.append(tuple(axis if axis_size(axis) == hint(s) else fresh(s) for axis, s in zip(found, shape, strict=True)))
+        results.append(tuple(axis if axis_size(axis) == hint(s) else new_axis(s) for axis, s in zip(found, shape, strict=True)))
     return results[0] if isinstance(value, Tensor) else results

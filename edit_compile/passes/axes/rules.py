@@ -9,7 +9,19 @@ from typing import Any
 
 from torch import fx
 
-from edit_compile.passes.axes.algebra import Axes, Axis, Value, axis_size, cut, fresh, hint, joined, mixed, regroup, sources_of
+from edit_compile.passes.axes.algebra import (
+    Axes,
+    Axis,
+    Value,
+    axis_size,
+    entangled,
+    hint,
+    new_axis,
+    reshape_axes,
+    slice_axis,
+    sources_of,
+    unify,
+)
 
 
 def operation(target: Any) -> str:
@@ -28,7 +40,7 @@ def same_positions(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence
     for from_right in range(len(shape), 0, -1):
         size = hint(shape[-from_right])
         candidates = [o[-from_right] for o in operands if len(o) >= from_right and axis_size(o[-from_right]) == size]
-        result.append(reduce(joined, candidates) if candidates else fresh(shape[-from_right]))
+        result.append(reduce(unify, candidates) if candidates else new_axis(shape[-from_right]))
     return tuple(result)
 
 
@@ -43,7 +55,7 @@ def _arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 
 def _reshape(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
-    return regroup(_keep(node, axes), shape)
+    return reshape_axes(_keep(node, axes), shape)
 
 
 def _permute(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
@@ -60,7 +72,7 @@ def _transpose(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any
 
 def _unsqueeze(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     kept, dim = list(_keep(node, axes)), _arg(node, 1, "dim") % len(shape)
-    return (*kept[:dim], fresh(1), *kept[dim:])
+    return (*kept[:dim], new_axis(1), *kept[dim:])
 
 
 def _squeeze(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
@@ -88,9 +100,9 @@ def _slice(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _
     length = axis_size(kept[dim])
     start, stop = _position(_arg(node, 2, "start"), 0, length), _position(_arg(node, 3, "end"), length, length)
     if _arg(node, 4, "step", 1) != 1:
-        kept[dim] = mixed(shape[dim], kept[dim])
+        kept[dim] = entangled(shape[dim], kept[dim])
     else:
-        kept[dim] = cut(kept[dim], start, stop, shape[dim])
+        kept[dim] = slice_axis(kept[dim], start, stop, shape[dim])
     return tuple(kept)
 
 
@@ -107,7 +119,7 @@ def _split_sizes(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[A
     dim = _arg(node, 2, "dim", 0) % len(kept)
     outputs = node.meta["val"]
     start = sum(hint(v.shape[dim]) for v in outputs[:index])
-    kept[dim] = cut(kept[dim], start, start + hint(shape[dim]), shape[dim])
+    kept[dim] = slice_axis(kept[dim], start, start + hint(shape[dim]), shape[dim])
     return tuple(kept)
 
 
@@ -119,26 +131,26 @@ def _cat(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: 
         if d == dim:
             result.append(tuple(p for part in parts for p in part[d] if p.size))
         else:
-            result.append(reduce(joined, (part[d] for part in parts)))
+            result.append(reduce(unify, (part[d] for part in parts)))
     return tuple(result)
 
 
 def _stack(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     parts = [axes[n] for n in node.args[0]]
     dim = _arg(node, 1, "dim", 0) % len(shape)
-    common = [reduce(joined, (part[d] for part in parts)) for d in range(len(shape) - 1)]
-    return (*common[:dim], fresh(shape[dim]), *common[dim:])
+    common = [reduce(unify, (part[d] for part in parts)) for d in range(len(shape) - 1)]
+    return (*common[:dim], new_axis(shape[dim]), *common[dim:])
 
 
 def _linear(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
-    return (*axes[node.args[0]][:-1], fresh(shape[-1]))
+    return (*axes[node.args[0]][:-1], new_axis(shape[-1]))
 
 
 def _matmul(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     a, b = (axes[n] for n in node.args[-2:])
     rows, columns = (a[-2] if len(a) > 1 else None), (b[-1] if len(b) > 1 else None)
     batch = len(shape) - (rows is not None) - (columns is not None)
-    lead = [fresh(s) for s in shape[:batch]]
+    lead = [new_axis(s) for s in shape[:batch]]
     for d in range(batch):
         found = [o[-3 - d] for o in (a, b) if len(o) > d + 2 and axis_size(o[-3 - d]) == hint(shape[batch - 1 - d])]
         lead[batch - 1 - d] = found[0] if found else lead[batch - 1 - d]
@@ -153,25 +165,25 @@ def _convolution(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[A
     """Each output position stems from the input positions of its own dimension."""
     picture = axes[node.args[0]]
     if len(picture) != len(shape):
-        return tuple(fresh(s) for s in shape)
-    return (picture[0], fresh(shape[1]), *(mixed(s, axis) for s, axis in zip(shape[2:], picture[2:], strict=True)))
+        return tuple(new_axis(s) for s in shape)
+    return (picture[0], new_axis(shape[1]), *(entangled(s, axis) for s, axis in zip(shape[2:], picture[2:], strict=True)))
 
 
 def _padded(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
-    return tuple(axis if axis_size(axis) == hint(s) else mixed(s, axis) for s, axis in zip(shape, _keep(node, axes), strict=True))
+    return tuple(axis if axis_size(axis) == hint(s) else entangled(s, axis) for s, axis in zip(shape, _keep(node, axes), strict=True))
 
 
 def _im2col(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     """F.unfold: (B, C, H, W) to (B, C * patch, patches)."""
     picture = _keep(node, axes)
-    return (*picture[:-3], *map(fresh, shape[len(picture) - 3 : -1]), mixed(shape[-1], *picture[-2:]))
+    return (*picture[:-3], *map(new_axis, shape[len(picture) - 3 : -1]), entangled(shape[-1], *picture[-2:]))
 
 
 def _unfold(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     """Tensor.unfold: windows along one dimension, their content in a new last one."""
     kept = list(_keep(node, axes))
     dim = node.args[1] % len(kept)
-    return (*kept[:dim], mixed(shape[dim], kept[dim]), *kept[dim + 1 :], mixed(shape[-1], kept[dim]))
+    return (*kept[:dim], entangled(shape[dim], kept[dim]), *kept[dim + 1 :], entangled(shape[-1], kept[dim]))
 
 
 def _reordered(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
@@ -179,13 +191,13 @@ def _reordered(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any
     kept = _keep(node, axes)
     dims = node.args[2 if node.target._opname == "roll" and len(node.args) > 2 else 1]
     changed = {d % len(kept) for d in ([dims] if isinstance(dims, int) else dims)}
-    return tuple(mixed(s, kept[d]) if d in changed else kept[d] for d, s in enumerate(shape))
+    return tuple(entangled(s, kept[d]) if d in changed else kept[d] for d, s in enumerate(shape))
 
 
 def _expand(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     kept = _keep(node, axes)
     lead = len(shape) - len(kept)
-    grown = [kept[d - lead] if d >= lead and axis_size(kept[d - lead]) == hint(s) else fresh(s) for d, s in enumerate(shape)]
+    grown = [kept[d - lead] if d >= lead and axis_size(kept[d - lead]) == hint(s) else new_axis(s) for d, s in enumerate(shape)]
     return tuple(grown)
 
 
@@ -193,15 +205,15 @@ def _reduction(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any
     kept = _keep(node, axes)
     dims = _arg(node, 2 if operation(node.target) == "linalg_vector_norm" else 1, "dim")  # a norm's order comes first
     if dims is None or isinstance(dims, bool):
-        return tuple(fresh(s) for s in shape)
+        return tuple(new_axis(s) for s in shape)
     gone = {d % len(kept) for d in ([dims] if isinstance(dims, int) else dims)}
     if len(shape) == len(kept):
-        return tuple(fresh(s) if d in gone else kept[d] for d, s in enumerate(shape))
+        return tuple(new_axis(s) if d in gone else kept[d] for d, s in enumerate(shape))
     return tuple(a for d, a in enumerate(kept) if d not in gone)
 
 
 def _embedding(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
-    return (*axes[node.args[1]], fresh(shape[-1]))
+    return (*axes[node.args[1]], new_axis(shape[-1]))
 
 
 def _index(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
@@ -211,9 +223,9 @@ def _index(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _
     used = [d for d, i in enumerate(indices) if i is not None]
     adjacent = used == list(range(used[0], used[-1] + 1)) if used else False
     if not adjacent or not all(isinstance(axes.get(indices[d]), tuple) for d in used):
-        return tuple(fresh(s) for s in shape)
+        return tuple(new_axis(s) for s in shape)
     inner = len(shape) - (len(kept) - len(used))
-    broadcast = [reduce(joined, [axes[indices[d]][k - inner] for d in used if len(axes[indices[d]]) >= inner - k]) for k in range(inner)]
+    broadcast = [reduce(unify, [axes[indices[d]][k - inner] for d in used if len(axes[indices[d]]) >= inner - k]) for k in range(inner)]
     taken_from = sources_of(kept[d] for d in used)
     broadcast = [tuple(replace(p, sources=p.sources | taken_from) for p in axis) for axis in broadcast]
     return (*kept[: used[0]], *broadcast, *kept[used[-1] + 1 :])
@@ -225,8 +237,8 @@ def _einsum(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], 
     for term, operand in zip(operands.split(","), node.args[1], strict=True):
         letters = dict(zip(term, axes[operand], strict=False)) | letters
     if "." in operands or len(result) != len(shape):
-        return tuple(fresh(s) for s in shape)
-    return tuple(letters.get(letter) or fresh(s) for letter, s in zip(result, shape, strict=True))
+        return tuple(new_axis(s) for s in shape)
+    return tuple(letters.get(letter) or new_axis(s) for letter, s in zip(result, shape, strict=True))
 
 
 def _outer(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
@@ -234,7 +246,7 @@ def _outer(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _
 
 
 def _creation(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
-    return tuple(fresh(s) for s in shape)
+    return tuple(new_axis(s) for s in shape)
 
 
 def _first_operand(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], index: int) -> Axes:
@@ -244,7 +256,7 @@ def _first_operand(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence
 
 def _complex(node: fx.Node, axes: Mapping[fx.Node, Value], shape: Sequence[Any], _: int) -> Axes:
     kept = _keep(node, axes)
-    return kept[:-1] if len(kept) > len(shape) else (*kept, fresh(shape[-1]))
+    return kept[:-1] if len(kept) > len(shape) else (*kept, new_axis(shape[-1]))
 
 
 RULES: dict[str, Callable[..., Axes]] = {

@@ -1,0 +1,60 @@
+"""Size expressions: `s20//2` as data in a plan, and as a function of the sizes of a forward's inputs."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+
+from edit_compile.errors import GridError
+
+MAX_LENGTH = 500  # of an expression in characters: a hand-made plan must not exhaust the parser
+
+_OPERATORS: dict[type[ast.AST], Callable[..., int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.USub: operator.neg,
+}
+
+Evaluator = Callable[[Mapping[str, int]], int]
+
+
+def evaluator(expression: str, symbols: set[str]) -> Evaluator:
+    """Compile an arithmetic expression over sizes to a function of them. Nothing but + - * //, numbers and symbols is accepted.
+
+    Raises:
+        GridError: anything else is in it, or it is longer than `MAX_LENGTH`.
+    """
+    if len(expression) > MAX_LENGTH:
+        raise GridError(f"a size expression has {len(expression)} characters, more than {MAX_LENGTH}: {expression[:40]}...")
+    try:
+        return _compiled(ast.parse(expression, mode="eval").body, symbols)
+    except (SyntaxError, KeyError, ValueError) as error:
+        raise GridError(f"{expression!r} is not a size expression over {sorted(symbols)}: {error}") from None
+
+
+def symbols_in(expression: str) -> set[str]:
+    """List the symbols of an expression; empty if it cannot be parsed."""
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except SyntaxError:
+        return set()
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _compiled(node: ast.AST, symbols: set[str]) -> Evaluator:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        number = node.value
+        return lambda sizes: number
+    if isinstance(node, ast.Name) and node.id in symbols:
+        name = node.id
+        return lambda sizes: sizes[name]
+    if isinstance(node, ast.BinOp):
+        apply, left, right = _OPERATORS[type(node.op)], _compiled(node.left, symbols), _compiled(node.right, symbols)
+        return lambda sizes: apply(left(sizes), right(sizes))
+    if isinstance(node, ast.UnaryOp):
+        apply_one, operand = _OPERATORS[type(node.op)], _compiled(node.operand, symbols)
+        return lambda sizes: apply_one(operand(sizes))
+    raise KeyError(ast.dump(node))

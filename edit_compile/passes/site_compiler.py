@@ -1,0 +1,133 @@
+"""Compile sites: every distinct structure is rewritten once, equal sites share the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from edit_compile.config import Choice
+from edit_compile.designs.base import Design
+from edit_compile.errors import CaptureError, ConfigError, PlanError
+from edit_compile.ir import input_spec
+from edit_compile.ir.plan import PassRecord, Refusal, SitePlan
+from edit_compile.ir.site import Site
+from edit_compile.passes.capture import call_arguments, capture
+from edit_compile.passes.pipeline import Passes, run_passes
+from edit_compile.passes.plan_sites import Candidate, decided, refused
+from edit_compile.passes.site_graph import Refused, SiteGraph
+from edit_compile.passes.structural_hash import structural_hash
+
+
+@dataclass(frozen=True)
+class SiteForward:
+    """What equal sites share: the generated forward, and what their design's module is built from."""
+
+    forward: Callable[..., Any]
+    design: type[Design]
+    site: Site
+    options: Any
+
+    def build(self, path: str) -> Design:
+        """Make the module of the site at a path."""
+        return self.design(replace(self.site, path=path), self.options)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """What came of one distinct structure: the first design that took it, or what each refused."""
+
+    chosen: tuple[Choice, str, SiteForward] | None
+    refusals: tuple[tuple[str, Refusal], ...]
+
+
+@dataclass
+class SiteCompiler:
+    """Compiles the sites of one model.
+
+    Attributes:
+        inputs: keyword arguments of one forward of the whole model.
+        records: of the passes, structure by structure.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    passes: Passes
+    records: list[PassRecord] = field(default_factory=list)
+    _arguments: dict[str, dict[str, Any] | Refusal] = field(default_factory=dict)
+    _done: dict[Any, _Compiled] = field(default_factory=dict)
+
+    def prepare(self, paths: Iterable[str]) -> None:
+        """Find out, in one forward on the meta device, what each site's module receives."""
+        wanted = set(paths)
+        self._arguments = call_arguments(self.model, self.inputs, wanted) if wanted else {}
+
+    def compile(self, candidate: Candidate) -> tuple[SitePlan, SiteForward | None]:
+        """Decide on a site: its plan, and its forward if it is rewritten.
+
+        Raises:
+            AuditError: a design is not what it says.
+        """
+        if not candidate.choices:
+            return candidate.plan, None
+        found = self._compiled(candidate)
+        if found.chosen is None:
+            return refused(candidate, found.refusals), None
+        choice, reason, forward = found.chosen
+        return decided(candidate, choice, reason), forward
+
+    def _compiled(self, candidate: Candidate) -> _Compiled:
+        plan = candidate.plan
+        module, arguments = self.model.get_submodule(plan.path), self._arguments.get(plan.path)
+        if arguments is None or isinstance(arguments, Refusal):
+            never_called = Refusal(reason=f"{plan.path}: the module's own forward is not called")
+            return _Compiled(None, (("", arguments or never_called),))
+        try:
+            spec = str(input_spec.encode(arguments))
+        except PlanError as error:
+            return _Compiled(None, (("", Refusal(reason=f"{plan.path}: {error}")),))
+        facts = plan.model_copy(update={"path": "", "index": 0, "grid": None}).model_dump_json()
+        grid_dims = len(plan.grid.sizes) if plan.grid is not None else None
+        key = (structural_hash(module), spec, facts, grid_dims, str(candidate.choices))
+        if key not in self._done:
+            self._done[key] = self._attempt(module, arguments, candidate)
+        return self._done[key]
+
+    def _attempt(self, module: nn.Module, arguments: dict[str, Any], candidate: Candidate) -> _Compiled:
+        """Try the choices in order. What a design refuses by the facts alone is told only if none failed at the rewrite."""
+        verdicts: list[tuple[str, Refusal]] = []
+        failures: list[tuple[str, Refusal]] = []
+        for choice in candidate.choices:
+            if choice.design is None:
+                break
+            site = None
+            try:
+                site = self._site_graph(module, arguments, candidate.plan, choice)
+                self.records += run_passes(self.passes.site, site, candidate.plan.path, lambda at: len(at.graph.nodes))
+            except (Refused, CaptureError, ConfigError, PlanError) as error:
+                reason = error.refusal if isinstance(error, Refused) else Refusal(reason=str(error))
+                judged = site is not None and site.site is not None and site.design is None
+                (verdicts if judged else failures).append((choice.design.name, reason))
+                continue
+            assert site.forward is not None
+            forward = SiteForward(site.forward, choice.design, site.facts, choice.options)
+            return _Compiled((choice, choice.design.accepts(site.facts, choice.options).reason, forward), ())
+        return _Compiled(None, tuple(failures or verdicts))
+
+    def _site_graph(self, module: nn.Module, arguments: dict[str, Any], plan: SitePlan, choice: Choice) -> SiteGraph:
+        captured = capture(module, arguments, functional=True, cast=False)
+        return SiteGraph(module, arguments, captured, plan, choice, captured.graph)
+
+
+def compile_sites(compiler: SiteCompiler, candidates: Sequence[Candidate]) -> tuple[tuple[SitePlan, ...], dict[str, SiteForward]]:
+    """Compile all candidates: their plans in order, and the forwards of those that are rewritten, by path."""
+    compiler.prepare(candidate.plan.path for candidate in candidates if candidate.choices)
+    plans, forwards = [], {}
+    for candidate in candidates:
+        plan, forward = compiler.compile(candidate)
+        plans.append(plan)
+        if forward is not None:
+            forwards[plan.path] = forward
+    return tuple(plans), forwards
