@@ -6,6 +6,8 @@ Imports nothing heavy until a command runs, so that `--help` is quick.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import json
 import os
 import shlex
@@ -30,7 +32,7 @@ UNTRAINED = "The output of a converted model is unusable until it is distilled."
 STOPPED = 130  # exit status of a run that was interrupted, as shells give it
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType):  # type: ignore[type-arg]
     """`1024`, a square, or `HEIGHTxWIDTH`, in pixels."""
 
     name = "size"
@@ -124,8 +126,32 @@ def _errors_in_one_line(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group()
 @click.version_option(package_name="edit_compile")
-def main() -> None:
+@click.option("--import", "modules", multiple=True, metavar="MODULE", help="import a module or .py file that registers designs; repeatable")
+@_errors_in_one_line
+def main(modules: tuple[str, ...]) -> None:
     """Compile the softmax attention of diffusion transformers to linear compressed attention."""
+    for name in modules:
+        _import(name)
+
+
+def _import(name: str) -> None:
+    """Import a module, or a file under its own name, once.
+
+    Raises:
+        ConfigError: it cannot be imported, for whatever reason.
+    """
+    path = Path(name)
+    try:
+        if path.suffix != ".py":
+            importlib.import_module(name)
+        elif getattr(sys.modules.get(path.stem), "__file__", None) != str(path.resolve()):
+            spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"--import {name}: {type(error).__name__}: {error}") from error
 
 
 @main.command()
