@@ -5,20 +5,21 @@ import tempfile
 import torch
 
 import edit_compile as ec
-from edit_compile.adapters.load_model import load_model
-from edit_compile.demo import models
 
-model = load_model("demo/mm-dit").model  # a diffusers SD3Transformer2DModel
-
+model = ec.load_model("demo/mm-dit").model  # a diffusers SD3Transformer2DModel
 plan = ec.plan(model)
 print(plan)
 
 student = ec.linearize(model, plan=plan)  # of the same class, sharing every weight outside these sites
 assert type(student) is type(model)
 
-caption = "a picture with a white background showing a large red circle in the upper left part of the picture and nothing else"
-inputs = {"hidden_states": torch.randn(1, 3, 32, 32), "timestep": torch.tensor([500.0]), "return_dict": False}
-inputs |= models.conditions(model, [caption])
+inputs = {
+    "hidden_states": torch.randn(1, 3, 32, 32),
+    "encoder_hidden_states": torch.randn(1, 32, model.config.joint_attention_dim),
+    "pooled_projections": torch.randn(1, model.config.pooled_projection_dim),
+    "timestep": torch.tensor([500.0]),
+    "return_dict": False,
+}
 with torch.no_grad():
     original = model(**inputs)[0]
     untrained = student(**inputs)[0]
@@ -26,6 +27,9 @@ with torch.no_grad():
         assert torch.equal(student(**inputs)[0], original)
 error = (untrained - original).square().sum() / (original - original.mean()).square().sum()
 print(f"relative error before distillation: {error:.2f} (edit-compile distill demo-mm-dit brings it down)")
+
+for cost in ec.cost(student).costs:
+    print(f"{cost.height} x {cost.width} px: {cost.ratio:.2f} times fewer FLOPs")
 
 with tempfile.TemporaryDirectory() as folder:
     ec.save(student, folder, base="demo/mm-dit")  # what was added or trained, nothing else

@@ -1,8 +1,10 @@
 """A design of your own, in one file: linear attention (arXiv 2006.16236) with cos(q, k) + shift in place of exp(q . k).
 
-python examples/your_own_design.py
-edit-compile --import examples/your_own_design.py inspect demo/dit --design cosine --set shift=1.5
-edit-compile --import examples/your_own_design.py distill demo-dit --set convert.design=cosine
+Once registered it is used by name, in Python, on the command line and in recipes:
+
+    python examples/your_own_design.py
+    edit-compile --import examples/your_own_design.py inspect demo/dit --design cosine --set shift=1.5
+    edit-compile --import examples/your_own_design.py distill demo-dit --set "convert={design: cosine}"
 """
 
 import math

@@ -32,8 +32,8 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(channels, heads) for _ in range(depth))
         self.unpatch = nn.ConvTranspose2d(channels, 3, 2, stride=2)
 
-    def forward(self, picture: Tensor, prompt: Tensor) -> Tensor:
-        patches = self.patch(picture)
+    def forward(self, image: Tensor, prompt: Tensor) -> Tensor:
+        patches = self.patch(image)
         tokens = torch.cat([self.prompt(prompt), patches.flatten(2).transpose(1, 2)], 1)
         for block in self.blocks:
             tokens = block(tokens)
@@ -41,10 +41,9 @@ class Denoiser(nn.Module):
 
 
 model = Denoiser().eval()
-example_inputs = {"picture": torch.randn(2, 3, 20, 28), "prompt": torch.randn(2, 9, 16)}
+example_inputs = {"image": torch.randn(2, 3, 20, 28), "prompt": torch.randn(2, 9, 16)}
 student = ec.linearize(model, example_inputs=example_inputs)
-for site in ec.plan_of(student).sites:
-    print(f"{site.path}: {site.action}, tokens {site.query_layout}, grid {site.grid}")
+print(ec.plan_of(student))
 
 with torch.no_grad():  # any resolution, any prompt length
     print(tuple(student(torch.randn(1, 3, 64, 96), torch.randn(1, 5, 16)).shape))

@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).parent.parent / "edit_compile"
 def modules() -> list[str]:
     """The names of all modules, by their files: packages are not imported to list what is in them."""
     parts = (("edit_compile", *path.relative_to(PACKAGE).with_suffix("").parts) for path in sorted(PACKAGE.rglob("*.py")))
-    return [".".join(part for part in names if part != "__init__") for names in parts]
+    return [".".join(names).removesuffix(".__init__") for names in parts]
 
 
 def fails(name: str) -> bool:

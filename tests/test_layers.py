@@ -21,7 +21,7 @@ PACKAGE = Path(edit_compile.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (  # everything may import what stands in its own row or before it
-    ("errors", "files", "frozen"),
+    ("errors", "files", "frozen", "torch_internals"),
     ("ir",),
     ("designs",),
     ("config",),
@@ -40,7 +40,7 @@ ONLY = {  # a library, and the files that may import it
     "accelerate": ("distillation/",),
     "click": ("cli.py",),
     "datasets": ("distillation/data/sources/",),
-    "diffusers": ("adapters/", "demo/", "student/checkpoint.py"),
+    "diffusers": ("adapters/", "demo/"),
     "matplotlib": ("distillation/output/plot.py",),
     "rich": ("cli.py", "report/", "distillation/console.py"),
     "timm": ("adapters/",),
