@@ -42,10 +42,10 @@ class Built:
 
     def linear(self, x: fx.Node, name: str, out: int, **where: Any) -> fx.Node:
         """`name` is the Linear's path; its module's stack is made from it."""
-        weight = self._before_calls(f"{name}.weight", out, x.meta["val"].shape[-1])
+        weight = self.before_calls(f"{name}.weight", out, x.meta["val"].shape[-1])
         return self(aten.linear.default, x, weight, at=name, **where)
 
-    def _before_calls(self, name: str, *shape: int) -> fx.Node:
+    def before_calls(self, name: str, *shape: int) -> fx.Node:
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         with self.graph.inserting_after(placeholders[-1]):
             return self.parameter(name, *shape)

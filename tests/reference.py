@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from torch import nn
-
-import edit_compile as ec
 
 Array = np.ndarray
 
@@ -94,7 +93,7 @@ def rope(x: Array, positions: Array) -> Array:
     return x * np.cos(angles) + rotated * np.sin(angles)
 
 
-def image_projection(module: nn.Module, config: ec.LinearizeConfig, which: int, image: Array, h: int, w: int) -> Array:
+def image_projection(module: nn.Module, config: Any, which: int, image: Array, h: int, w: int) -> Array:
     """Query, key or value of the image tokens under the configured row of the paper's ablation."""
     name = ("query", "key", "value")[which]
     kind, added = getattr(config, name), getattr(module.edit, name)
@@ -106,9 +105,7 @@ def image_projection(module: nn.Module, config: ec.LinearizeConfig, which: int, 
     return projected
 
 
-def share_of_linear(
-    module: nn.Module, config: ec.LinearizeConfig, head: int, image: int, others: int, z_linear: float, z_text: float
-) -> float:
+def share_of_linear(module: nn.Module, config: Any, head: int, image: int, others: int, z_linear: float, z_text: float) -> float:
     """Eta, from the numbers of tokens or from the normalisers."""
     if config.eta == "exact":
         return z_linear / (z_linear + z_text)
@@ -118,7 +115,7 @@ def share_of_linear(
 
 def site(
     module: nn.Module,
-    config: ec.LinearizeConfig,
+    config: Any,
     image: Array,
     text: Array | None,
     h: int,

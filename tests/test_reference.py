@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class Converted(NamedTuple):
     """A toy with one converted site, and how it was made."""
 
     student: nn.Module
-    config: ec.LinearizeConfig
+    options: Any
     joint: bool
     rotary: bool
     padded: bool
@@ -40,12 +41,15 @@ def planned(padded: bool, **options: Any) -> tuple[nn.Module, ec.Plan]:
     return model, ec.plan(model, example_inputs=toy.inputs(text=5 if options.get("joint") else None, padded=padded))
 
 
-def converted(config: ec.LinearizeConfig, *, padded: bool = False, shake: bool = True, **options: Any) -> Converted:
+def converted(config: dict[str, Any], *, padded: bool = False, shake: bool = True, **options: Any) -> Converted:
     model, plan = planned(padded, **options)
     joint, rotary = options.get("joint", False), options.get("rope", False)
     torch.manual_seed(0)
-    student = ec.linearize(model, plan=plan.model_copy(update={"config": config}))
-    return Converted(toy.shaken(student, seed=1, amount=0.2) if shake else student, config, joint, rotary, padded)
+    (site,) = plan.sites
+    chosen = site.model_copy(update={"options": {**site.options, **config}})
+    student = ec.linearize(model, plan=plan.model_copy(update={"sites": (chosen,)}))
+    own = SimpleNamespace(**ec.plan_of(student).sites[0].options)
+    return Converted(toy.shaken(student, seed=1, amount=0.2) if shake else student, own, joint, rotary, padded)
 
 
 def seen_by(
@@ -66,7 +70,7 @@ def expected(made: Converted, tokens: list[torch.Tensor], text_mask: torch.Tenso
     for sample in range(len(tokens[0])):
         image, text = [x[sample].double().numpy() for x in tokens] + [None] * (2 - len(tokens))
         counts = text_mask[sample].numpy() if text_mask is not None else None
-        samples.append(reference.site(made.site, made.config, image, text, h, w, rotary=made.rotary, counts=counts))
+        samples.append(reference.site(made.site, made.options, image, text, h, w, rotary=made.rotary, counts=counts))
     return np.stack(samples)
 
 
@@ -84,7 +88,7 @@ def rotary(request):
 
 @pytest.fixture(scope="module")
 def edit(rotary):
-    return converted(ec.LinearizeConfig(), qk_norm=rotary, rope=rotary)
+    return converted({}, qk_norm=rotary, rope=rotary)
 
 
 @pytest.mark.parametrize(("h", "w"), GRIDS)
@@ -110,8 +114,7 @@ def text_first(request):
 
 @pytest.fixture(scope="module")
 def mm_edit(rotary, eta, text_keys, text_first):
-    config = ec.LinearizeConfig(eta=eta, text_keys=text_keys)
-    return converted(config, joint=True, text_first=text_first, qk_norm=rotary, rope=rotary)
+    return converted({"eta": eta, "text_keys": text_keys}, joint=True, text_first=text_first, qk_norm=rotary, rope=rotary)
 
 
 @pytest.mark.parametrize(("h", "w"), GRIDS)
@@ -162,7 +165,7 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
     config, options = VARIANTS[request.param]
-    return converted(ec.LinearizeConfig(**config), **options)
+    return converted(config, **options)
 
 
 @pytest.mark.parametrize(("h", "w"), [(5, 7), (4, 6)])
@@ -180,7 +183,7 @@ def test_registers_are_tokens_of_the_models_own_and_their_number_is_known():
 
 @pytest.fixture(scope="module", params=["edit", "mm-edit"])
 def plain_and_half(request):
-    return converted(ec.LinearizeConfig(), **(JOINT if request.param == "mm-edit" else {"qk_norm": True}))
+    return converted({}, **(JOINT if request.param == "mm-edit" else {"qk_norm": True}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -107,5 +107,5 @@ def _tap_flops(kind: Projection, name: str, site: Site, n: int, m: int, options:
     """20 C^2 N / reduction of ConvFusion, 18 C M of the compressor."""
     if kind == "conv-fusion":
         c = site.channels[f"before_{name}"]
-        return 20 * n * c * (c // options.reduction)
+        return 20 * n * c * (c // int(options.reduction))
     return 18 * m * site.channels[f"after_{name}"] if kind == "compressor" else 0

@@ -119,7 +119,7 @@ def _probe(site: SiteGraph, grid: tuple[int, ...]) -> torch.nn.Module:
         "edit_teacher_is_on": lambda module: False,
         "edit_current_grid": lambda module: shape,
     }
-    probe = object.__new__(type(type(site.module).__name__, (type(site.module),), methods))
+    probe: torch.nn.Module = object.__new__(type(type(site.module).__name__, (type(site.module),), methods))
     probe.__dict__ = {**site.module.__dict__, "_modules": {**site.module._modules, ADDED: site.chosen}}
     return probe
 

@@ -47,7 +47,8 @@ class Capture:
 
     @property
     def graph(self) -> fx.Graph:
-        return self.program.graph_module.graph
+        graph: fx.Graph = self.program.graph_module.graph
+        return graph
 
     def source(self, node: fx.Node) -> Source:
         return self.sources[node.name]
@@ -136,11 +137,11 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _export(structure: nn.Module, inputs: dict[str, Any], functional: bool, symbolic: bool) -> ExportedProgram:
     dynamic = pytree.tree_map(_all_dynamic, inputs) if symbolic else None
     with torch.no_grad(), _quiet():
-        program = torch.export.export(structure, (), inputs, dynamic_shapes=dynamic, strict=False)
+        program: ExportedProgram = torch.export.export(structure, (), inputs, dynamic_shapes=dynamic, strict=False)
         if functional and _writes(program.graph):
             # The checks of example sizes that export adds to the module it decomposes refer to names it does not define.
             program._guards_code = []
-            return program.run_decompositions({})
+            program = program.run_decompositions({})
         return program
 
 

@@ -135,17 +135,17 @@ def generalize_dtype_device(graph: fx.Graph) -> None:
 
 def _generalize_cast(node: fx.Node, reference: fx.Node | None) -> None:
     source, graph = operand(node, 0), node.graph
-    dtype = node.meta["val"].dtype
-    if dtype is source.meta["val"].dtype:
-        node.replace_all_uses_with(source)
-        return
+    dtype, new = node.meta["val"].dtype, source
     with graph.inserting_before(node):
-        like = (_nearest_in_probe_dtype(source) or reference) if dtype is PROBE_DTYPE else None
-        if like is not None:
-            new = graph.call_function(aten.type_as.default, (source, like))
-        else:
-            new = graph.call_function(aten.to.dtype, (source, dtype))
-    new.meta = dict(node.meta)
+        if node.meta["val"].device != source.meta["val"].device and reference is not None:
+            device = graph.call_function(getattr, (reference, "device"))
+            new = graph.call_function(torch.Tensor.to, (new, device))
+            new.meta = {**node.meta, "val": source.meta["val"].to(node.meta["val"].device)}
+        if dtype is not source.meta["val"].dtype:
+            like = (_nearest_in_probe_dtype(source) or reference) if dtype is PROBE_DTYPE else None
+            cast = (aten.type_as.default, (new, like)) if like is not None else (aten.to.dtype, (new, dtype))
+            new = graph.call_function(*cast)
+            new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
 
 

@@ -160,7 +160,7 @@ def _attention_places(site: SiteGraph, attention: Attention) -> Iterator[tuple[P
             linear = image_linear(node, site)
             before, after = operand(linear, 0), _anchor(linear, node, site.axes)
         except Refused as refused:
-            before = after = refused.refusal  # type: ignore[assignment]
+            before = after = refused.refusal
         yield _place(f"before_{name}"), before
         yield _place(f"after_{name}"), after
 
@@ -175,7 +175,7 @@ def _network_places(site: SiteGraph, network: FeedForward) -> Iterator[tuple[Pla
 
 def _place(name: str) -> Place:
     assert name in get_args(Place)
-    return name  # type: ignore[return-value]
+    return name
 
 
 def image_linear(node: fx.Node, site: SiteGraph) -> fx.Node:
@@ -300,7 +300,7 @@ def normalize_site(site: SiteGraph) -> int:
 
 def core_nodes(site: SiteGraph) -> list[fx.Node]:
     """List the nodes that must not disappear in the call of a submodule."""
-    return [site.core.node] if isinstance(site.core, Attention) else [*site.core.hidden, site.core.output]  # type: ignore[union-attr]
+    return [site.core.node] if isinstance(site.core, Attention) else [*site.core.hidden, site.core.output]
 
 
 def insert_taps(site: SiteGraph) -> int:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from edit_compile.config import Choice
 from edit_compile.designs.base import Design
-from edit_compile.errors import EditCompileError
+from edit_compile.errors import RewriteError
 from edit_compile.ir.plan import Refusal, SitePlan
 from edit_compile.ir.site import Place, Site
 from edit_compile.passes.axes.algebra import Axis, Value
@@ -23,7 +23,7 @@ IMAGE = "image"  # the source that image tokens are said to come from in a site'
 ADDED = "edit"  # the attribute of a site that its design's module becomes
 
 
-class Refused(EditCompileError):
+class Refused(RewriteError):
     """Ends the passes over a site: it cannot be rewritten."""
 
     def __init__(self, reason: str, node: fx.Node | None = None) -> None:

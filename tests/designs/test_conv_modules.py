@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_compile.designs.ops.conv_modules import ConvFusion, SpatialCompressor, group_count
+from edit_compile.designs.ops.token_spans import on_images
 
 
 def grid(h: int, w: int) -> torch.Tensor:
@@ -13,9 +14,9 @@ def grid(h: int, w: int) -> torch.Tensor:
 @given(st.integers(1, 7), st.integers(1, 7))
 def test_untrained_they_are_the_identity_and_its_samples(h: int, w: int):
     x = torch.randn(2, h * w, 8, generator=torch.Generator().manual_seed(h * 8 + w))
-    assert torch.equal(ConvFusion(8, 4)(x, grid(h, w)), x)
+    assert torch.equal(on_images(ConvFusion(8, 4), x, grid(h, w)), x)
     sampled = x.unflatten(1, (h, w))[:, ::2, ::2].flatten(1, 2)
-    torch.testing.assert_close(SpatialCompressor(8)(x, grid(h, w)), sampled, atol=0, rtol=0)
+    torch.testing.assert_close(on_images(SpatialCompressor(8), x, grid(h, w)), sampled, atol=0, rtol=0)
 
 
 def test_conv_fusion_sees_rows_and_columns_of_the_grid():
@@ -24,7 +25,9 @@ def test_conv_fusion_sees_rows_and_columns_of_the_grid():
     fusion.norm = torch.nn.Identity()
     x = torch.zeros(1, 5 * 7, 4)
     x[0, 2 * 7 + 3] = 1  # row 2, column 3
-    changed = (fusion(x, grid(5, 7)) - fusion(torch.zeros_like(x), grid(5, 7))).abs().sum(-1).unflatten(1, (5, 7))[0] > 1e-7
+    changed = (on_images(fusion, x, grid(5, 7)) - on_images(fusion, torch.zeros_like(x), grid(5, 7))).abs().sum(-1).unflatten(1, (5, 7))[
+        0
+    ] > 1e-7
     expected = torch.zeros(5, 7, dtype=torch.bool)
     expected[1:4, 2:5] = True
     assert torch.equal(changed, expected)
@@ -33,7 +36,7 @@ def test_conv_fusion_sees_rows_and_columns_of_the_grid():
 @pytest.mark.parametrize("module", [ConvFusion(8, 2), SpatialCompressor(8)])
 def test_a_grid_that_does_not_fit_is_refused(module: torch.nn.Module):
     with pytest.raises(ValueError, match=r"12 image tokens do not fill a grid of 3 x 5"):
-        module(torch.zeros(1, 12, 8), grid(3, 5))
+        on_images(module, torch.zeros(1, 12, 8), grid(3, 5))
 
 
 @pytest.mark.parametrize("reduction", [0, 3, -2])

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_compile import Grid, GridError, TokenKind, TokenLayout
-from edit_compile.ir.tokens import concatenated
-from edit_compile.student.grid_sources import evaluator
+from edit_compile.ir.size_expressions import MAX_LENGTH, evaluator
 
 layouts = st.lists(st.tuples(st.sampled_from(TokenKind), st.integers(1, 9)), max_size=5).map(lambda s: TokenLayout.of(*s))
 
@@ -17,7 +16,7 @@ def test_a_layout_reads_as_its_segments():
 
 @given(layouts, layouts)
 def test_joining_keeps_every_segment_in_order(a: TokenLayout, b: TokenLayout):
-    assert concatenated([a, b]).segments == a.segments + b.segments
+    assert (a + b).segments == a.segments + b.segments
 
 
 @given(layouts)
@@ -63,5 +62,11 @@ def test_size_expressions_are_pythons_arithmetic(expression: str, values: dict[s
     ["s1", "s0 / 2", "s0 ** 2", "s0 % 2", "f(s0)", "s0.real", "s0[0]", "1.5", "True", "'a'", "s0 if 1 else 2", "", "s0 +"],
 )
 def test_whatever_else_an_expression_holds_is_refused(expression: str):
-    with pytest.raises(GridError, match="is no size expression over"):
+    with pytest.raises(GridError, match="is not a size expression over"):
         evaluator(expression, {"s0"})
+
+
+def test_a_very_long_expression_is_refused_unread():
+    with pytest.raises(GridError, match="a size expression has 1999 characters, more than 500"):
+        evaluator("+".join(["1"] * 1000), set())
+    assert evaluator("+".join(["1"] * (MAX_LENGTH // 2)), set())({}) == MAX_LENGTH // 2

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_compile.passes.axes.algebra import Piece, axis_size, cut, fresh, regroup, shape_of
+from edit_compile.passes.axes.algebra import AxisSegment, axis_size, new_axis, reshape_axes, slice_axis
 from edit_compile.passes.axes.propagate import flow_axes
+from edit_compile.passes.graph_walk import shape_of
 from hand_built import Built, aten, run
 
 sizes = st.sampled_from([1, 2, 3, 4, 6])
@@ -27,7 +28,7 @@ def named(node):
     """Seeds every input dimension with a source of its own: x0, x1, ... for x; parameters have none."""
     if node.name in ("order", "w"):
         return None
-    return tuple(fresh(size, f"{node.name}{d}") for d, size in enumerate(shape_of(node)))
+    return tuple(new_axis(size, f"{node.name}{d}") for d, size in enumerate(shape_of(node)))
 
 
 def axes_of(graph):
@@ -129,7 +130,7 @@ def test_merged_dimensions_keep_their_order(shape, data):
     (axes,) = axes_of(built.output(built(aten.reshape.default, x, [math.prod(shape)])))
     wide = [d for d in order if shape[d] > 1]
     if len(wide) > 1:
-        assert [factor[0].sources for factor in axes[0][0].factors] == [{f"x{d}"} for d in wide]
+        assert [factor[0].sources for factor in axes[0][0].composed_of] == [{f"x{d}"} for d in wide]
     else:
         assert axes[0][0].all_sources >= {f"x{d}" for d in wide}
 
@@ -137,16 +138,16 @@ def test_merged_dimensions_keep_their_order(shape, data):
 @given(shapes, st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_reshape_and_back_is_the_identity_where_dimensions_only_merge(shape, data):
-    axes = tuple(fresh(size, f"x{d}") for d, size in enumerate(shape))
+    axes = tuple(new_axis(size, f"x{d}") for d, size in enumerate(shape))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(shape)))) | {0, len(shape)})
     merged = [math.prod(shape[a:b]) for a, b in itertools.pairwise(cuts)]
-    again = regroup(regroup(axes, merged), shape)
+    again = reshape_axes(reshape_axes(axes, merged), shape)
     assert [a for a, s in zip(again, shape, strict=True) if s > 1] == [a for a, s in zip(axes, shape, strict=True) if s > 1]
 
 
 def test_a_reshape_of_nothing():
-    assert [axis_size(a) for a in regroup((fresh(2, "x0"), fresh(0, "x1"), fresh(3, "x2")), [0])] == [0]
-    assert [axis_size(a) for a in regroup((fresh(0, "x0"),), [4, 0, 2])] == [4, 0, 2]
+    assert [axis_size(a) for a in reshape_axes((new_axis(2, "x0"), new_axis(0, "x1"), new_axis(3, "x2")), [0])] == [0]
+    assert [axis_size(a) for a in reshape_axes((new_axis(0, "x0"),), [4, 0, 2])] == [4, 0, 2]
 
 
 pieces = st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["image", "text", ""])), min_size=1, max_size=4)
@@ -155,20 +156,24 @@ pieces = st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["image", "text",
 @given(pieces, st.data())
 @settings(max_examples=100, deadline=None)
 def test_cutting_agrees_with_cutting_the_positions(parts, data):
-    axis = tuple(Piece(size, f"s{i}", frozenset({source} - {""})) for i, (size, source) in enumerate(parts))
+    axis = tuple(AxisSegment(size, f"s{i}", frozenset({source} - {""})) for i, (size, source) in enumerate(parts))
     positions = [source for size, source in parts for _ in range(size)]
     start, stop = sorted((data.draw(st.integers(0, len(positions))), data.draw(st.integers(0, len(positions)))))
-    result = cut(axis, start, stop, stop - start)
+    result = slice_axis(axis, start, stop, stop - start)
     assert [next(iter(p.sources), "") for p in result for _ in range(p.size)] == positions[start:stop]
 
 
 def test_a_piece_cut_through_has_a_known_length_only_if_all_are_numbers():
     """A length seen in the example is no constant: the number of text tokens changes from call to call."""
-    axis = (Piece(4, "4", frozenset({"registers"})), Piece(7, "t", frozenset({"text"})), Piece(6, "h*w", frozenset({"image"})))
-    text = cut(axis, 6, 17, 11)[0]
+    axis = (
+        AxisSegment(4, "4", frozenset({"registers"})),
+        AxisSegment(7, "t", frozenset({"text"})),
+        AxisSegment(6, "h*w", frozenset({"image"})),
+    )
+    text = slice_axis(axis, 6, 17, 11)[0]
     assert text.size == 5
     assert not text.expr.isdigit()
-    numbers = cut((Piece(4, "4"), Piece(6, "6")), 1, 10, 9)
+    numbers = slice_axis((AxisSegment(4, "4"), AxisSegment(6, "6")), 1, 10, 9)
     assert [p.expr for p in numbers] == ["3", "6"]
 
 
@@ -217,7 +222,7 @@ def test_reordered_tokens_are_still_the_pictures_but_no_grid(way):
     x = built.input("x", 2, 3, 4, 5)
     (axes,) = axes_of(built.output(REORDERED[way](built, built(aten.reshape.default, x, [2, 12, 5]))))
     assert axes[1][0].all_sources == {"x1", "x2"}
-    assert not axes[1][0].factors
+    assert not axes[1][0].composed_of
     assert axes[2][0].sources == {"x3"}
 
 

@@ -7,8 +7,8 @@ import operator
 import pytest
 
 from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.axes.algebra import Piece
-from edit_compile.passes.classify_tokens import Tokens, classify_tokens, position_ids
+from edit_compile.passes.axes.algebra import AxisSegment
+from edit_compile.passes.classify_tokens import TokenMap, classify_tokens, position_ids
 from hand_built import Built, aten, attend
 
 H, W, C = 5, 7, 8
@@ -63,12 +63,12 @@ def test_joined_tokens_in_any_order(order):
 
 def test_neighbours_of_one_kind_are_one_segment_of_known_length():
     """The number of class and register tokens is known, so where the image begins follows from it."""
-    pieces = (Piece(1, "1"), Piece(4, "4"), Piece(N, "h*w", frozenset({"x"})))
-    found, sizes = Tokens({}, frozenset({"x"})).layout(pieces)
+    pieces = (AxisSegment(1, "1"), AxisSegment(4, "4"), AxisSegment(N, "h*w", frozenset({"x"})))
+    found, sizes = TokenMap({}, frozenset({"x"})).layout(pieces)
     assert [s.length for s in found.segments] == ["5", "h*w"]
     assert sizes == (5, N)
-    texts = (Piece(3, "t", frozenset({"t"})), Piece(2, "2", frozenset({"t"})))
-    assert Tokens({}, frozenset()).layout(texts)[0].segments[0].length == "t + 2"
+    texts = (AxisSegment(3, "t", frozenset({"t"})), AxisSegment(2, "2", frozenset({"t"})))
+    assert TokenMap({}, frozenset()).layout(texts)[0].segments[0].length == "t + 2"
 
 
 def test_neither_names_nor_order_of_inputs_matter():
@@ -123,7 +123,7 @@ def test_a_picture_joined_along_channels_is_part_of_the_image():
     both = built(aten.cat.default, [x, mask], 1)
     tokens = built(aten.transpose.int, built(aten.flatten.using_ints, both, 2), 1, 2)
     built.output(answer(built, tokens))
-    assert classify_tokens(built.capture()).pictures == {"x", "mask"}
+    assert classify_tokens(built.capture()).image_inputs == {"x", "mask"}
 
 
 def test_without_positions_in_the_output_the_input_of_most_dimensions_is_the_picture():

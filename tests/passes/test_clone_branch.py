@@ -1,4 +1,4 @@
-"""lanes: the key's way again, on compressed tokens: sizes follow, tables are sampled, cuts through the image are refused."""
+"""clone_branch: the key's way again, on thinned tokens: sizes follow, tables are sampled, cuts through the image are refused."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 from torch import fx
 
 from edit_compile.errors import RewriteError
-from edit_compile.passes.axes.algebra import Piece, axis_size, shape_of
+from edit_compile.passes.axes.algebra import AxisSegment, axis_size
 from edit_compile.passes.axes.propagate import flow_axes
-from edit_compile.passes.clone_branch import IMAGE, Lane, is_image, place
+from edit_compile.passes.clone_branch import BranchCloner
+from edit_compile.passes.graph_walk import shape_of
+from edit_compile.passes.site_graph import IMAGE, image_place, is_image
 from hand_built import Built, aten
 
 B, H, W, C = 2, 5, 7, 8
 N, T, R = H * W, 11, 4  # tokens of the image, of text, of registers
 SHORT = 3 * 4  # ceil(5/2) * ceil(7/2)
 
-IMAGE_PIECE, TEXT_PIECE = Piece(N, "h*w", frozenset({IMAGE})), Piece(T, "t", frozenset({"others"}))
-REGISTERS = Piece(R, str(R), frozenset({"others"}))
-KNOWN_TEXT = Piece(T, str(T), frozenset({"others"}))
+IMAGE_PIECE, TEXT_PIECE = AxisSegment(N, "h*w", frozenset({IMAGE})), AxisSegment(T, "t", frozenset({"others"}))
+REGISTERS = AxisSegment(R, str(R), frozenset({"others"}))
+KNOWN_TEXT = AxisSegment(T, str(T), frozenset({"others"}))
 LAYOUTS = {
     "image": (IMAGE_PIECE,),
     "image, text": (IMAGE_PIECE, TEXT_PIECE),
@@ -37,7 +39,7 @@ def sample(x, dim, front=0):
 
 
 def both(pieces, make, *inputs):
-    """`make(x)` at full length, its lane on x compressed, and the former sampled along a dimension; x is (B, tokens, C)."""
+    """`make(x)` at full length, its branch on x thinned, and the former sampled along a dimension; x is (B, tokens, C)."""
     length = axis_size(pieces)
     built = Built()
     x, short = built.input("x", B, length, C), built.input("short", B, length - N + SHORT, C)
@@ -46,10 +48,9 @@ def both(pieces, make, *inputs):
     y = make(built, x, *others)
     graph = built.graph
     axes = flow_axes(
-        graph, lambda n: tuple(pieces if s == length else (Piece(s, str(s)),) for s in shape_of(n)) if n is not short else None
+        graph, lambda n: tuple(pieces if s == length else (AxisSegment(s, str(s)),) for s in shape_of(n)) if n is not short else None
     )
-    lane = Lane(graph, axes, grid, {x: short}, compressed=True)
-    compressed = lane.emit(y)
+    compressed = BranchCloner(graph, axes, grid, {x: short}, (2, 2)).clone(y)
     graph.output((y, compressed))
     graph.lint()
     front = R if REGISTERS in pieces else 0
@@ -71,7 +72,7 @@ TOKEN_WISE = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", TOKEN_WISE)
-def test_a_lane_of_sampled_tokens_is_the_sampled_lane(layout, case):
+def test_a_branch_of_sampled_tokens_is_the_sampled_branch(layout, case):
     make, dim = TOKEN_WISE[case]
     full, got, sampled = both(LAYOUTS[layout], make)
     assert full.shape[dim] != got.shape[dim]
@@ -100,7 +101,7 @@ def test_cuts_at_the_images_edge_move_with_it(layout, start, end, has_image):
     torch.testing.assert_close(got, sample(full, 1) if has_image else full, atol=0, rtol=0)
 
 
-def cut(start, end, step=1):
+def slice_axis(start, end, step=1):
     return lambda g, x: g(aten.slice.Tensor, x, 1, start, end, step)
 
 
@@ -109,10 +110,10 @@ def part(target, *args):
 
 
 REFUSED = {
-    "into the image": (KNOWN, cut(0, N - 1), "slice_tensor cuts through the image tokens"),
-    "out of the image": (KNOWN, cut(5, None), "slice_tensor cuts through the image tokens"),
-    "behind the image, where text of any length follows": (LAYOUTS, cut(0, N), "at a place that does not follow from the grid"),
-    "every second token": (KNOWN, cut(0, None, 2), "takes every 2th of the tokens"),
+    "into the image": (KNOWN, slice_axis(0, N - 1), "slice_tensor cuts through the image tokens"),
+    "out of the image": (KNOWN, slice_axis(5, None), "slice_tensor cuts through the image tokens"),
+    "behind the image, where text of any length follows": (LAYOUTS, slice_axis(0, N), "at a place that does not follow from the grid"),
+    "every second token": (KNOWN, slice_axis(0, None, 2), "takes every 2th of the tokens"),
     "split at the text": (LAYOUTS, part(aten.split_with_sizes.default, [N, T], 1), "split_with_sizes.* cuts through compressed tokens"),
     "split by a size": (LAYOUTS, part(aten.split.Tensor, N, 1), "split.* cuts through compressed tokens"),
     "in halves": (LAYOUTS, part(aten.chunk.default, 2, 1), "chunk.* cuts through compressed tokens"),
@@ -154,6 +155,6 @@ def test_a_node_used_twice_is_emitted_once_and_the_original_stays():
 
 @pytest.mark.parametrize(("layout", "expected"), [("image", (0, 0)), ("image, text", (0, None)), ("registers, image, text", (R, None))])
 def test_the_images_place_is_known_by_numbers_only(layout, expected):
-    assert place(LAYOUTS[layout]) == expected
+    assert image_place(LAYOUTS[layout]) == expected
     assert is_image(LAYOUTS[layout])
     assert not is_image((TEXT_PIECE,))

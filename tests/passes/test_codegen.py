@@ -1,4 +1,4 @@
-"""generate: a forward with the original's signature, that refuses what the graph was not made for."""
+"""codegen: a forward with the original's signature, that refuses what the graph was not made for."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def site(kind, arguments, run, outputs=None):
     original = kind()
     forward = generate_forward(graph, captured, original, arguments)
     module = type(f"Linear{kind.__name__}", (kind,), {"forward": forward})()
-    module.edit_runtime = SimpleNamespace(teaching=False, current_grid=lambda module: torch.empty(3, 5))
-    module.edit_teach, module.edit_path = lambda *args, **kwargs: (args, kwargs), "blocks.7.attn"
+    module.edit_teacher_is_on, module.edit_current_grid = lambda: False, lambda: torch.empty(3, 5)
+    module.edit_teacher_forward, module.edit_path = lambda *args, **kwargs: (args, kwargs), "blocks.7.attn"
     return module
 
 
@@ -162,7 +162,7 @@ def test_the_teacher_is_called_as_the_site_was():
         (PositionalOnly, (X, Y), {}, ((X, Y), {})),
     ):
         module = site(kind, {"x": X}, first)
-        module.edit_runtime.teaching = True
+        module.edit_teacher_is_on = lambda: True
         got = module(*args, **kwargs)
         assert [type(a) for a in got[0]] == [type(a) for a in expected[0]]
         assert all(a is b for a, b in zip(got[0], expected[0], strict=True))
@@ -198,7 +198,7 @@ def test_equal_sites_share_one_forward_without_sharing_their_modules():
         module = type("Site", (Plain,), {"forward": forward})()
         module.scale = nn.Linear(1, 1, bias=False)
         nn.init.constant_(module.scale.weight, factor)
-        module.edit_runtime = SimpleNamespace(teaching=False, current_grid=lambda module: None)
+        module.edit_teacher_is_on, module.edit_current_grid = lambda: False, lambda: None
         modules.append(module)
     assert [float(m(torch.ones(1, 1)).detach()) for m in modules] == [2, 3]
 

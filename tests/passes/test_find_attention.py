@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edit_compile.passes.find_attention import SDPA, contractions, find_attention, module_path, projections, site_path
+from edit_compile.passes.canonicalize import SDPA
+from edit_compile.passes.find_attention import contractions, find_attention, projections, site_path
+from edit_compile.passes.graph_walk import module_path
 from hand_built import Built, aten, attend, heads
 
 

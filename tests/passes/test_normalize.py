@@ -1,4 +1,4 @@
-"""clean: a site's graph without what capture froze, and with the module's own submodules called."""
+"""normalize: a site's graph without what capture froze, and with the module's own submodules called."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import torch
 from torch import fx, nn
 
 from edit_compile.errors import RewriteError
-from edit_compile.passes.capture import PROBE_DTYPE, capture, stand_in
-from edit_compile.passes.normalize import clean, free_dtypes_and_devices, raise_modules, remove_dead
+from edit_compile.passes.capture import PROBE_DTYPE, capture, meta_copy
+from edit_compile.passes.graph_walk import remove_dead
+from edit_compile.passes.normalize import generalize_dtype_device, normalize, recover_module_calls
 from hand_built import Built, aten, targets
 
 
 def freed(built, *outputs):
     graph = built.output(*outputs)
-    free_dtypes_and_devices(graph)
+    generalize_dtype_device(graph)
     remove_dead(graph)
     graph.lint()
     return graph
@@ -90,13 +91,13 @@ class Asserts(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def cleaned():
+def normalized():
     module = Asserts()
-    return module, clean(capture(module, {"x": torch.zeros(2, 3, 4), "y": torch.zeros(2, 3, 4)}), module)
+    return module, normalize(capture(module, {"x": torch.zeros(2, 3, 4), "y": torch.zeros(2, 3, 4)}), module)
 
 
-def test_submodules_are_called_so_that_hooks_and_adapters_act(cleaned):
-    module, graph = cleaned
+def test_submodules_are_called_so_that_hooks_and_adapters_act(normalized):
+    module, graph = normalized
     assert [n.target for n in graph.nodes if n.op == "call_module"].count("inner") == 1
     assert not any("_assert" in name for name in targets(graph))
     inputs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
@@ -108,13 +109,13 @@ def test_submodules_are_called_so_that_hooks_and_adapters_act(cleaned):
         handle.remove()
 
 
-def test_what_a_submodule_was_given_beside_its_tensor_is_not_lost(cleaned):
-    _, graph = cleaned
+def test_what_a_submodule_was_given_beside_its_tensor_is_not_lost(normalized):
+    _, graph = normalized
     assert "scaled" not in [n.target for n in graph.nodes if n.op == "call_module"]
 
 
-def test_parameters_keep_their_names(cleaned):
-    _, graph = cleaned
+def test_parameters_keep_their_names(normalized):
+    _, graph = normalized
     assert {n.target for n in graph.nodes if n.op == "get_attr"} == {"gate"}
     assert [n.name for n in graph.nodes if n.op == "placeholder"] == ["x", "y"]
 
@@ -125,7 +126,7 @@ def test_a_submodule_of_two_tensors_or_two_results_is_not_raised():
     both = built(aten.add.Tensor, x, y, at="inner")
     half = built(aten.relu.default, both, at="linear")
     graph = built.output(half, built(aten.neg.default, half, at="linear"))
-    raise_modules(graph, nn.ModuleDict({"inner": nn.Identity(), "linear": nn.Identity()}))
+    recover_module_calls(graph, nn.ModuleDict({"inner": nn.Identity(), "linear": nn.Identity()}))
     assert not any(n.op == "call_module" for n in graph.nodes)
 
 
@@ -140,7 +141,7 @@ def test_a_tensor_made_in_forward_names_the_fix():
     constant = built.parameter("lifted_tensor_0", 4)
     built.output(built(aten.mul.Tensor, x, constant))
     with pytest.raises(RewriteError, match="MakesATensor makes a tensor constant 'lifted_tensor_0' in its forward; register"):
-        clean(built.capture(), MakesATensor())
+        normalize(built.capture(), MakesATensor())
 
 
 def test_the_captured_graph_is_left_as_it_was():
@@ -149,5 +150,5 @@ def test_the_captured_graph_is_left_as_it_was():
     built.output(built(aten.to.dtype, x, torch.float32))
     captured = built.capture()
     before = str(captured.graph)
-    clean(captured, stand_in(Inner()))
+    normalize(captured, meta_copy(Inner()))
     assert str(captured.graph) == before

@@ -1,13 +1,14 @@
-"""token_wise: what runs on tokens one by one may run on fewer of them; whatever else is named."""
+"""op_traits: what runs on tokens one by one may run on fewer of them; whatever else is named."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from edit_compile.passes.axes.algebra import fresh, shape_of
+from edit_compile.passes.axes.algebra import new_axis
 from edit_compile.passes.axes.propagate import flow_axes
-from edit_compile.passes.op_traits import mixing_node
+from edit_compile.passes.graph_walk import shape_of
+from edit_compile.passes.op_traits import first_token_mixing_node
 from hand_built import Built, aten
 
 B, N, C = 2, 12, 8
@@ -45,10 +46,10 @@ def found(make):
     graph = built.output(make(built, x))
 
     def seed(node):
-        return tuple(fresh(s, "image") if d == 1 else fresh(s) for d, s in enumerate(shape_of(node))) if node is x else None
+        return tuple(new_axis(s, "image") if d == 1 else new_axis(s) for d, s in enumerate(shape_of(node))) if node is x else None
 
     axes = flow_axes(graph, seed)
-    return mixing_node(list(graph.nodes), axes, lambda axis: any("image" in p.all_sources for p in axis))
+    return first_token_mixing_node(list(graph.nodes), axes, lambda axis: any("image" in p.all_sources for p in axis))
 
 
 @pytest.mark.parametrize("case", ONE_BY_ONE)

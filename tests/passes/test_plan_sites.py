@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from edit_compile.config import LinearizeConfig
+from edit_compile.config import LinearizeConfig, Rule
 from edit_compile.errors import PlanError
-from edit_compile.passes.canonicalize import canonicalize
+from edit_compile.passes.canonicalize import SDPA, canonicalize
 from edit_compile.passes.capture import capture
 from edit_compile.passes.classify_tokens import classify_tokens
-from edit_compile.passes.find_attention import SDPA, find_attention
+from edit_compile.passes.find_attention import find_attention
+from edit_compile.passes.find_feed_forward import find_feed_forward
 from edit_compile.passes.masks import same_for_all_queries
 from edit_compile.passes.plan_sites import plan_sites
 from hand_built import Built, aten, attend, heads
@@ -35,7 +36,12 @@ def plans(built, tokens, *others, height=H, width=W, **options):
     captured = built.capture()
     canonicalize(captured.graph)
     graph = captured.graph
-    return plan_sites(graph, find_attention(graph), classify_tokens(captured), LinearizeConfig(**options))
+    return plan_sites(graph, find_attention(graph), find_feed_forward(graph), classify_tokens(captured), LinearizeConfig(**options))
+
+
+def tried(candidate):
+    """The designs that would be tried at a site."""
+    return [choice.design.name for choice in candidate.choices]
 
 
 def joint(built, *, text_first=False):
@@ -48,15 +54,16 @@ def image_of(built, y, start=0):
     return built(aten.slice.Tensor, y, 1, start, start + N)
 
 
-def test_image_tokens_alone_and_joined_with_text_are_rewritten():
+def test_image_tokens_alone_and_joined_with_text_are_candidates():
     built = Built()
     x = attend(built, joint(built), "blocks.0.joint")
     y = attend(built, image_of(built, x), "blocks.0.image")
     first, second = plans(built, y)
-    assert (first.path, first.action, first.reason) == ("blocks.0.joint", "mm-edit", "image tokens and others attend jointly")
-    assert (second.path, second.action, second.reason) == ("blocks.0.image", "edit", "attention between image tokens")
-    assert first.query_sizes == (N, T)
-    assert second.grid.sizes == (str(H), str(W))
+    assert (first.plan.path, second.plan.path) == ("blocks.0.joint", "blocks.0.image")
+    assert tried(first) == tried(second) == ["mm-edit", "edit"]
+    assert first.plan.query_sizes == (N, T)
+    assert second.plan.grid.sizes == (str(H), str(W))
+    assert second.plan.grid_sizes == (H, W)
 
 
 # Reasons to keep a site. Each case gives the tokens that become the output, and whatever else is an output.
@@ -130,7 +137,7 @@ def mask_by_query(g):
 
 
 def no_linear(g):
-    x = heads(g, tokens_of(g), 2, "a")
+    x = heads(g, g(aten.matmul.default, tokens_of(g), g.before_calls("w", C, C), at="a"), 2, "a")
     return (g(aten.flatten.using_ints, g(aten.transpose.int, g(SDPA, x, x, x, at="a"), 1, 2), 2),)
 
 
@@ -189,14 +196,10 @@ REASONS = {
     twice: "one module runs several attentions",
     nested: "one module runs several attentions",
     five_dimensions: "its queries have 5 dimensions",
-    causal: "causal attention",
     symbolic_scale: "the softmax scale depends on the sizes of the inputs",
-    mask_by_query: "the mask differs from query to query",
-    no_linear: "query, key or value does not come from a Linear",
     windows: "attention within rows, columns or windows",
     rows: "attention within rows, columns or windows",
     blocks: "the image tokens are in blocks, not row by row: 3 x 2 x 2 x 5",
-    video: "video: the grid 3 x 4 x 5 has time",
     unread: "softmax attention in a form that is not recognised",
     linear: "already linear attention",
 }
@@ -208,10 +211,32 @@ def test_a_site_is_kept_for_its_reason(case):
     built = Built()
     tokens, *others = case(built)
     height, width = PICTURES.get(case, (H, W))
-    site = plans(built, tokens, *others, height=height, width=width)[-1]
+    candidate = plans(built, tokens, *others, height=height, width=width)[-1]
+    site = candidate.plan
+    assert candidate.choices == ()
     assert site.action == "keep"
     assert re.match(REASONS[case], site.reason), site.reason
     assert site.path == ("" if case is outside else "a")
+    assert site.refusal.reason == site.reason
+    assert site.refusal.node in {node.name for node in built.graph.nodes}
+
+
+FACTS = {  # that a design judges
+    causal: {"causal": True},
+    mask_by_query: {"mask": "by_query"},
+    no_linear: {"mask": "none"},
+    video: {"grid_sizes": (3, 4, 5)},
+}
+
+
+@pytest.mark.parametrize("case", FACTS, ids=lambda case: case.__name__)
+def test_what_a_design_may_take_is_a_fact(case):
+    built = Built()
+    tokens, *others = case(built)
+    height, width = PICTURES.get(case, (H, W))
+    (candidate,) = plans(built, tokens, *others, height=height, width=width)
+    assert tried(candidate) == ["mm-edit", "edit"]
+    assert {name: getattr(candidate.plan, name) for name in FACTS[case]} == FACTS[case]
 
 
 class TextsAround(nn.Module):
@@ -238,10 +263,11 @@ def test_where_the_image_begins_must_follow_from_one_side(registers):
     captured = capture(TextsAround(registers), inputs)
     assert canonicalize(captured.graph) == 1  # torch's own attention, as it runs where it returns its weights
     tokens = classify_tokens(captured)
-    (site,) = plan_sites(captured.graph, find_attention(captured.graph), tokens, LinearizeConfig())
+    (candidate,) = plan_sites(captured.graph, find_attention(captured.graph), [], tokens, LinearizeConfig())
+    site = candidate.plan
     assert [str(s.kind) for s in site.query_layout.segments] == ["other" if registers else "text", "image", "text"]
     if registers:
-        assert site.action == "mm-edit"
+        assert candidate.choices
     else:
         assert re.match(r"where the image tokens begin in \[text .*, image .*, text .*\] does not follow from the grid", site.reason)
 
@@ -249,7 +275,7 @@ def test_where_the_image_begins_must_follow_from_one_side(registers):
 def two_sites(**options):
     built = Built()
     y = attend(built, image_of(built, attend(built, joint(built), "blocks.0.joint")), "blocks.1.image")
-    return {site.path: site for site in plans(built, y, **options)}
+    return {candidate.plan.path: candidate for candidate in plans(built, y, **options)}
 
 
 @pytest.mark.parametrize(
@@ -264,8 +290,8 @@ def two_sites(**options):
 )
 def test_globs_select_sites(include, exclude, rewritten):
     sites = two_sites(include=include, exclude=exclude)
-    assert {path for path, site in sites.items() if site.rewritten} == rewritten
-    assert all(site.reason == "left out by include and exclude" for path, site in sites.items() if path not in rewritten)
+    assert {path for path, candidate in sites.items() if candidate.choices} == rewritten
+    assert all(c.plan.reason == "left out by include and exclude" for path, c in sites.items() if path not in rewritten)
 
 
 @pytest.mark.parametrize("options", [{"include": ("nowhere",)}, {"exclude": ("nowhere",)}, {"include": ("*", "BLOCKS.*", "nowhere")}])
@@ -274,21 +300,26 @@ def test_a_glob_that_matches_nothing_is_an_error_that_lists_the_sites(options):
         two_sites(**options)
 
 
-@pytest.mark.parametrize(
-    ("design", "kept", "reason"),
-    [
-        ("edit", "blocks.0.joint", "design='edit' is for attention between image tokens alone"),
-        ("mm-edit", "blocks.1.image", "design='mm-edit' is for joint attention of image tokens and others"),
-    ],
-)
-def test_a_design_is_used_where_it_fits(design, kept, reason):
-    sites = two_sites(design=design)
-    assert sites[kept].reason == reason
-    assert [site.action for path, site in sites.items() if path != kept] == [design]
+RULES = {
+    "the first that matches": (
+        (Rule("*.joint", "mm-edit"), Rule("*", "edit")),
+        {"blocks.0.joint": ["mm-edit", "edit"], "blocks.1.image": ["edit"]},
+    ),
+    "kept by a rule": ((Rule("*.joint", "keep"), Rule("*", "edit")), {"blocks.0.joint": [], "blocks.1.image": ["edit"]}),
+    "no rule": ((Rule("*.image", "edit"),), {"blocks.0.joint": [], "blocks.1.image": ["edit"]}),
+}
 
 
-def test_sites_on_another_grid_are_kept():
-    """A model's forward publishes one grid: that of most sites, wherever they stand."""
+@pytest.mark.parametrize("case", RULES)
+def test_rules_choose_designs_by_path(case):
+    rules, expected = RULES[case]
+    sites = two_sites(rules=rules)
+    assert {path: tried(candidate) for path, candidate in sites.items()} == expected
+    reason = {"kept by a rule": "kept by the rule for '*.joint'", "no rule": "no rule names it"}.get(case, "")
+    assert sites["blocks.0.joint"].plan.reason == reason
+
+
+def test_every_site_has_a_grid_of_its_own():
     built = Built()
     x = tokens_of(built, height=6, width=10)
     small = built(aten.avg_pool2d.default, built(aten.view.default, built(aten.transpose.int, x, 1, 2), [B, C, 6, 10]), [2, 2])
@@ -297,8 +328,9 @@ def test_sites_on_another_grid_are_kept():
     attended = attend(built, built(aten.reshape.default, by_column, [B, 60, C]), "by_column")
     y = attend(built, attend(built, x, "first"), "second")
     sites = plans(built, y, small, attended, height=6, width=10)
-    assert {site.path: site.action for site in sites} == {"down": "keep", "by_column": "keep", "first": "edit", "second": "edit"}
-    assert all("another grid than those of most sites" in site.reason for site in sites if site.action == "keep")
+    assert all(candidate.choices for candidate in sites)
+    grids = {candidate.plan.path: candidate.plan.grid_sizes for candidate in sites}
+    assert grids == {"first": (6, 10), "second": (6, 10), "down": (3, 5), "by_column": (10, 6)}
 
 
 def row(g):
@@ -356,5 +388,6 @@ def test_a_mask_that_differs_from_query_to_query_is_told_by_how_it_is_made(case)
 
 def test_a_mask_by_key_lets_the_site_be_rewritten():
     built = Built()
-    (site,) = plans(built, *by_hand_arguments(built, expanded(built)))
-    assert site.action == "edit"
+    (candidate,) = plans(built, *by_hand_arguments(built, expanded(built)))
+    assert candidate.choices
+    assert candidate.plan.mask == "by_key"

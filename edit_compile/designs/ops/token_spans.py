@@ -21,7 +21,8 @@ def to_image(x_BNC: Tensor, grid: Sequence[int]) -> Tensor:
     """
     if math.prod(grid) != x_BNC.shape[1]:
         raise ValueError(f"{x_BNC.shape[1]} image tokens do not fill a grid of {' x '.join(map(str, grid))} = {math.prod(grid)}")
-    return x_BNC.unflatten(1, tuple(grid)).movedim(-1, 1)
+    image: Tensor = torch.unflatten(x_BNC, 1, tuple(grid)).movedim(-1, 1)
+    return image
 
 
 def to_tokens(x_BCG: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def sample_axis(x: Tensor, dim: int, grid: Tensor, before: int | None, after: in
     (..., before + prod(grid) + after, ...) to (..., before + prod(ceil(grid / stride)) + after, ...) along `dim`.
     """
     front, image, back = cut_image(x, dim, grid, before, after)
-    sampled = image.unflatten(dim, tuple(grid.shape))
+    sampled = torch.unflatten(image, dim, tuple(grid.shape))
     for axis, step in enumerate(stride):
         sampled = sampled.transpose(0, dim + axis)[::step].transpose(0, dim + axis) if step > 1 else sampled
     sampled = sampled.flatten(dim, dim + len(stride) - 1)
@@ -70,4 +71,5 @@ def sample_axis(x: Tensor, dim: int, grid: Tensor, before: int | None, after: in
 
 def on_images(module: torch.nn.Module, x_BNC: Tensor, grid: Tensor) -> Tensor:
     """Call a module that maps images on tokens: (B, N, C) to (B, N', C)."""
-    return to_tokens(module(to_image(x_BNC, grid.shape)))
+    image: Tensor = module(to_image(x_BNC, grid.shape))
+    return to_tokens(image)

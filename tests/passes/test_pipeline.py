@@ -1,0 +1,109 @@
+"""pipeline: every pass in order, over the model and over each distinct site, each with a record; one of your own among them."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+import pytest
+import torch
+from torch import fx
+
+import edit_compile as ec
+import toy
+from edit_compile.config import LinearizeConfig
+from edit_compile.passes.analysis import ANALYSIS, Analysis
+from edit_compile.passes.pipeline import Passes
+from edit_compile.passes.planner import compile_plan, recompile
+from edit_compile.passes.site_graph import SiteGraph
+from edit_compile.passes.site_passes import SITE_PASSES
+
+
+def names(passes):
+    return [run.__name__ for run in passes]
+
+
+def test_every_pass_runs_in_order_and_is_recorded(caplog):
+    model = toy.Toy(blocks=3, by_hand=True)
+    with caplog.at_level(logging.DEBUG, "edit_compile"):
+        plan = compile_plan(model, toy.inputs(), LinearizeConfig()).plan
+    over_model = [record for record in plan.passes if record.graph == "model"]
+    assert [record.name for record in over_model] == names(ANALYSIS)
+    assert over_model[0].count == 3
+    over_sites = [record for record in plan.passes if record.graph != "model"]
+    taken = [record for record in over_sites if record.name == "generate_method"]
+    assert len(taken) == 1, "three equal blocks are one structure"
+    assert names(SITE_PASSES) == [record.name for record in over_sites][-len(SITE_PASSES) :]
+    assert all(record.nodes > 0 for record in plan.passes)
+    logged = [record.getMessage() for record in caplog.records if record.name == "edit_compile.passes.pipeline"]
+    assert [line.split(" ")[0] for line in logged][: len(ANALYSIS)] == names(ANALYSIS)
+
+
+def test_what_no_pass_has_found_yet_is_not_there():
+    with pytest.raises(AssertionError, match="classify_model has not run"):
+        _ = Analysis(None, LinearizeConfig()).classified
+
+
+def double_values(site: SiteGraph) -> int:
+    """Multiply what a site returns by two."""
+    output = site.graph.output_node()
+    (result,) = output.args[0]
+    with site.graph.inserting_before(output):
+        doubled = site.graph.call_function(torch.mul, (result, 2))
+    output.args = ((doubled,),)
+    return 1
+
+
+def test_a_pass_of_your_own_runs_where_it_is_put_and_is_recorded():
+    model, inputs = toy.shaken(toy.Toy(blocks=1)), toy.inputs()
+    passes = Passes().insert(double_values, before="generate_method")
+    plain, changed = (ec.linearize(model, example_inputs=inputs, passes=p) for p in (None, passes))
+    changed.load_state_dict(plain.state_dict())
+    outputs = []
+    for student in (plain, changed):
+        student.blocks[0].attn.register_forward_hook(lambda module, args, output: outputs.append(output))
+        with torch.no_grad():
+            student(**inputs)
+    torch.testing.assert_close(outputs[1], 2 * outputs[0], atol=0, rtol=0)
+    plan = ec.plan_of(changed)
+    assert "double_values" in [record.name for record in plan.passes]
+    with pytest.raises(ec.PlanError, match="made with the pass 'double_values', which is not among those given"):
+        recompile(model, plan)
+    assert recompile(model, plan, passes).plan == plan
+
+
+@pytest.mark.parametrize(("before", "message"), [("nowhere", "no pass 'nowhere'; there are: canonicalize_model, .*audit_site")])
+def test_a_place_that_is_not_there_is_refused(before, message):
+    with pytest.raises(ec.ConfigError, match=message):
+        Passes().insert(double_values, before=before)
+
+
+def test_a_pass_is_put_in_once():
+    passes = Passes().insert(double_values, before="replace_core")
+    with pytest.raises(ec.ConfigError, match="a pass named 'double_values' is there already"):
+        passes.insert(double_values, before="insert_taps")
+
+
+def broken(site: SiteGraph) -> int:
+    """Divide by the string "zero"."""
+    output = site.graph.output_node()
+    (result,) = output.args[0]
+    with site.graph.inserting_before(output):
+        output.args = ((site.graph.call_function(explode, (result,)),),)
+    return 1
+
+
+def explode(x):
+    if isinstance(x, fx.Proxy) or x.device.type == "meta" or isinstance(x, torch._subclasses.FakeTensor):
+        return x
+    raise ZeroDivisionError("as asked")
+
+
+def test_tracebacks_show_the_lines_of_generated_code():
+    passes = Passes().insert(broken, before="generate_method")
+    student = ec.linearize(toy.Toy(blocks=1), example_inputs=toy.inputs(), passes=passes)
+    with pytest.raises(ZeroDivisionError) as caught:
+        student(**toy.inputs())
+    shown = "".join(traceback.format_tb(caught.tb))
+    assert "explode(" in shown
+    assert "return _run(self, image, _edit_grid)" in shown
