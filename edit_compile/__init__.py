@@ -10,10 +10,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edit_compile.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from edit_compile.adapters.load_model import load_model
     from edit_compile.adapters.record_inputs import record
-    from edit_compile.api import audit, compile, linearize, plan, plan_of, teacher
+    from edit_compile.api import audit, compile, linearize, plan, teacher
     from edit_compile.bench.conversion_cost import cost
     from edit_compile.bench.latency import compare_speed
     from edit_compile.config import LinearizeConfig, Rule
@@ -42,14 +44,13 @@ if TYPE_CHECKING:
     from edit_compile.report.compare_samples import sample
     from edit_compile.student.checkpoint import load, load_pipeline, save
     from edit_compile.student.grid import grid
+    from edit_compile.student.handle import conversion_of, plan_of
     from edit_compile.student.weights import unshare
-
-__version__ = "0.1.0"
 
 _HOMES = {  # the same imports, for `__getattr__`
     "adapters.load_model": ("load_model",),
     "adapters.record_inputs": ("record",),
-    "api": ("audit", "compile", "linearize", "plan", "plan_of", "teacher"),
+    "api": ("audit", "compile", "linearize", "plan", "teacher"),
     "bench.conversion_cost": ("cost",),
     "bench.latency": ("compare_speed",),
     "config": ("LinearizeConfig", "Rule"),
@@ -78,6 +79,7 @@ _HOMES = {  # the same imports, for `__getattr__`
     "report.compare_samples": ("sample",),
     "student.checkpoint": ("load", "load_pipeline", "save"),
     "student.grid": ("grid",),
+    "student.handle": ("conversion_of", "plan_of"),
     "student.weights": ("unshare",),
 }
 _HOME = {name: f"edit_compile.{module}" for module, names in _HOMES.items() for name in names}
@@ -115,6 +117,7 @@ __all__ = [
     "audit",
     "compare_speed",
     "compile",
+    "conversion_of",
     "cost",
     "distill",
     "grid",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from os import PathLike, fspath
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from edit_compile.adapters.inputs import example_inputs as inputs_of
+from edit_compile.adapters.load_model import load_model
 from edit_compile.adapters.pipelines import with_transformer
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import AuditError, ConfigError, PlanError
@@ -17,46 +19,64 @@ from edit_compile.ir.plan import Plan, SizesOfInputs
 from edit_compile.passes.audit import Audit, allowed_at, example_grid
 from edit_compile.passes.audit import audit as audit_graph
 from edit_compile.passes.capture import capture
+from edit_compile.passes.pipeline import Passes
 from edit_compile.passes.planner import CompiledPlan, compile_plan, recompile
-from edit_compile.student.checkpoint import attach_save_pretrained
-from edit_compile.student.convert import PLAN, install, require_plain_forwards
-from edit_compile.student.grid import converted_model, grid, runtime_of
+from edit_compile.student.convert import install, require_plain_forwards
+from edit_compile.student.grid import grid
+from edit_compile.student.handle import conversion_of, plan_of, unwrap
+from edit_compile.student.runtime import Statement
 from edit_compile.student.site import converted_sites
-from edit_compile.student.weights import original_weights
+from edit_compile.student.weights import OriginalWeights
+
+__all__ = ["REGIONAL", "audit", "compile", "grid", "linearize", "plan", "plan_and_convert", "plan_of", "repeated_blocks", "teacher"]
+__all__ += ["transformer_of"]
 
 Model = TypeVar("Model")
 REGIONAL: dict[str, Any] = {"dynamic": True, "fullgraph": True}  # how blocks are compiled
 
 
-def plan(model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None) -> Plan:
-    """What `linearize` would do to a model, site by site, and why. The model is read, never run; meta weights are fine.
+def plan(
+    model: Any,
+    config: LinearizeConfig | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    passes: Passes | None = None,
+) -> Plan:
+    """Plan what `linearize` would do to a model, site by site, and why. The model is read, never run; meta weights are fine.
 
     Args:
-        model: a transformer, or a diffusers pipeline that has one.
+        model: a transformer, a diffusers pipeline that has one, or a name as of `load_model`, whose weights are not loaded.
         config: see `LinearizeConfig`.
         example_inputs: keyword arguments of one forward, all sizes different; not needed for models with an adapter
             (PixArt, SD3, FLUX, DiT, timm ViTs). `edit_compile.record(pipe, ...)` makes them for any pipeline.
+        passes: with passes of your own among them, `Passes().insert(mine, before="generate_method")`.
 
     Raises:
+        ModelNotFoundError: the name leads nowhere.
         CaptureError: the model cannot be captured.
-        PlanError: it has no attention; says what was looked at.
+        PlanError: it has no attention, and says what was looked at; or it is converted already.
         NoExampleInputsError: no adapter knows the model, and no inputs were given.
     """
-    return _compiled(transformer_of(model), config, example_inputs).plan
+    if isinstance(model, str | PathLike):
+        model = load_model(fspath(model), structure_only=True).model
+    return _compiled(transformer_of(model), config, example_inputs, passes).plan
 
 
 def plan_and_convert(
     model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None
 ) -> tuple[Plan, nn.Module | None]:
-    """Do `plan` and `linearize` in one, without the audit of the whole model: the plan, and the converted copy, None where no site can be
-    converted.
+    """Do `plan` and `linearize` in one, without the audit of the whole model.
+
+    Returns:
+        The plan, and the converted copy; None in its place where no site can be converted.
     """
     transformer = transformer_of(model)
     compiled = _compiled(transformer, config, example_inputs)
     return compiled.plan, install(transformer, compiled) if compiled.plan.rewritten else None
 
 
-def _compiled(model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any] | None) -> CompiledPlan:
+def _compiled(
+    model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any] | None, passes: Passes | None = None
+) -> CompiledPlan:
     if converted_sites(model):
         raise PlanError(f"{type(model).__name__} is converted already")
     if config is not None and not isinstance(config, LinearizeConfig):
@@ -67,50 +87,84 @@ def _compiled(model: nn.Module, config: LinearizeConfig | None, example_inputs: 
         )
     require_plain_forwards(model)
     inputs = dict(example_inputs) if example_inputs is not None else inputs_of(model)
-    return compile_plan(model, inputs, config or LinearizeConfig())
+    return compile_plan(model, inputs, config or LinearizeConfig(), passes)
+
+
+@overload
+def linearize(
+    model: str | PathLike[str],
+    config: LinearizeConfig | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    passes: Passes | None = None,
+) -> nn.Module: ...
+
+
+@overload
+def linearize(
+    model: Model,
+    config: LinearizeConfig | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    passes: Passes | None = None,
+) -> Model: ...
 
 
 def linearize(
-    model: Model, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None, plan: Plan | None = None
-) -> Model:
-    """A copy of the model with its attention between image tokens made linear. The picture is wrong until distilled.
+    model: Any,
+    config: LinearizeConfig | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    passes: Passes | None = None,
+) -> Any:
+    """Copy a model with its attention between image tokens made linear. Its images are wrong until it is distilled.
 
     The copy is of the model's class; weights outside the converted sites are shared with the original, which stays as
     it was. Given a diffusers pipeline, returns a pipeline with its transformer converted.
 
+    Threads and asyncio tasks may run the copy at once: the grid of image tokens belongs to each call.
+
     Args:
-        model, config, example_inputs: as for `plan`.
+        model: a transformer, a diffusers pipeline that has one, or a name as of `load_model`.
+        config, example_inputs, passes: as for `plan`.
         plan: a plan made before; excludes config and example_inputs.
 
     Raises:
         PlanError: no site can be converted (shows the nearest miss), or the plan does not fit the model; otherwise as `plan`.
         RewriteError: a planned site cannot be rewritten.
-        AuditError: as `audit`.
+        AuditError: a site is not what the plan says.
     """
     if plan is not None and (config is not None or example_inputs is not None):
         raise PlanError("give either a plan or config and example_inputs: a plan holds both")
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"plan is a Plan, as edit_compile.plan(model) makes it, not a {type(plan).__name__}")
+    if isinstance(model, str | PathLike):
+        model = load_model(fspath(model)).model
     if not isinstance(model, nn.Module):
-        return _linearized_pipeline(model, config, example_inputs, plan)
+        return with_transformer(model, linearize(transformer_of(model), config, example_inputs, plan, passes))
     if plan is not None:
-        if not isinstance(plan, Plan):
-            raise PlanError(f"plan is a Plan, as edit_compile.plan(model) makes it, not a {type(plan).__name__}")
         require_plain_forwards(model)
-        return attach_save_pretrained(install(model, recompile(model, plan)))  # type: ignore[return-value]
-    student = install(model, _compiled(model, config, example_inputs))
+        return install(model, recompile(model, plan, passes))
+    student = install(model, _compiled(model, config, example_inputs, passes))
     audit(student)
-    return attach_save_pretrained(student)  # type: ignore[return-value]
+    return student
 
 
-def audit(student: nn.Module) -> Audit:
-    """Capture a converted model again and check that its rewritten sites are what its plan says. `linearize` does so for
-    a plan that it makes itself.
+def audit(student: Any) -> Audit:
+    """Capture a converted model again and check as a whole that its rewritten sites are what its plan says.
+
+    Every distinct site was checked on its own when it was compiled, by `plan`, `linearize` and `load` alike; `linearize`
+    does this too for a plan that it makes itself.
+
+    Args:
+        student: a converted model, or what holds one: a pipeline, DDP, torch.compile, PEFT.
 
     Raises:
         AuditError: attention between image tokens, or another cost that grows with their square, is left at a rewritten site.
     """
-    plan = plan_of(student)
-    with grid(student, *example_grid(plan.rewritten[0])) if not isinstance(plan.grid, SizesOfInputs) else nullcontext():
-        captured = capture(student, input_spec.decode(plan.inputs), symbolic=False)
+    model, plan = unwrap(student), plan_of(student)
+    with grid(model, *example_grid(plan.rewritten[0])) if not isinstance(plan.grid, SizesOfInputs) else nullcontext():
+        captured = capture(model, input_spec.decode(plan.inputs), symbolic=False)
     found = audit_graph(captured, {site.path: allowed_at(site) for site in plan.rewritten if site.kind == "attention"})
     if found.findings:
         more = f" (and {len(found.findings) - 1} more)" if len(found.findings) > 1 else ""
@@ -118,12 +172,8 @@ def audit(student: nn.Module) -> Audit:
     return found
 
 
-def _linearized_pipeline(pipeline: Any, *options: Any) -> Any:
-    return with_transformer(pipeline, linearize(transformer_of(pipeline), *options))
-
-
 def transformer_of(model: Any) -> nn.Module:
-    """The model itself, or a pipeline's transformer.
+    """Return the model itself, or a pipeline's transformer.
 
     Raises:
         PlanError: neither.
@@ -134,39 +184,45 @@ def transformer_of(model: Any) -> nn.Module:
     return found
 
 
-def plan_of(student: Any) -> Plan:
-    """The plan a converted model, or a pipeline's, was made by."""
-    return converted_model(student).__dict__[PLAN]
-
-
 @contextmanager
 def teacher(student: Any) -> Iterator[Any]:
-    """Inside, the converted model (or the pipeline's) runs its original attention, with its original weights."""
-    model, runtime = converted_model(student), runtime_of(student)
-    before = runtime.teaching
-    with nullcontext() if before else original_weights(model):
-        runtime.teaching = True
-        try:
-            yield student
-        finally:
-            runtime.teaching = before
+    """Run the original attention with its original weights in the calls inside, bit for bit the original model.
+
+    It holds for this thread or asyncio task, and for tasks begun inside: others go on calling the student. Blocks may
+    overlap and be left in any order. A backward pass outside of the block runs checkpointed modules of a call inside as the
+    teacher. After `unshare`, the calls inside run a copy of the module tree with the original weights, which
+    `edit_compile.compile` has not compiled.
+
+    Args:
+        student: a converted model, or what holds one: a pipeline, DDP, torch.compile, PEFT.
+
+    Yields:
+        What was given.
+
+    Raises:
+        EditCompileError: nothing in it is converted; or, at a call, the weights that were trained outside the sites are
+            sharded or offloaded.
+    """
+    conversion = conversion_of(student)
+    with conversion.runtime.stating(Statement(teacher=True, original=OriginalWeights() if conversion.originals else None)):
+        yield student
 
 
 def compile(student: Model, **options: Any) -> Model:
-    """Regional torch.compile, in place: the repeated blocks that hold the sites, dynamic in resolution.
+    """Compile the repeated blocks that hold the sites with torch.compile, in place, dynamic in resolution.
 
     Args:
-        student: a converted model, or a pipeline with one.
+        student: a converted model, or what holds one: a pipeline, DDP, PEFT.
         options: of torch.compile; `dynamic=True` and `fullgraph=True` unless given.
     """
-    model = converted_model(student)
+    model = unwrap(student)
     for path in repeated_blocks(model):
         model.get_submodule(path).compile(**{**REGIONAL, **options})
     return student
 
 
-def repeated_blocks(student: nn.Module) -> list[str]:
-    """The modules in the model's lists of blocks that hold its attention."""
+def repeated_blocks(student: Any) -> list[str]:
+    """List the paths of the modules in a converted model's lists of blocks that hold its attention."""
     blocks: dict[str, None] = {}
     for path in (site.path for site in plan_of(student).sites):
         parts = path.split(".")

@@ -259,6 +259,5 @@ def test_reduction_that_does_not_divide(model, example):
 def test_arguments_the_capture_did_not_have_are_refused():
     student = ec.linearize(toy.Toy().eval(), example_inputs=toy.inputs())
     site = student.blocks[0].attn
-    student.edit_runtime.grid = torch.empty(1, 1).expand(5, 7)
-    with pytest.raises(ec.RewriteError, match=r"blocks\.0\.attn.*text is not None.*Convert again"):
+    with ec.grid(student, 5, 7), pytest.raises(ec.RewriteError, match=r"blocks\.0\.attn.*text is not None.*Convert again"):
         site(torch.zeros(1, 35, 24), torch.zeros(1, 5, 24))

@@ -15,7 +15,8 @@ from torch import nn
 import edit_compile as ec
 import toy
 from edit_compile.ir.input_spec import describe, meta_from
-from edit_compile.student.grid_sources import evaluator, grid_of_ids
+from edit_compile.ir.size_expressions import evaluator
+from edit_compile.student.grid_sources import grid_of_ids
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # whose time it is depends on the machine's load
 
@@ -39,7 +40,8 @@ def student(model, plan):
     ("call", "message"),
     [
         (lambda m, p: ec.plan(3), "int is neither a torch.nn.Module nor a pipeline"),
-        (lambda m, p: ec.linearize("sd3"), "str is neither a torch.nn.Module nor a pipeline"),
+        (lambda m, p: ec.linearize("sd3"), "sd3 does not exist; give a folder"),
+        (lambda m, p: ec.plan("demo/nothing"), "no demo model 'nothing'; there are: "),
         (lambda m, p: ec.plan(m, {"reduction": 4}, toy.inputs(text=5)), "config is a LinearizeConfig, not a dict"),
         (
             lambda m, p: ec.plan(m, example_inputs=torch.zeros(2, 3)),

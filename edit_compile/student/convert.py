@@ -1,49 +1,76 @@
-"""From a compiled plan to a converted model: a copy of the original whose sites are replaced at their own paths."""
+"""From a compiled plan to a converted model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 from torch import nn
 
+from edit_compile.adapters.pipelines import origin_of
 from edit_compile.errors import PlanError, RewriteError
-from edit_compile.ir.plan import SitePlan
+from edit_compile.ir.plan import Plan
 from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.planner import CompiledPlan
 from edit_compile.student.fingerprint import fingerprint
-from edit_compile.student.grid import Runtime, publish_with
-from edit_compile.student.site import install_site
+from edit_compile.student.handle import Conversion, ConvertedModel
+from edit_compile.student.runtime import RestoreForRecompute, Runtime
+from edit_compile.student.save import saving_both
+from edit_compile.student.site import class_of_site, convert_site
 from edit_compile.student.weights import check_finite, shared_copy
 
-PLAN, FINGERPRINT = "edit_plan", "edit_fingerprint"  # attributes of a converted model: its plan, its original's fingerprint
 
-
-def install(model: nn.Module, compiled: CompiledPlan) -> nn.Module:
-    """Copy a model with the plan's sites converted.
+def install(model: nn.Module, compiled: CompiledPlan) -> ConvertedModel:
+    """Copy a model, and convert the sites of the copy that the plan rewrites.
 
     Raises:
         PlanError: the plan converts no site.
         RewriteError: a weight holds NaN or infinity.
     """
     plan = compiled.plan
-    _require_some(plan.model, plan.sites)
+    if not plan.rewritten:
+        raise PlanError(_nothing_to_convert(plan))
     check_finite(model.named_parameters(), plan.model)
     student = shared_copy(model)
-    runtime = Runtime(plan.grid)
-    classes: dict[Any, type] = {}
+    conversion = Conversion(plan, fingerprint(model.state_dict()), Runtime(plan), origin_of(model))
+    classes: dict[Any, type[nn.Module]] = {}  # one for each original class and forward
     for site in plan.rewritten:
-        install_site(student, site.path, compiled.forwards[site.path], runtime, classes)
-    publish_with(student, runtime, [site.path for site in plan.rewritten])
-    student.__dict__.update({PLAN: plan, FINGERPRINT: fingerprint(model.state_dict())})
+        compiled_site, original = compiled.forwards[site.path], type(student.get_submodule(site.path))
+        key = (original, id(compiled_site.forward))
+        if key not in classes:
+            classes[key] = class_of_site(original, compiled_site.forward)
+        convert_site(student, site.path, compiled_site, classes[key], conversion, conversion.runtime.source.index_of(site))
+    for path in _holders(plan):
+        student.get_submodule(path).register_forward_hook(RestoreForRecompute(conversion.runtime))
+    student.__dict__["edit_conversion"] = conversion
+    student.__class__ = _class_of_model(type(student))
+    assert isinstance(student, ConvertedModel)
     return student
 
 
+def _holders(plan: Plan) -> list[str]:
+    """The paths of the sites and of all modules that hold one, but the model itself."""
+    parts = [site.path.split(".") for site in plan.rewritten]
+    return sorted({".".join(path[:depth]) for path in parts for depth in range(1, len(path) + 1)})
+
+
+def _class_of_model(original: type[nn.Module]) -> type[nn.Module]:
+    """Make a model's class, under the name of its own: libraries write it into their files."""
+    run = original.forward
+
+    @functools.wraps(run)
+    def forward(model: ConvertedModel, *args: Any, **kwargs: Any) -> Any:
+        return model.edit_conversion.runtime.run(run, model, args, kwargs)
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return type(original.__name__, (ConvertedModel, original), {**names, "forward": forward, **saving_both(original)})
+
+
 def require_plain_forwards(model: nn.Module) -> None:
-    """Offloading and layer-wise casting replace a module's forward by one of the instance's, which would go on running.
+    """Refuse a module with a forward of the instance's, as offloading and layer-wise casting give it: that one would go on running.
 
     Raises:
-        RewriteError: a module's is.
+        RewriteError: there is one; says where.
     """
     for path, module in model.named_modules():
         if "forward" in module.__dict__:
@@ -53,11 +80,10 @@ def require_plain_forwards(model: nn.Module) -> None:
             )
 
 
-def _require_some(model: str, sites: Sequence[SitePlan]) -> None:
-    if any(site.rewritten for site in sites):
-        return
-    nearest = next((s for s in sites if s.query_layout.has(TokenKind.IMAGE) and s.key_layout.has(TokenKind.IMAGE)), sites[0])
-    raise PlanError(
-        f"{model}: none of {len(sites)} attention sites can be converted; "
+def _nothing_to_convert(plan: Plan) -> str:
+    image = TokenKind.IMAGE
+    nearest = next((s for s in plan.sites if s.query_layout.has(image) and s.key_layout.has(image)), plan.sites[0])
+    return (
+        f"{plan.model}: none of {len(plan.sites)} attention sites can be converted; "
         f"the nearest is {nearest.path}, {nearest.query_layout}: {nearest.reason}"
     )

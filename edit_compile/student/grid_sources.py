@@ -1,8 +1,9 @@
-"""Working out the image tokens' (h, w) from a forward's inputs: from their sizes, or from position ids."""
+"""Where a call's grids of image tokens come from: the sizes of its inputs, position ids, or what the caller states."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -10,112 +11,148 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.errors import GridError
-from edit_compile.ir.plan import Given, PositionIds, SizesOfInputs
+from edit_compile.ir.plan import Given, Plan, PositionIds, SitePlan, SizesOfInputs
 from edit_compile.ir.size_expressions import evaluator
+from edit_compile.torch_internals import change_count
 
-Source = SizesOfInputs | PositionIds | Given
-
-
-def measure_from(source: Source) -> Measure:
-    """The way to the grid that a plan found."""
-    if isinstance(source, SizesOfInputs):
-        return _FromSizes(source)
-    return _FromIds(source) if isinstance(source, PositionIds) else _Unknown(source)
+Sizes = tuple[int, ...]  # (h, w) or (t, h, w), in image tokens
 
 
-class Measure(Protocol):
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """(h, w) of a forward's image tokens.
-
-        Raises:
-            GridError: the inputs do not tell.
-        """
-
-    def check(self, height: int, width: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Whether a stated grid can be that of these inputs.
-
-        Raises:
-            GridError: it cannot.
-        """
+class GridSource(Protocol):
+    """The way to the grids that a plan's rewritten sites are on: one, or several where a model has several resolutions."""
 
     @property
-    def obstacle(self) -> str | None:
-        """Why torch.compile and torch.export cannot trace the measuring; None if they can."""
+    def untraceable_reason(self) -> str | None:
+        """Say why torch.compile and torch.export cannot trace `sizes` without a stated grid; None if they can."""
+
+    def index_of(self, site: SitePlan) -> int:
+        """Tell which of the grids a site is on."""
+
+    def is_base(self, index: int) -> bool:
+        """Say whether a grid is the one that `edit_compile.grid` states."""
+
+    def sizes(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stated: Sizes | None) -> tuple[Sizes, ...]:
+        """Work out the grids of a call.
+
+        Args:
+            stated: the base grid, as the caller stated it.
+
+        Raises:
+            GridError: the inputs do not tell, or contradict what was stated.
+        """
 
 
-class _Unknown:
-    """Nothing is known but, if the plan says so, how many image tokens there are."""
+def grid_source(plan: Plan) -> GridSource:
+    """Make the source that a plan found.
 
-    obstacle = None
-
-    def __init__(self, source: Given) -> None:
-        self.source = source
-        self.tokens = evaluator(source.tokens, set(source.symbols)) if source.tokens else None
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        raise GridError(
-            f"{type(model).__name__}: height and width of the image tokens do not follow from its inputs; "
-            "wrap the call in edit_compile.grid(model, height, width)"
-        )
-
-    def check(self, height: int, width: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.tokens is not None:
-            _check_count(height, width, self.tokens(_sizes(self.source.symbols, model, args, kwargs)))
+    Raises:
+        GridError: the plan holds an expression that is not arithmetic over its symbols.
+    """
+    if isinstance(plan.grid, SizesOfInputs):
+        return _FromShapes(plan.grid, plan)
+    return _FromIds(plan.grid) if isinstance(plan.grid, PositionIds) else _Explicit(plan.grid)
 
 
-class _FromSizes:
+class _FromShapes:
     """Evaluates size expressions such as s20//2, s20 being a dimension of an input."""
 
-    obstacle = None
+    untraceable_reason = None
 
-    def __init__(self, source: SizesOfInputs) -> None:
-        self.source = source
-        self.height, self.width = (evaluator(e, set(source.symbols)) for e in source.expressions)
+    def __init__(self, source: SizesOfInputs, plan: Plan) -> None:
+        self.symbols, self.base = source.symbols, tuple(source.expressions)
+        self.grids = tuple(dict.fromkeys(self._expressions(site) for site in plan.rewritten))
+        self.evaluators = [tuple(evaluator(e, set(source.symbols)) for e in grid) for grid in (*self.grids, self.base)]
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        sizes = _sizes(self.source.symbols, model, args, kwargs)
-        return self.height(sizes), self.width(sizes)
+    def _expressions(self, site: SitePlan) -> tuple[str, ...]:
+        return site.grid.sizes if site.grid is not None else self.base
 
-    def check(self, height: int, width: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        found = self(model, args, kwargs)
-        if found != (height, width):
-            raise GridError(f"the grid was stated as {height} x {width}, but the inputs have {found[0]} x {found[1]} image tokens")
+    def index_of(self, site: SitePlan) -> int:
+        return self.grids.index(self._expressions(site))
+
+    def is_base(self, index: int) -> bool:
+        return self.grids[index] == self.base
+
+    def sizes(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stated: Sizes | None) -> tuple[Sizes, ...]:
+        symbols = _symbol_sizes(self.symbols, model, args, kwargs)
+        *grids, base = (tuple(size(symbols) for size in grid) for grid in self.evaluators)
+        if stated is None:
+            return tuple(grids)
+        if not torch.compiler.is_compiling() and base != stated:
+            raise GridError(f"the grid was stated as {_words(stated)}, but the inputs have {_words(base)} image tokens")
+        return tuple(stated if self.is_base(i) else grid for i, grid in enumerate(grids))
 
 
-class _FromIds:
+class _OneGrid:
+    """All sites are on the base grid."""
+
+    def index_of(self, site: SitePlan) -> int:
+        return 0
+
+    def is_base(self, index: int) -> bool:
+        return True
+
+
+class _FromIds(_OneGrid):
     """Reads rows and columns off the position ids; the same ids tensor is read once."""
 
     def __init__(self, source: PositionIds) -> None:
-        self.source = source
-        self.seen: tuple[Tensor, int, tuple[int, int]] | None = None
+        self.input = source.input
+        self.read: tuple[Tensor, int, Sizes] | None = None  # replaced at once, for threads may meet here
 
     @property
-    def obstacle(self) -> str:
+    def untraceable_reason(self) -> str:
         return (
-            f"the grid is read from the values of {self.source.input}, which a graph cannot hold; wrap the call in "
+            f"the grid is read from the values of {self.input}, which a graph cannot hold; wrap the call in "
             "edit_compile.grid(model, height, width), or compile with edit_compile.compile(model)"
         )
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        ids = _argument(model, args, kwargs, self.source.input)
+    def sizes(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stated: Sizes | None) -> tuple[Sizes, ...]:
+        ids = _argument(model, args, kwargs, self.input)
+        if stated is not None:
+            _check_count(stated, ids.shape[-2])
+            return (stated,)
         if torch.compiler.is_compiling() or ids.is_meta:
-            raise GridError(self.obstacle)
-        if ids.is_inference():  # such tensors do not count their changes
-            return grid_of_ids(ids, self.source.input)
-        if self.seen is None or self.seen[0] is not ids or self.seen[1] != ids._version:
-            self.seen = (ids, ids._version, grid_of_ids(ids, self.source.input))
-        return self.seen[2]
-
-    def check(self, height: int, width: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        _check_count(height, width, _argument(model, args, kwargs, self.source.input).shape[-2])
+            raise GridError(self.untraceable_reason)
+        count, read = change_count(ids), self.read
+        if count is None:
+            return (grid_of_ids(ids, self.input),)
+        if read is None or read[0] is not ids or read[1] != count:
+            self.read = read = (ids, count, grid_of_ids(ids, self.input))
+        return (read[2],)
 
 
-def _check_count(height: int, width: int, tokens: int) -> None:
-    if height * width != tokens:
-        raise GridError(f"the grid was stated as {height} x {width} = {height * width}, but there are {tokens} image tokens")
+class _Explicit(_OneGrid):
+    """Nothing is known but, if the plan says so, how many image tokens there are."""
+
+    untraceable_reason = None
+
+    def __init__(self, source: Given) -> None:
+        self.symbols = source.symbols
+        self.tokens = evaluator(source.tokens, set(source.symbols)) if source.tokens else None
+
+    def sizes(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stated: Sizes | None) -> tuple[Sizes, ...]:
+        if stated is None:
+            raise GridError(
+                f"{type(model).__name__}: height and width of the image tokens do not follow from its inputs; "
+                "wrap the call in edit_compile.grid(model, height, width)"
+            )
+        if self.tokens is not None:
+            _check_count(stated, self.tokens(_symbol_sizes(self.symbols, model, args, kwargs)))
+        return (stated,)
 
 
-def _sizes(symbols: Mapping[str, tuple[str, int]], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
+def _check_count(stated: Sizes, tokens: int) -> None:
+    if not torch.compiler.is_compiling() and math.prod(stated) != tokens:
+        raise GridError(f"the grid was stated as {_words(stated)} = {math.prod(stated)}, but there are {tokens} image tokens")
+
+
+def _words(sizes: Sizes) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _symbol_sizes(
+    symbols: Mapping[str, tuple[str, int]], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, int]:
     found = {}
     for symbol, (name, dim) in symbols.items():
         value = _argument(model, args, kwargs, name)
@@ -135,13 +172,13 @@ def _argument(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return value
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _positions(kind: type[nn.Module]) -> dict[str, int]:
     return {name: i - 1 for i, name in enumerate(inspect.signature(kind.forward).parameters)}
 
 
 def grid_of_ids(ids: Tensor, name: str) -> tuple[int, int]:
-    """(h, w) of position ids (N, D) or (B, N, D) whose last two columns are row and column, row-major.
+    """Read (h, w) off position ids (N, D) or (B, N, D) whose last two columns are row and column, row-major.
 
     Raises:
         GridError: they are not all positions of one grid, in order.

@@ -1,8 +1,9 @@
-"""Installing rewritten sites: the same module at the same path, with a new forward, added modules and a hidden teacher."""
+"""Converted sites: the same module at the same path, with a generated forward, a design's module and a hidden teacher."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,41 +14,49 @@ from torch import Tensor, nn
 from edit_compile.errors import RewriteError
 from edit_compile.passes.site_compiler import SiteForward
 from edit_compile.passes.site_graph import ADDED
-from edit_compile.student.grid import RUNTIME, Runtime
+from edit_compile.student.handle import Conversion, Generated
+from edit_compile.torch_internals import is_sharded
 
 TEACHER = "_edit_teacher"
-_LIVE = ("training", "forward")  # attributes that act on a converted site as on any module
+_SETTABLE = ("training", "forward")  # attributes that act on a converted site as on any module
 
 
-class ConvertedSite(nn.Module):
+class ConvertedSite(Generated):
     """Mixed into a site's own class, so that it stays an instance of it.
 
-    The teacher, the original module with its original weights, is no submodule: it is in no state dict, no optimizer
+    The teacher, the original module with its original weights, is not a submodule: it is in no state dict, no optimizer
     and no wrapper's shards, but it follows `.to()`.
+
+    Attributes:
+        edit_path: where it is in the model.
+        edit_grid_index: on which of the model's grids.
 
     Raises:
         RewriteError: an attribute is set that the forward was generated from: the change would have no effect.
     """
 
     edit_path: str
+    edit_grid_index: int
 
     @property
     def edit_teacher(self) -> nn.Module:
-        return self.__dict__[TEACHER]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if TEACHER in self.__dict__:
-            self.edit_teacher._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        teacher: nn.Module = self.__dict__[TEACHER]
+        return teacher
 
     def edit_teacher_is_on(self) -> bool:
-        return self.edit_runtime.teaching
+        """Tell the generated forward whether the original attention runs in this call."""
+        return self.edit_conversion.runtime.teacher_is_on()
 
     def edit_current_grid(self) -> Tensor:
-        return self.edit_runtime.current_grid(self)
+        """Tell the generated forward the grid of this call, as the shape of a tensor.
+
+        Raises:
+            GridError: no call of the model is running.
+        """
+        return self.edit_conversion.runtime.grid_of(self.edit_path, self.edit_grid_index)
 
     def edit_teacher_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original attention. Wrappers that move or cast weights as they go (offloading, sharding) do not know the
+        """Run the original attention. Wrappers that move or cast weights as they go (offloading, sharding) do not know the
         teacher: its weights follow what it is given.
         """
         teacher, weight = self.edit_teacher, next(_floats(self.edit_teacher), None)
@@ -59,8 +68,17 @@ class ConvertedSite(nn.Module):
         dtype = like.dtype if cast else weight.dtype
         if (weight.device, weight.dtype) == (like.device, dtype):
             return teacher(*args, **kwargs)
-        state = {name: t.to(like.device, dtype if t.dtype in dtypes and cast else None) for name, t in _state(teacher)}
-        return torch.func.functional_call(teacher, state, args, kwargs)
+        moved: dict[int, Any] = {}  # of a copy: other calls may use the teacher's weights as they are
+        for tensor in (*teacher.parameters(), *teacher.buffers()):
+            own = tensor.detach().to(like.device, dtype if tensor.dtype in dtypes and cast else None)
+            moved[id(tensor)] = nn.Parameter(own, requires_grad=False) if isinstance(tensor, nn.Parameter) else own
+        return copy.deepcopy(teacher, moved)(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if TEACHER in self.__dict__:
+            self.edit_teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "edit_path" in self.__dict__ and not name.startswith("_") and self._has_no_effect(name, value):
@@ -73,32 +91,51 @@ class ConvertedSite(nn.Module):
     def _has_no_effect(self, name: str, value: Any) -> bool:
         if isinstance(value, nn.Module | nn.Parameter):
             return not hasattr(self, name)
-        return name in self.__dict__ and name not in _LIVE and self.__dict__[name] is not value and self.__dict__[name] != value
+        return name in self.__dict__ and name not in _SETTABLE and self.__dict__[name] is not value and self.__dict__[name] != value
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
         return f"{own}, linearized" if own else "linearized"
 
 
-def install_site(model: nn.Module, path: str, site: SiteForward, runtime: Runtime, classes: dict[Any, type]) -> None:
-    """Convert the module at `path` in place. `classes` holds one class per original class and forward."""
+def class_of_site(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """Make the class of the sites that share a forward: torch.compile takes its graphs for all of them."""
+
+    @functools.wraps(forward)
+    def kept(site: ConvertedSite, *args: Any, **kwargs: Any) -> Any:
+        output = forward(site, *args, **kwargs)
+        site.edit_conversion.runtime.keep(site, output)
+        return output
+
+    return type(f"Linear{original.__name__}", (ConvertedSite, original), {"forward": kept})
+
+
+def convert_site(model: nn.Module, path: str, compiled: SiteForward, cls: type[nn.Module], conversion: Conversion, grid: int) -> None:
+    """Put a converted site in the place of the module at a path.
+
+    Args:
+        cls: see `class_of_site`.
+        grid: the site's `edit_grid_index`.
+    """
     module = model.get_submodule(path)
     teacher = copy.copy(module)
     own = copy.deepcopy(module)  # trained weights are the student's own; the teacher keeps sharing its
-    key = (type(module), id(site.forward))
-    if key not in classes:
-        classes[key] = type(f"Linear{type(module).__name__}", (ConvertedSite, type(module)), {"forward": site.forward})
-    own.__class__ = classes[key]
+    own.__class__ = cls
     tensor = next(_floats(module), None)
-    with torch.device("meta" if tensor is not None and tensor.is_meta else "cpu"):  # no structure-only model pays for initial values
-        design = site.build(path)
+    with torch.device("meta" if tensor is not None and tensor.is_meta else "cpu"):  # a structure without weights pays for no initial values
+        design = compiled.build(path)
     setattr(own, ADDED, design.to(device=tensor.device, dtype=tensor.dtype) if tensor is not None else design)
     for parameter in _floats(own):
         parameter.requires_grad_(True)
     own.train(module.training)
-    own.__dict__.update({TEACHER: teacher.requires_grad_(False), RUNTIME: runtime, "edit_path": path})
+    own.__dict__ |= {TEACHER: teacher.requires_grad_(False), "edit_conversion": conversion, "edit_grid_index": grid, "edit_path": path}
     owner, _, name = path.rpartition(".")
     setattr(model.get_submodule(owner), name, own)
+
+
+def converted_sites(model: nn.Module) -> dict[str, ConvertedSite]:
+    """List the converted sites of a model by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ConvertedSite)}
 
 
 def _autocast_is_on(device: str) -> bool:
@@ -107,18 +144,3 @@ def _autocast_is_on(device: str) -> bool:
 
 def _floats(module: nn.Module) -> Iterator[nn.Parameter]:
     yield from (p for p in module.parameters() if p.is_floating_point())
-
-
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def converted_sites(model: nn.Module) -> dict[str, ConvertedSite]:
-    """The converted sites of a model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ConvertedSite)}
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as under FSDP2 (whose module is not imported for the question: it loads torch's compiler)."""
-    return hasattr(tensor, "device_mesh")

@@ -1,35 +1,26 @@
-"""What a student shares with the model it was made from, and which weights are its own."""
+"""Which weights a converted model shares with the model it was made from, and which are its own."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError, EditCompileError, RewriteError
-from edit_compile.student.grid import converted_model
-from edit_compile.student.site import converted_sites, is_sharded
+from edit_compile.student.handle import ConvertedModel, unwrap
+from edit_compile.student.site import converted_sites
+from edit_compile.torch_internals import is_sharded
 
-ORIGINALS = "edit_originals"
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Original(NamedTuple):
-    """A weight outside the sites that the student has a copy of: where the student's is, and the original."""
-
-    owner: nn.Module
-    leaf: str
-    name: str
-    parameter: nn.Parameter
-
-
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree over the same storage: moving or converting the copy leaves the original as it is.
+    """Copy a module tree over the same storage: moving or converting the copy leaves the original as it is.
 
     The copy's parameters are frozen: a step on them would change the original too (see `unshare`). Parameters of a
     class of their own (quantized ones) are copied.
@@ -44,11 +35,6 @@ def shared_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
 
 
-def originals(student: nn.Module) -> list[Original]:
-    """The weights outside the sites that `unshare` has copied."""
-    return student.__dict__.get(ORIGINALS, [])
-
-
 def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
     """Give a converted model weights of its own outside its sites as well, so that they can be trained.
 
@@ -56,7 +42,7 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
     kept for `teacher`, and `save` writes the student's. Call it before an optimizer, DDP or FSDP takes the parameters.
 
     Args:
-        student: a converted model, or a pipeline with one.
+        student: a converted model, or what holds one: a pipeline, DDP, torch.compile, PEFT.
         include: globs over names of parameters outside the sites.
 
     Returns:
@@ -66,64 +52,88 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
         ConfigError: a glob matches no weight outside the sites.
         EditCompileError: the student's weights are sharded or offloaded.
     """
-    model = converted_model(student)
+    model = unwrap(student)
     sites = tuple(f"{path}." for path in converted_sites(model))
     shared = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point() and not n.startswith(sites)]
     for glob in (globs := tuple(include)):
         if not any(fnmatchcase(name, glob) for name, _ in shared):
             raise ConfigError(f"{glob!r} matches no weight outside the converted sites; there are: {_some(n for n, _ in shared)}")
-    found: list[Original] = model.__dict__.setdefault(ORIGINALS, [])
-    done = {original.name for original in found}
+    originals = model.edit_conversion.originals
     copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for name, parameter in shared:
-        if name in done or not any(fnmatchcase(name, glob) for glob in globs):
+        if name in originals or not any(fnmatchcase(name, glob) for glob in globs):
             continue
         if is_sharded(parameter) or parameter.is_meta:
             raise EditCompileError(f"{name} is sharded or offloaded; call edit_compile.unshare before wrapping the model")
         owner, _, leaf = name.rpartition(".")
-        holder = model.get_submodule(owner)
-        found.append(Original(holder, leaf, name, parameter))
-        setattr(holder, leaf, copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone())))
-    return [original.name for original in found]
+        originals[name] = parameter
+        setattr(model.get_submodule(owner), leaf, copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone())))
+    return list(originals)
 
 
-@contextmanager
-def original_weights(student: nn.Module) -> Iterator[None]:
-    """Inside, the weights that `unshare` has copied are the original ones.
+class OriginalWeights:
+    """Gives the teacher of a model that was unshared: a copy of the module tree, over the same weights but those trained.
+
+    Putting the original weights into the model itself for a while would put them into every other call that is running.
+    """
+
+    def __init__(self) -> None:
+        self.made: tuple[Any, nn.Module] | None = None  # and what it was made of: replaced at once, for threads may meet here
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        """Return the copy; a new one whenever the model was moved or cast.
+
+        Raises:
+            EditCompileError: the trained weights are sharded or offloaded.
+        """
+        state, made = [(id(t), t.device, t.dtype) for t in itertools.chain(model.parameters(), model.buffers())], self.made
+        if made is None or made[0] != state:
+            self.made = made = (state, with_original_weights(model))
+        return made[1]
+
+
+def with_original_weights(model: nn.Module) -> nn.Module:
+    """Copy the module tree of a converted model over the same weights and the same handle, with the original weights outside the sites.
 
     Raises:
-        EditCompileError: they are sharded or offloaded.
+        EditCompileError: the trained weights are sharded or offloaded.
     """
-    swaps = originals(student)
-    own = [original.owner._parameters[original.leaf] for original in swaps]
-    for original, parameter in zip(swaps, own, strict=True):
-        if parameter is None or is_sharded(parameter) or parameter.is_meta:
+    assert isinstance(model, ConvertedModel)
+    conversion, own = model.edit_conversion, dict(model.named_parameters(remove_duplicate=False))
+    memo: dict[int, Any] = {id(conversion): conversion, id(conversion.runtime): conversion.runtime}
+    memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    for site in converted_sites(model).values():
+        memo[id(site.edit_teacher)] = site.edit_teacher
+    for name, original in conversion.originals.items():
+        parameter = own[name]
+        if is_sharded(parameter) or parameter.is_meta:
             raise EditCompileError(
-                f"{original.name} was trained, and is sharded or offloaded now: the teacher cannot take its place; "
+                f"{name} was trained, and is sharded or offloaded now: the teacher cannot take its place; "
                 "run the original model as the teacher"
             )
-    try:
-        for original, parameter in zip(swaps, own, strict=True):
-            weight = original.parameter.detach().to(parameter)  # type: ignore[arg-type]
-            original.owner._parameters[original.leaf] = nn.Parameter(weight, requires_grad=False)
-        yield
-    finally:
-        for original, parameter in zip(swaps, own, strict=True):
-            original.owner._parameters[original.leaf] = parameter
+        memo[id(parameter)] = nn.Parameter(original.detach().to(parameter), requires_grad=False)
+    return copy.deepcopy(model, memo)
 
 
-def original_state(student: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model a student was made from."""
-    sites = converted_sites(student)
+def original_state(student: ConvertedModel) -> dict[str, Tensor]:
+    """Make the state dict of the model that a student was made from."""
+    sites, originals = converted_sites(student), student.edit_conversion.originals
     prefixes = tuple(f"{path}." for path in sites)
     state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(prefixes)}
     for path, site in sites.items():
         state |= {f"{path}.{name}": tensor for name, tensor in site.edit_teacher.state_dict().items()}
-    return state | {original.name: original.parameter.detach().to(state[original.name]) for original in originals(student)}
+    return state | {name: original.detach().to(state[name]) for name, original in originals.items()}
+
+
+def trained_tensors(student: ConvertedModel) -> dict[str, Tensor]:
+    """List what is a student's own, by name in its state dict: the state of its sites, and what was unshared."""
+    prefixes, unshared = tuple(f"{path}." for path in converted_sites(student)), student.edit_conversion.originals
+    return {name: t.detach() for name, t in student.state_dict().items() if name.startswith(prefixes) or name in unshared}
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
-    """
+    """Look at all numbers that are here.
+
     Raises:
         RewriteError: a tensor holds NaN or infinity; says which.
     """

@@ -20,10 +20,11 @@ from torch import nn
 import edit_compile as ec
 import toy
 from edit_compile.adapters.load_model import load_model
-from edit_compile.student import checkpoint
+from edit_compile.files import sha256
+from edit_compile.student.checkpoint_format import INDEX
 from edit_compile.student.fingerprint import difference, fingerprint
 from edit_compile.student.site import converted_sites
-from edit_compile.student.weights import original_state
+from edit_compile.student.weights import original_state, trained_tensors
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def call(model):
 
 
 def change(folder, **entries):
-    path = folder / checkpoint.INDEX
+    path = folder / INDEX
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
@@ -83,7 +84,7 @@ def test_the_base_in_half_precision_is_the_same_base(folder, base, dtype):
 
 
 def test_it_holds_only_what_was_added_or_trained(student, folder):
-    names = checkpoint.trained_tensors(student)
+    names = trained_tensors(student)
     assert all(".attn." in name for name in names)
     assert sorted(p.name.split("-")[0] for p in folder.iterdir()) == ["edit_compile", "edit_compile.json"]
     size = sum(t.numel() * t.element_size() for t in names.values())
@@ -194,13 +195,14 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint(student, base, folder,
 
 
 KILLED = """
-import os, random, signal, sys, time
+import os, pathlib, random, signal, sys, time
 import torch
 import edit_compile as ec, toy
-from edit_compile.student import checkpoint
+from edit_compile.student.checkpoint_format import read_index, read_tensors
+from edit_compile.student.weights import trained_tensors
 from safetensors.torch import load_file
 
-folder = checkpoint.Path(sys.argv[1])
+folder = pathlib.Path(sys.argv[1])
 base = toy.Toy(joint=True)
 base.load_state_dict(load_file(sys.argv[2]))
 student = ec.load(folder, base)
@@ -214,14 +216,14 @@ for turn in range(25):
     if child == 0:
         for value in range(1, 1000):
             with torch.no_grad():
-                for parameter in checkpoint.trained_tensors(student).values():
+                for parameter in trained_tensors(student).values():
                     parameter.fill_(1000 * turn + value)
             ec.save(student, folder)
     time.sleep(random.uniform(0, 6 * took))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    tensors = checkpoint._read_tensors(folder, checkpoint._read_index(folder))
-    assert tensors.keys() == checkpoint.trained_tensors(student).keys()
+    tensors = read_tensors(folder, read_index(folder))
+    assert tensors.keys() == trained_tensors(student).keys()
     if turn or kept:
         kept.add(frozenset(v for t in tensors.values() for v in t.unique().tolist()))
 print(max(map(len, kept)), len(kept))
@@ -253,7 +255,7 @@ def test_truncated_tensors(folder, base):
 
 
 def test_truncated_index(folder, base):
-    path = folder / checkpoint.INDEX
+    path = folder / INDEX
     path.write_text(path.read_text()[:200])
     with pytest.raises(ec.CheckpointError, match="cannot be read"):
         ec.load(folder, base)
@@ -262,7 +264,8 @@ def test_truncated_index(folder, base):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"version": 99}, "version 99, this release reads version 1"),
+        ({"version": 99, "package_version": "7.0"}, r"made by version 7\.0 of edit_compile, which .* cannot read"),
+        ({"version": 1, "package_version": "0.0.9"}, r"made by version 0\.0\.9 of edit_compile"),
         ({"tensors": "../other.safetensors"}, "a path outside the folder"),
         ({"tensors": "/etc/passwd"}, "a path outside the folder"),
         ({"tensors": ".."}, "a path outside the folder"),
@@ -289,7 +292,7 @@ def test_missing_and_extra_keys(base, folder, lose, message):
     else:
         tensors["blocks.9.extra"] = torch.zeros(1)
     save_file(tensors, path)
-    change(folder, sha256=checkpoint.sha256(path))
+    change(folder, sha256=sha256(path))
     with pytest.raises(ec.CheckpointError, match=message):
         ec.load(folder, base)
 
@@ -310,7 +313,7 @@ def test_a_link_is_followed_and_its_target_must_be_the_right_file(student, base,
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_corrupt_index_is_an_error_or_harmless(folder, base, data):
-    path = folder / checkpoint.INDEX
+    path = folder / INDEX
     whole = path.read_bytes()
     start = data.draw(st.integers(0, len(whole) - 1))
     stop = min(len(whole), start + data.draw(st.integers(0, 40)))

@@ -17,6 +17,7 @@ from torch import nn
 
 import edit_compile as ec
 import toy
+from edit_compile.student.handle import conversion_of
 from edit_compile.student.site import converted_sites
 from families import FAMILIES
 
@@ -88,9 +89,10 @@ def test_the_teachers_weights_follow_what_it_is_given(student, inputs):
     site = next(iter(converted_sites(student).values()))
     x = torch.randn(2, 5, next(site.edit_teacher.parameters()).shape[-1])
     seen = []
-    site.edit_teacher.forward = lambda x: seen.append(next(site.edit_teacher.parameters()).dtype)
-    site.edit_teach(x.to(torch.bfloat16))
-    site.edit_teach(x)
+    site.edit_teacher.forward = lambda x: None
+    site.edit_teacher.register_forward_pre_hook(lambda module, args: seen.append(next(module.parameters()).dtype))
+    site.edit_teacher_forward(x.to(torch.bfloat16))
+    site.edit_teacher_forward(x)
     assert seen == [torch.bfloat16, torch.float32]
 
 
@@ -168,11 +170,11 @@ def test_save_pretrained_writes_a_folder_that_both_libraries_read(model, student
 def test_two_grids_of_equal_count_are_told_apart_whatever_memory_their_ids_get():
     model, inputs = FAMILIES["flux"]()
     student = ec.linearize(model, plan=ec.plan(model, example_inputs=inputs))
-    measure = student.edit_runtime.measure
+    source = conversion_of(student).runtime.source
     for height, width in [(5, 7), (7, 5), (35, 1)] * 3:
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
-        assert measure(student, (), {"img_ids": ids}) == (height, width)
+        assert source.sizes(student, (), {"img_ids": ids}, None) == ((height, width),)
         del ids
     with ec.grid(student, 4, 4), pytest.raises(ec.GridError, match=r"stated as 4 x 4 = 16, but there are 35 image tokens"):
         student(**inputs)

@@ -1,0 +1,81 @@
+"""What this package uses of torch beyond its public interface: one function each, checked on torch 2.11 and 2.14.
+
+pyproject.toml pins torch below the first version on which they have not been checked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # torch.compile follows `ContextVar.get`
+NO_BACKWARD = -1  # what `backward_id` gives outside a backward pass
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, as under FSDP2 (whose module is not imported for the question: it loads torch's compiler)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def mark_dynamic(tensor: Tensor) -> None:
+    """Keep all of a tensor's sizes symbolic from the first graph on, without an error where they cannot be; only if dynamo is loaded."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.maybe_mark_dynamic(tensor, list(range(tensor.ndim)))
+
+
+def backward_id() -> int:
+    """Tell the number of the backward pass that is running in this thread, `NO_BACKWARD` if none is. Nested ones have their own."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call a function when the running backward pass has ended; never, if it fails."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def change_count(tensor: Tensor) -> int | None:
+    """Count how often a tensor was written to; None for tensors of inference mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def lerp_all_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Move tensors towards others in place: tensor + weight * (end - tensor)."""
+    torch._foreach_lerp_(tensors, ends, weight)
+
+
+@contextmanager
+def recompile_limit(graphs: int) -> Iterator[None]:
+    """Inside, torch.compile may keep so many graphs of one function."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=graphs):
+        yield
+
+
+@contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Inside, fx notes no stack trace for the nodes of new graphs."""
+    config: Any = torch.fx.config
+    before = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
+
+
+def drop_size_checks(program: ExportedProgram) -> None:
+    """Drop the checks of example sizes that export adds to the module it decomposes: they refer to names it does not define."""
+    program._guards_code = []
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether `module.compile()` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
