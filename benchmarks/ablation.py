@@ -1,7 +1,7 @@
 """Which options make the better student: `python benchmarks/ablation.py --out runs/ablation [--seeds 0 1 2] [--set KEY=VALUE ...]`.
 
 Every row distils demo/mm-dit by the same recipe, with one option changed; what is given is explained in distillation.py, which also
-compares with and without the warm start. Finished runs are kept in `OUT`, so a rerun continues, and seeds may run side by side
+compares with and without the layerwise fit. Finished runs are kept in `OUT`, so a rerun continues, and seeds may run side by side
 (`--seeds 0` and `--seeds 1`, then `--seeds 0 1` for both; `--rows` likewise); `OUT/table.md` is written anew after each.
 """
 

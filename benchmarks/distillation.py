@@ -1,11 +1,11 @@
-"""How good a distilled student is, and what the warm start brings: `python benchmarks/distillation.py --out runs/distillation`.
+"""How good a distilled student is, and what the layerwise fit brings: `python benchmarks/distillation.py --out runs/distillation`.
 
-Both demo models, by their recipes, with and without the layer-wise warm start at equal training time, several seeds. Given are the
-held-out relative output error (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) and prompt adherence on
+Both demo models, by their recipes, with and without the layerwise fit at equal training time, several seeds. Reported are the
+relative validation error (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) and prompt adherence on
 the same 200 held-out captions and seeds as the teacher's.
 
-Equal time is a number of steps: without the warm start the stage gets as many more as take its time, by the medians of short runs of
-both, in turns, before anything else. So the comparison holds on a busy machine too, and models may run side by side
+Equal time is a number of steps: without the layerwise fit the stage gets as many more as take its time, by the medians of short runs of
+both, alternating, before anything else. So the comparison holds on a busy machine too, and models may run side by side
 (`--models mm-dit` and `--models dit`, each with a folder). Finished runs are kept in `OUT`, so a rerun continues; `OUT/table.md` is
 written anew after each.
 """
@@ -71,7 +71,7 @@ def of_teacher(name: str, folder: Path) -> PromptAdherence:
 
 
 def seconds_per_step(recipe: str, folder: Path) -> dict[str, float]:
-    """Of the warm start and of the stage, medians over short runs of both in turns; measured now unless it was before."""
+    """Measure the layerwise fit and the stage, unless that was done before: medians over short, alternating runs of both."""
     finished = folder / "seconds_per_step.json"
     if not finished.exists():
         seconds: dict[str, list[float]] = {"layerwise fit": [], "stage 0": []}
@@ -85,8 +85,8 @@ def seconds_per_step(recipe: str, folder: Path) -> dict[str, float]:
     return json.loads(finished.read_text())
 
 
-def steps_without_warm_start(name: str, seconds: dict[str, float]) -> int:
-    """How many steps of the stage take as long as a recipe's warm start and stage together."""
+def steps_without_layerwise_fit(name: str, seconds: dict[str, float]) -> int:
+    """Count the steps of the stage that take as long as a recipe's layerwise fit and stage together."""
     recipe = load_recipe(name)
     assert recipe.layerwise is not None
     return recipe.stages[0].steps + round(recipe.layerwise.steps * seconds["layerwise fit"] / seconds["stage 0"])
@@ -102,10 +102,10 @@ def summary(runs: list[Run]) -> str:
 
 
 def table(teachers: dict[str, PromptAdherence], runs: dict[tuple[str, bool], list[Run]]) -> str:
-    lines = [f"| model | warm start | {COLUMNS}", "|---" * 8 + "|"]
+    lines = [f"| model | layerwise fit | {COLUMNS}", "|---" * 8 + "|"]
     for name, drawn in teachers.items():
         lines.append(f"| {name}, teacher | | | | 0 | {drawn.colour_and_place:.1%} | {drawn.shape:.1%} | |")
-        lines += [f"| {name} | {'yes' if warm else 'no'} | {summary(found)}" for (model, warm), found in runs.items() if model == name]
+        lines += [f"| {name} | {'yes' if fitted else 'no'} | {summary(found)}" for (model, fitted), found in runs.items() if model == name]
     return "\n".join([*lines, ""])
 
 
@@ -119,11 +119,11 @@ def main() -> None:
     timed = {name: seconds_per_step(f"demo-{name}", args.out / name) for name in args.models}
     teachers = {f"demo/{name}": of_teacher(name, args.out / name) for name in args.models}
     runs: dict[tuple[str, bool], list[Run]] = {}
-    for warm, seed, name in itertools.product((True, False), range(args.seeds), args.models):
-        longer = ["layerwise=null", f"stages.0.steps={steps_without_warm_start(f'demo-{name}', timed[name])}"]
-        folder = args.out / name / f"{'warm' if warm else 'cold'}-{seed}"
-        made = run(f"demo-{name}", folder, [*([] if warm else longer), f"seed={seed}"])
-        runs.setdefault((f"demo/{name}", warm), []).append(made)
+    for fitted, seed, name in itertools.product((True, False), range(args.seeds), args.models):
+        longer = ["layerwise=null", f"stages.0.steps={steps_without_layerwise_fit(f'demo-{name}', timed[name])}"]
+        folder = args.out / name / f"{'fitted' if fitted else 'plain'}-{seed}"
+        made = run(f"demo-{name}", folder, [*([] if fitted else longer), f"seed={seed}"])
+        runs.setdefault((f"demo/{name}", fitted), []).append(made)
         (args.out / "table.md").write_text(table(teachers, runs))
         print(table(teachers, runs), flush=True)
 

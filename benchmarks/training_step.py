@@ -32,7 +32,7 @@ from edit_compile.adapters.denoise import denoise
 from edit_compile.adapters.load_model import load_model
 from edit_compile.bench import Timing, peak_memory
 from edit_compile.distillation import Recipe, distill, load_recipe
-from edit_compile.distillation.data import Request, open_source
+from edit_compile.distillation.data import BatchRequest, open_source
 
 UNCOUNTED = 3  # steps at the beginning
 MEASURED = (
@@ -74,8 +74,8 @@ class Watch:
     def _inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         stage, device = self.recipe.stages[0], next(self.student.parameters()).device
         source = open_source(self.recipe.data, self.student, self.recipe.seed)
-        batch = source.batch(Request(0, stage.global_batch_size, range(stage.global_batch_size), *stage.resolution))
-        found = (batch.pictures, torch.full((stage.global_batch_size,), 500.0), batch.conditions)
+        batch = source.batch(BatchRequest(0, stage.global_batch_size, range(stage.global_batch_size), *stage.resolution))
+        found = (batch.latents, torch.full((stage.global_batch_size,), 500.0), batch.conditions)
         return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, found)
 
 
@@ -126,7 +126,7 @@ def report(name: str, changes: list[str], steps: int) -> str:
     step, bare, ratio = timed(recipe(f"stages.0.steps={steps + UNCOUNTED + 1}"), copy.deepcopy(student))
     peaks = [memory(recipe("stages.0.steps=2", *losses), copy.deepcopy(student)) for losses in ((), (ALONE,))]
     run, where = recipe(), torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    stage = run.stage[0]
+    stage = run.stages[0]
     command = " ".join(["benchmarks/training_step.py", name, *(f"--set '{change}'" for change in changes)])
     rows = {
         "seconds of a step": (step.median, step.low, step.high),

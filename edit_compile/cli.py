@@ -257,20 +257,20 @@ def distill(
     recipe: str, overrides: tuple[str, ...], dry_run: bool, output: Path | None, push_to_hub: str | None, resume: bool, as_json: bool
 ) -> None:
     """Convert a model and train it to match its teacher. RECIPE: a YAML file, or the name of a shipped recipe."""
-    from edit_compile.distillation.console import print_result, print_trial, showing
-    from edit_compile.distillation.dry_run import trial
+    from edit_compile.distillation.console import print_estimate, print_result, show_progress
+    from edit_compile.distillation.dry_run import dry_run as estimate
     from edit_compile.distillation.output.hub import push_to_hub as push
     from edit_compile.distillation.recipe.load import load_recipe
     from edit_compile.distillation.run import distill as run
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
-        print_trial(trial(resolved), as_json)
+        print_estimate(estimate(resolved), as_json)
         return
     folder = output or Path("runs") / Path(recipe).stem
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, which all run this
     try:
-        with showing(resolved, quiet=as_json or not speaks) as report:
+        with show_progress(resolved, quiet=as_json or not speaks) as report:
             result = run(resolved, folder, resume=resume, report=report)
     except Interrupted as stopped:
         changes = [part for override in overrides for part in ("--set", override)]

@@ -36,8 +36,8 @@ class Pictures:
         pictures = torch.nn.functional.interpolate(coarse, (request.height, request.width), mode="bilinear")
         return Batch(pictures, {"text": noise_for(request.positions, (TEXT, 6), 2, request.split)})
 
-    def pixels(self, pictures):
-        return (pictures / 2 + 0.5).clamp(0, 1)
+    def decode(self, latents):
+        return (latents / 2 + 0.5).clamp(0, 1)
 
 
 def denoise(model, x, times, conditions):

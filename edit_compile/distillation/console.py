@@ -1,4 +1,4 @@
-"""What the user sees of a distillation."""
+"""What the user sees of a distillation on the terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from edit_compile.distillation.dry_run import Trial
-from edit_compile.distillation.output.plot import LOSSES
+from edit_compile.distillation.dry_run import Estimate
+from edit_compile.distillation.recipe.schedule import total_steps
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.run import Result
-from edit_compile.distillation.train.metrics import Row
-from edit_compile.distillation.train.trainer import steps_of
-from edit_compile.report.tables import PlanTable, magnitude, plan_summary
+from edit_compile.distillation.train.losses import loss_names
+from edit_compile.distillation.train.metrics import MetricsRow
+from edit_compile.report.tables import format_si, plan_summary
 
 
 def _console(**options: Any) -> Console:
@@ -27,8 +27,8 @@ def _console(**options: Any) -> Console:
 
 
 @contextmanager
-def showing(recipe: Recipe, *, quiet: bool) -> Iterator[Callable[[Row], None]]:
-    """Gives what takes rows of metrics: a live bar on a terminal, a line a row elsewhere, nothing if quiet."""
+def show_progress(recipe: Recipe, *, quiet: bool) -> Iterator[Callable[[MetricsRow], None]]:
+    """Yield a callback for metric rows: a live bar on a terminal, a line per row elsewhere, nothing if quiet."""
     if quiet or not sys.stderr.isatty():
         yield (lambda row: None) if quiet else (lambda row: print(line_of(row), file=sys.stderr, flush=True))
         return
@@ -40,29 +40,29 @@ def showing(recipe: Recipe, *, quiet: bool) -> Iterator[Callable[[Row], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("measuring", total=steps_of(recipe), losses="")
+        task = bar.add_task("measuring", total=total_steps(recipe), losses="")
         yield lambda row: bar.update(task, completed=row["total"], description=row["phase"], losses=losses_of(row))
 
 
-def line_of(row: Row) -> str:
-    """A row of metrics in words."""
+def line_of(row: MetricsRow) -> str:
+    """Format a row of metrics."""
     return f"{row['phase']}  step {row['step']}/{row['steps']}  {losses_of(row)}"
 
 
-def losses_of(row: Row) -> str:
-    """The losses and the speed of a row."""
-    losses = [f"{name} {row[name]:.5f}" for name in LOSSES if name in row]
+def losses_of(row: MetricsRow) -> str:
+    """Format the losses and the speed of a row."""
+    losses = [f"{name} {row[name]:.5f}" for name in ("loss", *loss_names()) if name in row]
     skipped = [f"{row['skipped']} skipped"] if row["skipped"] else []
     return "  ".join([*losses, *skipped, f"lr {row['lr']:.1e}", f"{row['samples_per_second']:.1f} samples/s"])
 
 
 def print_result(result: Result, as_json: bool) -> None:
-    """The errors before and after, and where the student is."""
+    """Print the errors before and after, and where the student is."""
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
     before, after = result.before, result.after
-    buckets = "  ".join(f"{b.low:.0f}-{b.high:.0f}: {b.error:.4f}" for b in after.buckets)
+    buckets = "  ".join(f"{b.low:.0f}-{b.high:.0f}: {b.error:.4f}" for b in after.bins)
     console = _console()
     console.print(f"held-out relative error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {buckets}")
     for speed in result.speeds:
@@ -71,31 +71,31 @@ def print_result(result: Result, as_json: bool) -> None:
     console.print(f"{result.seconds:.0f} s of training; the student is in {result.folder}")
 
 
-def print_trial(trial: Trial, as_json: bool) -> None:
-    """The resolved recipe, the plan, and the numbers."""
+def print_estimate(estimate: Estimate, as_json: bool) -> None:
+    """Print the resolved recipe, the plan, and the numbers."""
     if as_json:
-        print(json.dumps({**trial.to_dict(), "plan": plan_summary(trial.plan)}, indent=2))
+        print(json.dumps({**estimate.to_dict(), "plan": plan_summary(estimate.plan)}, indent=2))
         return
     console = _console()
-    console.print(yaml.safe_dump(trial.recipe.model_dump(mode="json"), sort_keys=False), markup=False)
-    console.print(PlanTable(trial.plan))
-    console.print(f"{trial.trained:,} of {trial.parameters:,} parameters are trained")
-    kept = f"{_gibibytes(trial.state_bytes)} for weights, gradients, optimizer and moving average"
+    console.print(yaml.safe_dump(estimate.recipe.model_dump(mode="json"), sort_keys=False), markup=False)
+    console.print(estimate.plan)
+    console.print(f"{estimate.trained:,} of {estimate.parameters:,} parameters are trained")
+    kept = f"{_gibibytes(estimate.state_bytes)} for weights, gradients, optimizer and moving average"
     console.print(f"{kept}; with activations, at the peak of a step in one process:")
-    console.print(_phases_table(trial))
-    for name, reason in trial.impossible.items():
+    console.print(_phases_table(estimate))
+    for name, reason in estimate.errors.items():
         console.print(f"{name}: not estimated: {reason}", markup=False)
-    speed = f"{magnitude(round(trial.flops_per_second))}FLOP/s"
-    console.print(f"The time is if everything ran as fast as a large matrix product does here ({speed}); real steps take longer.")
+    speed = f"{format_si(round(estimate.flops_per_second))}FLOP/s"
+    console.print(f"The time assumes the speed of a large matrix product on this machine ({speed}) throughout; real steps take longer.")
 
 
-def _phases_table(trial: Trial) -> Table:
+def _phases_table(estimate: Estimate) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("phase", "pixels", "steps", "samples a step", "in forwards of", "FLOPs a step", "memory", "time at least"):
+    for name in ("phase", "pixels", "steps", "samples per step", "per forward", "FLOPs per step", "memory", "time at least"):
         table.add_column(name, justify="left" if name == "phase" else "right")
-    for phase in trial.phases:
-        counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", magnitude(phase.flops), _gibibytes(phase.bytes))
-        table.add_row(phase.name, f"{phase.height} x {phase.width}", *counts, _duration(trial.least_seconds(phase)))
+    for phase in estimate.phases:
+        counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", format_si(phase.flops), _gibibytes(phase.bytes))
+        table.add_row(phase.name, f"{phase.height} x {phase.width}", *counts, _duration(estimate.least_seconds(phase)))
     return table
 
 

@@ -1,10 +1,9 @@
-"""A dry run: what a recipe would do and need, found out on the model's structure alone, on the meta device."""
+"""A dry run: what a recipe would do and need, worked out from the model's structure alone, on the meta device."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,22 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edit_compile.adapters.denoise import denoise, random_batch
 from edit_compile.adapters.inputs import pixels_per_token
-from edit_compile.adapters.load_model import load_model
-from edit_compile.api import linearize, plan_of
-from edit_compile.bench import matrix_product_speed, peak_memory
-from edit_compile.distillation.context import Context, Sample, trained_parameters
+from edit_compile.api import plan_of
+from edit_compile.bench import matmul_flops_per_second, peak_memory
+from edit_compile.distillation.context import Context, NoisyBatch, trained_parameters
+from edit_compile.distillation.models import make_student
 from edit_compile.distillation.recipe.schedule import Phase, phases_of
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.train.distributed import recompute_blocks
-from edit_compile.distillation.train.features import recording
-from edit_compile.distillation.train.layerwise import fitting
-from edit_compile.distillation.train.losses import distillation_losses
-from edit_compile.distillation.train.modes import only_trainable
+from edit_compile.distillation.train.layerwise import layerwise_fit
+from edit_compile.distillation.train.step import measure_losses
+from edit_compile.distillation.train.train_context import only_trainable
 from edit_compile.errors import GridError, NoExampleInputsError
 from edit_compile.ir.plan import Plan
-from edit_compile.passes.capture import stand_in
+from edit_compile.passes.capture import meta_copy
 from edit_compile.passes.native_attention import native_attention
-from edit_compile.student.checkpoint import INDEX, load
 from edit_compile.student.grid import grid
 from edit_compile.student.site import converted_sites
 
@@ -38,14 +35,14 @@ _MOMENTS = {"adamw": 8, "adamw-8bit": 2}  # bytes of both
 
 @dataclass(frozen=True)
 class PhaseEstimate:
-    """A warm start or stage, in one process.
+    """A layerwise fit or stage, in one process.
 
     Attributes:
-        height, width: of its pictures in pixels.
-        samples: of a step; `micro_batch` of a forward.
-        flops: of a step: teacher, student, backward pass, and what checkpointing computes again.
-        bytes: at the peak of a step: weights, gradients, optimizer, moving average, activations. What kernels use for themselves
-            comes on top.
+        height, width: of its images, in pixels.
+        samples, micro_batch: samples per step, and per forward.
+        flops: of a step: teacher, student, backward pass, and what checkpointing recomputes.
+        bytes: at the peak of a step: weights, gradients, optimizer, moving average, activations. The workspaces of kernels come
+            on top.
     """
 
     name: str
@@ -59,14 +56,15 @@ class PhaseEstimate:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Estimate:
     """What a recipe would do.
 
     Attributes:
         parameters, trained: numbers of the student's parameters, and of those trained.
         state_bytes: of all weights, and of gradients, optimizer and moving average of those trained.
-        phases: in order; those that could not be estimated are in `impossible`, with the reason.
-        flops_per_second: of a large matrix product here, which no step exceeds.
+        phases: in order, without those that could not be estimated.
+        errors: why others could not, by the phase's name.
+        flops_per_second: of a large matrix product on this machine, which no step exceeds.
     """
 
     recipe: Recipe
@@ -75,39 +73,40 @@ class Trial:
     trained: int
     state_bytes: int
     phases: tuple[PhaseEstimate, ...]
-    impossible: dict[str, str]
+    errors: dict[str, str]
     flops_per_second: float
 
     def least_seconds(self, phase: PhaseEstimate) -> float:
-        """What a phase takes if every operation is as fast as a large matrix product."""
+        """Compute how long a phase takes if all of it is as fast as a large matrix product."""
         return phase.steps * phase.flops / self.flops_per_second
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the numbers for JSON."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "parameters": self.parameters,
             "trained": self.trained,
             "state_bytes": self.state_bytes,
             "phases": [{**asdict(phase), "least_seconds": self.least_seconds(phase)} for phase in self.phases],
-            "impossible": self.impossible,
+            "impossible": self.errors,
         }
 
 
-def trial(recipe: Recipe) -> Trial:
-    """Work it out without weights, where the model's name allows that.
+def dry_run(recipe: Recipe) -> Estimate:
+    """Estimate a recipe's needs, without weights where the model's name allows that.
 
     Raises:
         DistillError, ModelNotFoundError, PlanError: as the run itself would.
     """
-    student = _student(recipe)
-    structure = stand_in(student, recipe.dtype)
+    student = make_student(recipe, structure_only=True).model
+    structure = meta_copy(student, recipe.dtype)
     trained = trained_parameters(structure, recipe.train)
     number, state = sum(p.numel() for p in trained.values()), _state_bytes(structure, recipe)
     phases: list[PhaseEstimate] = []
-    impossible: dict[str, str] = {}
+    errors: dict[str, str] = {}
     wanted = phases_of(recipe)
     first_stage = next(phase for phase in wanted if phase.losses is not None)
-    with only_trainable(structure, set(trained)), recording(structure), native_attention():
+    with only_trainable(structure, set(trained)), native_attention():
         for phase in wanted:
             if recipe.gradient_checkpointing and phase is first_stage:
                 recompute_blocks(structure)
@@ -116,19 +115,13 @@ def trial(recipe: Recipe) -> Trial:
                 copies = 2 * number if recipe.precision == "bf16" and phase.losses and not recipe.gradient_checkpointing else 0
                 phases.append(_estimate(recipe, structure, phase, state + copies))
             except (GridError, NoExampleInputsError) as error:
-                impossible[phase.name] = str(error)
+                errors[phase.name] = str(error)
     parameters = sum(p.numel() for p in structure.parameters())
-    return Trial(recipe, plan_of(student), parameters, number, state, tuple(phases), impossible, matrix_product_speed(recipe.dtype))
-
-
-def _student(recipe: Recipe) -> nn.Module:
-    if (Path(recipe.model) / INDEX).is_file():
-        return load(recipe.model)
-    return linearize(load_model(recipe.model, structure_only=True).model, recipe.convert)
+    return Estimate(recipe, plan_of(student), parameters, number, state, tuple(phases), errors, matmul_flops_per_second(recipe.dtype))
 
 
 def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
-    """What is kept from step to step. The teacher has its own attention weights, and with `train: all` it is a model of its own."""
+    """Count what is kept between steps. The teacher has its own attention weights; with `train: all` it is a model of its own."""
     frozen = recipe.dtype.itemsize
     trained = {id(p) for p in trained_parameters(structure, recipe.train).values()}
     of_trained = 4 + 4 + _MOMENTS[recipe.optimizer.kind] + (4 if recipe.ema_decay is not None else 0)  # itself, its gradient, ...
@@ -142,9 +135,9 @@ def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) ->
     options, dtype = phase.options, recipe.dtype
     size = options.micro_batch_size or options.global_batch_size
     x, conditions = random_batch(structure, phase.height, phase.width, size, "meta", dtype)
-    sample = Sample(x, torch.empty(size, device="meta", dtype=dtype), conditions, x)
+    batch = NoisyBatch(x, torch.empty(size, device="meta", dtype=dtype), conditions, x)
     step = pixels_per_token(structure)
-    call = partial(_warm_start if phase.losses is None else _stage, _context(recipe, structure), sample, phase)
+    call = partial(_layerwise_step if phase.losses is None else _stage_step, _context(recipe, structure), batch, phase)
     with grid(structure, phase.height // step, phase.width // step):
         with FlopCounterMode(display=False) as counter:
             call()
@@ -157,16 +150,15 @@ def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) ->
 
 
 def _context(recipe: Recipe, structure: nn.Module) -> Context:
-    """A context of the meta device that can run a model, and nothing else."""
+    """Make a context on the meta device that can run a model, and nothing else."""
     nothing = cast(Any, SimpleNamespace(device=torch.device("meta")))
     return Context(recipe, structure, structure, nothing, denoise, nothing, nothing)
 
 
-def _warm_start(context: Context, sample: Sample, phase: Phase) -> None:
-    with fitting(context.student, 1.0):
-        context.predict(context.student, sample)
+def _layerwise_step(context: Context, batch: NoisyBatch, phase: Phase) -> None:
+    with layerwise_fit(context.student, 1.0):
+        context.predict(context.student, batch)
 
 
-def _stage(context: Context, sample: Sample, phase: Phase) -> None:
-    assert phase.losses is not None
-    distillation_losses(context, context.student, sample, phase.losses).total.backward()
+def _stage_step(context: Context, batch: NoisyBatch, phase: Phase) -> None:
+    torch.autograd.backward(measure_losses(context, context.student, batch, phase.losses or {}).total)

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 
-from edit_compile.adapters.load_model import load_model
 from edit_compile.distillation.data.buckets import Shape
-from edit_compile.distillation.data.cache.encode import PictureProducer, PromptProducer, records_of
 from edit_compile.distillation.data.cache.format import Index, read_index, resolution_key
-from edit_compile.distillation.data.cache.write import Producer, Progress, write_cache
-from edit_compile.distillation.data.captioned import CaptionedData
-from edit_compile.distillation.data.opening import encoder_of, prompts_of
-from edit_compile.distillation.data.source import Origin
-from edit_compile.distillation.data.sources.cached import Cached
-from edit_compile.distillation.data.sources.hub import DatasetData, Stream
-from edit_compile.distillation.data.sources.prompts import PromptsData
-from edit_compile.errors import DistillError
-from edit_compile.student.checkpoint import INDEX, base_of
-
-if TYPE_CHECKING:
-    from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.data.cache.write import Progress, write_cache
+from edit_compile.distillation.data.source import SourceContext
+from edit_compile.distillation.data.sources.cached import CachedDataset
+from edit_compile.distillation.models import load_original
+from edit_compile.distillation.recipe.schedule import phases_of
+from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.frozen import dump_except
 
 SHARD_SIZE, BATCH = 128, 8
-_FREE = frozenset({"caption_dropout", "held_out"})  # what may be chosen again when the cache is read
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class CacheReport:
 
     Attributes:
         skipped: what could not be read when it was made, by name, with the reason.
-        damaged: the same for what can no longer be read; empty unless it was verified.
+        damaged: what can no longer be read, likewise; empty unless the cache was verified.
     """
 
     folder: Path
@@ -48,6 +39,7 @@ class CacheReport:
     damaged: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the numbers for JSON."""
         return {**vars(self), "folder": str(self.folder)}
 
 
@@ -60,27 +52,27 @@ def make_cache(
     batch: int = BATCH,
     progress: Progress = lambda written, skipped: None,
 ) -> CacheReport:
-    """Encode a recipe's data. Begun and not finished, it goes on; finished, nothing is done.
+    """Encode a recipe's data. An unfinished cache is continued, a finished one left alone.
 
     Args:
         folder: for recipes with `data: {kind: cached, path: FOLDER}`.
-        samples: at most so many.
-        shard_size: samples of a file, which is also what is lost when the process is killed.
+        samples: the maximum number of samples.
+        shard_size: samples per file; that many may be lost when the process is killed.
         batch: samples encoded or drawn at a time.
         progress: called after each shard with the numbers of samples written and skipped.
 
     Raises:
-        DistillError: the data cannot be encoded, the folder holds another cache or cannot be written.
+        DistillError: the data cannot be encoded, or the folder has another cache or cannot be written.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, base = _teacher(recipe, device)
-    producer = _producer(recipe, Origin(model, recipe.seed, base, device, recipe.dtype), batch)
-    data = recipe.data.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
-    made_from = {"model": recipe.model, "data": data, "precision": recipe.precision, "samples": samples, "shard_size": shard_size}
-    if isinstance(recipe.data, PromptsData):
-        made_from["seed"] = recipe.seed
-    head = {"model": type(model).__name__, "made_from": made_from, "resolutions": resolutions_of(recipe)}
-    index = write_cache(Path(folder), producer, head, shard_size=shard_size, samples=samples, progress=progress)
+    device, data = torch.device("cuda" if torch.cuda.is_available() else "cpu"), recipe.data
+    model, base = load_original(recipe, structure_only=not data.sampled_by_teacher)
+    if data.sampled_by_teacher:
+        model.eval().to(device)
+    producer = data.producer(SourceContext(model, recipe.seed, base, device, recipe.dtype), batch)
+    made_from: dict[str, Any] = {"model": recipe.model, "data": dump_except(data, "cache"), "precision": recipe.precision}
+    made_from |= {"samples": samples, "shard_size": shard_size} | ({"seed": recipe.seed} if data.sampled_by_teacher else {})
+    header = {"model": type(model).__name__, "made_from": made_from, "resolutions": resolutions_of(recipe)}
+    index = write_cache(Path(folder), producer, header, shard_size=shard_size, samples=samples, progress=progress)
     return _report(Path(folder), index, {})
 
 
@@ -90,43 +82,13 @@ def verify_cache(folder: str | Path, recipe: Recipe) -> CacheReport:
     Raises:
         DistillError: there is no finished cache for the recipe's model.
     """
-    model = load_model(_source(recipe), structure_only=True).model
-    return _report(Path(folder), read_index(Path(folder)), Cached(Path(folder), model).damaged())
+    model, _ = load_original(recipe, structure_only=True)
+    return _report(Path(folder), read_index(Path(folder)), CachedDataset(Path(folder), model).damaged())
 
 
 def resolutions_of(recipe: Recipe) -> list[Shape]:
-    """Those that a recipe trains at, in order."""
-    warm = recipe.layerwise.resolution if recipe.layerwise is not None else None
-    return list(dict.fromkeys([*([warm] if warm else []), *(stage.resolution for stage in recipe.stages)]))
-
-
-def _producer(recipe: Recipe, origin: Origin, batch: int) -> Producer:
-    data = recipe.data
-    if isinstance(data, PromptsData):
-        return PromptProducer(prompts_of(data, origin), batch)
-    if isinstance(data, DatasetData) and data.streaming:
-        return PictureProducer(Stream(data, origin.seed, 0).records, encoder_of(data, origin), data.buckets, batch)
-    if isinstance(data, CaptionedData):
-        unreadable: dict[str, str] = {}
-        corpus = data.corpus(unreadable)
-        return PictureProducer(lambda start: records_of(corpus, start), encoder_of(data, origin), data.buckets, batch, unreadable)
-    raise DistillError(f"data.kind: {data.kind} is ready to train on as it is, there is nothing to cache")
-
-
-def _source(recipe: Recipe) -> str:
-    """The name of the model that is the teacher."""
-    converted = (Path(recipe.model) / INDEX).is_file()
-    base = base_of(recipe.model) if converted else recipe.model
-    if base is None:
-        raise DistillError(f"{recipe.model} does not say where its base pipeline is")
-    return base
-
-
-def _teacher(recipe: Recipe, device: torch.device) -> tuple[nn.Module, str]:
-    """The model, with weights only if it has to draw, and where its pipeline is."""
-    draws = isinstance(recipe.data, PromptsData)
-    loaded = load_model(_source(recipe), dtype=recipe.dtype, structure_only=not draws)
-    return loaded.model.eval().to(device) if draws else loaded.model, loaded.pipeline or loaded.source
+    """List the resolutions that a recipe trains at, in order."""
+    return list(dict.fromkeys((phase.height, phase.width) for phase in phases_of(recipe)))
 
 
 def _report(folder: Path, index: Index, damaged: dict[str, str]) -> CacheReport:

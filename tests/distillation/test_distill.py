@@ -46,7 +46,7 @@ def test_it_learns_and_the_folder_holds_the_student(tmp_path):
     stage = {"resolution": [12, 16], "steps": 30, "global_batch_size": 8, "lr": 2e-3}
     result = run(tmp_path, model, layerwise=layerwise, stages=[stage])
     assert result.after.total < 0.3 * result.before.total
-    assert all(after.error < before.error for after, before in zip(result.after.buckets, result.before.buckets, strict=True))
+    assert all(after.error < before.error for after, before in zip(result.after.bins, result.before.bins, strict=True))
     loaded = ec.load(tmp_path, toy_distill.base())
     inputs = toy.inputs(2, 12, 16, toy_distill.TEXT)
     assert torch.equal(loaded(**inputs), result.student(**inputs))
@@ -94,8 +94,8 @@ def test_only_what_is_chosen_is_trained(tmp_path):
 def test_a_batch_that_does_not_divide_is_refused():
     stages = [{"resolution": 12, "steps": 1, "global_batch_size": 4, "micro_batch_size": 2}]
     context = toy_distill.context(toy_distill.student(), SimpleNamespace(num_processes=3, process_index=0), stages=stages)
-    with pytest.raises(ec.DistillError, match="a batch of 4 cannot be divided among 3 processes in forwards of 2"):
-        context.own_rows(4, 2)
+    with pytest.raises(ec.DistillError, match="global_batch_size 4 is not divisible by 3 processes times micro_batch_size 2"):
+        context.local_batch_slices(4, 2)
 
 
 def test_a_model_that_is_not_converted_is_refused(tmp_path):

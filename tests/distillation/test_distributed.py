@@ -72,7 +72,7 @@ def test_the_student_and_its_error_are_those_of_one_process(folder, kind):
     [
         ("XLA", False, "adamw", "XLA is not supported: launch with DDP or with FSDP version 2"),
         ("FSDP", False, "adamw", "FSDP version 1 is not supported: launch with --fsdp_version 2"),
-        ("FSDP", True, "adamw-8bit", "adamw-8bit does not know FSDP's shards"),
+        ("FSDP", True, "adamw-8bit", "adamw-8bit does not support FSDP"),
     ],
 )
 def test_what_cannot_be_distributed_is_refused_before_anything_is_trained(monkeypatch, tmp_path, kind, version2, optimizer, message):

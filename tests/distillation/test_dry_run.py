@@ -19,12 +19,12 @@ from edit_compile.adapters.denoise import denoise
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.bench import peak_memory
 from edit_compile.distillation import Recipe
-from edit_compile.distillation import dry_run as trial
-from edit_compile.distillation.context import Context, Sample, trained_parameters
-from edit_compile.distillation.data import Request, open_source
-from edit_compile.distillation.train.features import recording
-from edit_compile.distillation.train.losses import distillation_losses
-from edit_compile.distillation.train.modes import only_trainable
+from edit_compile.distillation import dry_run as module
+from edit_compile.distillation.context import Context, NoisyBatch, trained_parameters
+from edit_compile.distillation.data import BatchRequest, open_source
+from edit_compile.distillation.models import Student
+from edit_compile.distillation.train.step import measure_losses
+from edit_compile.distillation.train.train_context import only_trainable
 from edit_compile.student.site import converted_sites
 
 SMALL = {
@@ -50,22 +50,22 @@ def tried(name, **options):
     stage = {"resolution": [64, 96], "steps": 7, "global_batch_size": 4, "micro_batch_size": 2}
     recipe = Recipe.model_validate({"model": name, "data": {"kind": "random"}, "stages": [stage]} | options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "_student", lambda recipe: student_of(name))
-        return recipe, trial.trial(recipe)
+        patch.setattr(module, "make_student", lambda recipe, structure_only: Student(student_of(name), None))
+        return recipe, module.dry_run(recipe)
 
 
 def measured(recipe):
     """FLOPs and bytes of one forward and backward of the real model, gradients in place."""
     student, stage = student_of(recipe.model), recipe.stages[0]
     source = open_source(recipe.data, student, 0)
-    batch = source.batch(Request(0, stage.micro_batch_size, range(stage.micro_batch_size), *stage.resolution))
+    batch = source.batch(BatchRequest(0, stage.micro_batch_size, range(stage.micro_batch_size), *stage.resolution))
     context = Context(recipe, student, student, source, denoise, NoiseSchedule("rectified-flow"), Accelerator(cpu=True))
-    sample = Sample(batch.pictures, torch.full((stage.micro_batch_size,), 500.0), batch.conditions, batch.pictures)
+    sample = NoisyBatch(batch.latents, torch.full((stage.micro_batch_size,), 500.0), batch.conditions, batch.latents)
 
     def call():
-        distillation_losses(context, student, sample, stage.losses).total.backward()
+        measure_losses(context, student, sample, stage.losses).total.backward()
 
-    with only_trainable(student, set(trained_parameters(student, recipe.train))), recording(student):
+    with only_trainable(student, set(trained_parameters(student, recipe.train))):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's kernel is not counted
             call()
         return counter.get_total_flops(), peak_memory(call)
@@ -115,7 +115,7 @@ def test_a_warm_start_costs_no_backward_through_the_model():
 def test_a_resolution_that_the_model_cannot_draw_is_named():
     _, found = tried("sd3.5-medium", stages=[{"resolution": [64, 96], "steps": 1}, {"resolution": [64, 100], "steps": 1}])
     assert [phase.name for phase in found.phases] == ["stage 0"]
-    assert "cannot draw 64 x 100 px: both must be multiples of 16" in found.impossible["stage 1"]
+    assert "does not support 64 x 100 px: both sides must be multiples of 16" in found.errors["stage 1"]
 
 
 def test_the_least_time_is_flops_over_speed():

@@ -19,7 +19,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
-from edit_compile.distillation.console import line_of, showing
+from edit_compile.distillation.console import line_of, show_progress
 from edit_compile.distillation.output import hub
 from edit_compile.distillation.recipe import load as recipe_file
 from edit_compile.distillation.train.trackers import chosen_trackers
@@ -60,7 +60,7 @@ def test_the_card_says_what_was_done(result):
     for part in (
         "2 of 2 attention sites",
         f"{result.after.total:.4f}",
-        f"{result.before.buckets[1].error:.4f}",
+        f"{result.before.bins[1].error:.4f}",
         "12 x 16 px",
         "16 x 16 px",
     ):
@@ -94,10 +94,10 @@ def test_split_undoes_mixing(prediction):
 
 def test_rows_are_lines_or_nothing(result, capsys):
     row = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[-1])
-    with showing(toy_distill.recipe(), quiet=False) as report:
+    with show_progress(toy_distill.recipe(), quiet=False) as report:
         report(row)
     assert capsys.readouterr().err.strip() == line_of(row)
-    with showing(toy_distill.recipe(), quiet=True) as report:
+    with show_progress(toy_distill.recipe(), quiet=True) as report:
         report(row)
     assert capsys.readouterr().err == ""
     assert "1 skipped" in line_of({**row, "skipped": 1})
@@ -138,7 +138,7 @@ class Api:
 class Unseen(toy_distill.Pictures):
     """Latents that nothing can decode in the memory there is."""
 
-    def pixels(self, pictures):
+    def decode(self, latents):
         raise torch.OutOfMemoryError("out of memory\nmore")
 
 
@@ -146,7 +146,7 @@ def test_a_picture_that_fails_does_not_cost_the_student(tmp_path, caplog, monkey
     def fail(context):
         raise RuntimeError("no time")
 
-    monkeypatch.setattr(runner, "speeds", fail)
+    monkeypatch.setattr(runner, "measure_speeds", fail)
     common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow"), "source": Unseen()}
     result = distill(toy_distill.recipe(**OPTIONS | {"trackers": []}), tmp_path, student=toy_distill.student(), **common)
     assert result.speeds == ()

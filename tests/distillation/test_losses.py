@@ -12,11 +12,10 @@ from accelerate import Accelerator
 import edit_compile as ec
 import toy_distill
 from edit_compile.adapters.noise_schedule import NoiseSchedule
-from edit_compile.distillation.data import Request
-from edit_compile.distillation.evaluate.validation import held_out_error
-from edit_compile.distillation.recipe.schema import Losses
-from edit_compile.distillation.train.features import recorded, recording, relative_error
-from edit_compile.distillation.train.losses import distillation_losses
+from edit_compile.distillation.data import BatchRequest
+from edit_compile.distillation.evaluate.validation import validate
+from edit_compile.distillation.train.features import captured, relative_error
+from edit_compile.distillation.train.step import measure_losses
 from edit_compile.student.site import converted_sites
 
 H, W = 12, 16
@@ -24,22 +23,20 @@ H, W = 12, 16
 
 @pytest.fixture(scope="module")
 def context():
-    context = toy_distill.context(toy_distill.student(), Accelerator())
-    with recording(context.student):
-        yield context
+    return toy_distill.context(toy_distill.student(), Accelerator())
 
 
 @pytest.fixture(scope="module")
 def sample(context):
-    return context.draw(Request(40, 4, range(4), H, W))
+    return context.noisy_batch(BatchRequest(40, 4, range(4), H, W))
 
 
 def test_each_loss_is_what_it_says(context, sample):
-    weights = Losses(task=0.3, output=2, feature=0.7)
-    measured = distillation_losses(context, context.student, sample, weights)
-    with torch.no_grad(), recorded(context.student) as features:
+    weights = {"task": 0.3, "output": 2, "feature": 0.7}
+    measured = measure_losses(context, context.student, sample, weights)
+    with torch.no_grad(), captured(context.student) as features:
         found = context.predict(context.student, sample).double()
-    with torch.no_grad(), ec.teacher(context.student), recorded(context.student) as targets:
+    with torch.no_grad(), ec.teacher(context.student), captured(context.student) as targets:
         expected = context.predict(context.student, sample).double()
     by_site = {
         path: np.mean(
@@ -63,13 +60,13 @@ def test_each_loss_is_what_it_says(context, sample):
 
 @pytest.mark.parametrize(("weight", "kept"), [({"task": 1}, "task"), ({"output": 1}, "output"), ({"feature": 1}, "feature")])
 def test_without_weight_a_loss_adds_nothing_and_no_teacher_runs(context, sample, weight, kept):
-    measured = distillation_losses(context, context.student, sample, Losses(**{"task": 0, "output": 0, "feature": 0, **weight}))
+    measured = measure_losses(context, context.student, sample, {"task": 0, "output": 0, "feature": 0, **weight})
     assert ("output" in measured.parts) == ("feature" in measured.parts) == (kept != "task")
     assert torch.equal(measured.total.detach(), measured.parts[kept])
 
 
 def test_feature_gradients_reach_the_sites(context, sample):
-    measured = distillation_losses(context, context.student, sample, Losses(task=0, output=0, feature=1))
+    measured = measure_losses(context, context.student, sample, {"task": 0, "output": 0, "feature": 1})
     site = converted_sites(context.student)["blocks.0.attn"]
     (gradient,) = torch.autograd.grad(measured.total, [site.to_q.weight])
     assert gradient.abs().sum() > 0
@@ -77,8 +74,8 @@ def test_feature_gradients_reach_the_sites(context, sample):
 
 def test_the_mean_does_not_depend_on_how_a_batch_is_divided(context):
     def feature(rows):
-        sample = context.draw(Request(8, 4, rows, H, W))
-        return distillation_losses(context, context.student, sample, Losses(task=1, output=1, feature=1)).total.detach()
+        sample = context.noisy_batch(BatchRequest(8, 4, rows, H, W))
+        return measure_losses(context, context.student, sample, {"task": 1, "output": 1, "feature": 1}).total.detach()
 
     torch.testing.assert_close(feature(range(4)), (feature(range(2)) + feature(range(2, 4))) / 2, rtol=1e-5, atol=0)
 
@@ -91,10 +88,10 @@ def test_relative_error_in_half_precision_is_computed_in_float32():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_held_out_error_is_the_formula(context, shift):
     context = dataclasses.replace(context, schedule=NoiseSchedule("rectified-flow", shift=shift))
-    measured = held_out_error(context, H, W)
+    measured = validate(context, H, W)
     samples = context.recipe.validation.samples
     times = context.schedule.timesteps((torch.arange(samples).double() + 0.5) / samples)
-    sample = context.draw(Request(0, samples, range(samples), H, W, "held-out"), times)
+    sample = context.noisy_batch(BatchRequest(0, samples, range(samples), H, W, "validation"), times)
     with torch.no_grad():
         student = context.predict(context.student, sample).double()
         with ec.teacher(context.student):
@@ -106,7 +103,7 @@ def test_held_out_error_is_the_formula(context, shift):
 
     assert measured.samples == samples
     assert measured.total == pytest.approx(error(slice(None)), rel=1e-4)
-    for number, bucket in enumerate(measured.buckets):
+    for number, bucket in enumerate(measured.bins):
         assert bucket.error == pytest.approx(error(slice(4 * number, 4 * number + 4)), rel=1e-4)
         own = times[4 * number : 4 * number + 4]
         assert bucket.low < own.min()
@@ -116,8 +113,8 @@ def test_held_out_error_is_the_formula(context, shift):
 
 
 def test_held_out_samples_are_not_training_samples(context):
-    train = context.draw(Request(0, 2, range(2), H, W))
-    held = context.draw(Request(0, 2, range(2), H, W, "held-out"), train.times)
+    train = context.noisy_batch(BatchRequest(0, 2, range(2), H, W))
+    held = context.noisy_batch(BatchRequest(0, 2, range(2), H, W, "validation"), train.timesteps)
     assert not torch.isclose(train.x, held.x).all(1).any()
 
 
@@ -126,11 +123,11 @@ def test_held_out_error_of_a_teacher_without_trained_weights_is_refused():
     torch.nn.init.zeros_(student.out.weight)
     torch.nn.init.zeros_(student.out.bias)
     with pytest.raises(ec.DistillError, match="the teacher predicts the same value everywhere, or NaN"):
-        held_out_error(toy_distill.context(student, Accelerator()), H, W)
+        validate(toy_distill.context(student, Accelerator()), H, W)
 
 
 def test_held_out_error_of_a_broken_student_is_refused():
     student = toy_distill.student()
     torch.nn.init.constant_(next(iter(converted_sites(student).values())).to_v.weight, torch.nan)
     with pytest.raises(ec.DistillError, match="the student predicts NaN or infinity"):
-        held_out_error(toy_distill.context(student, Accelerator()), H, W)
+        validate(toy_distill.context(student, Accelerator()), H, W)

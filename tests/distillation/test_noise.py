@@ -9,7 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 import edit_compile as ec
 from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule, schedule_of
-from edit_compile.distillation.data.seeding import noise_for, spread
+from edit_compile.distillation.data.seeding import low_discrepancy, noise_for
 
 
 def pictures_and_noise():
@@ -20,7 +20,7 @@ def pictures_and_noise():
 def test_noise_is_a_function_of_the_position():
     whole = noise_for(range(10, 16), (2, 3), 0, "train")
     assert torch.equal(whole, torch.cat([noise_for(range(10, 12), (2, 3), 0, "train"), noise_for(range(12, 16), (2, 3), 0, "train")]))
-    for other in (noise_for(range(10, 16), (2, 3), 1, "train"), noise_for(range(10, 16), (2, 3), 0, "held-out")):
+    for other in (noise_for(range(10, 16), (2, 3), 1, "train"), noise_for(range(10, 16), (2, 3), 0, "validation")):
         assert not torch.isclose(whole, other).any()
     many = noise_for(range(4000), (4,), 0, "train")
     assert abs(many.mean()) < 0.05
@@ -28,10 +28,10 @@ def test_noise_is_a_function_of_the_position():
 
 
 def test_timesteps_are_spread_evenly_and_by_position():
-    u = spread(range(100), 0)
-    assert torch.equal(u[40:50], spread(range(40, 50), 0))
+    u = low_discrepancy(range(100), 0)
+    assert torch.equal(u[40:50], low_discrepancy(range(40, 50), 0))
     assert torch.histc(u.float(), 10, 0, 1).sub(10).abs().max() <= 1
-    assert not torch.equal(u, spread(range(100), 1))
+    assert not torch.equal(u, low_discrepancy(range(100), 1))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -78,7 +78,7 @@ def test_flow_prediction_of_another_scheduler_is_a_flow():
 
 
 def test_timesteps_of_a_discrete_schedule_are_whole_and_in_range():
-    times = default_schedule("epsilon").timesteps(spread(range(5000), 0))
+    times = default_schedule("epsilon").timesteps(low_discrepancy(range(5000), 0))
     assert torch.equal(times, times.round())
     assert times.min() >= 0
     assert times.max() == 999
@@ -94,7 +94,7 @@ def test_logit_normal_times_have_its_quartiles():
     ("config", "message"),
     [
         ({"_class_name": "NoScheduler"}, "has no scheduler 'NoScheduler'"),
-        ({"_class_name": "DDPMScheduler", "prediction_type": "sample"}, "predicts 'sample'; known are: epsilon"),
+        ({"_class_name": "DDPMScheduler", "prediction_type": "sample"}, "predicts 'sample'; known: epsilon"),
     ],
 )
 def test_an_unknown_schedule_says_what_is_known(config, message):

@@ -52,7 +52,7 @@ def test_a_recipe_survives_its_own_dump(file):
             6,
             "stages.1.step: unknown key; did you mean steps? there are: resolution, steps, global_batch_size",
         ),
-        ("{task: 1}", "{tusk: 1}", 7, "stages.1.losses.tusk: unknown key; did you mean task? there are: task, output, feature"),
+        ("{task: 1}", "{tusk: 1}", 7, "stages.1.losses.tusk: unknown loss; did you mean task? there are: task, output, feature"),
         ("steps: 10", "steps: many", 4, "stages.0.steps: 'many': Input should be a valid integer"),
         ("steps: 10", "steps: 0", 4, "stages.0.steps: 0: Input should be greater than 0"),
         ("resolution: 32\n", "resolution: -32\n", 3, "stages.0.resolution.0: -32"),
@@ -62,7 +62,7 @@ def test_a_recipe_survives_its_own_dump(file):
             "model: demo/mm-dit",
             "model: demo/mm-dit\ndata: {kind: pictures}",
             2,
-            "data.kind: 'pictures': no such kind; there are: 'shapes', ",
+            "data.kind: 'pictures': unknown kind of data; there are: ",
         ),
         ("model: demo/mm-dit", "model: demo/mm-dit\ndata: {path: pictures}", 2, "data.kind: Field required"),
         ("model: demo/mm-dit", "model: demo/mm-dit\ndata:\n  kind: images", 2, "data.path: Field required"),
@@ -98,7 +98,7 @@ def test_what_is_wrong_is_named_with_its_line(file, old, new, line, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no recipe"), ("- 1", "holds no recipe"), ("a: [", "is not valid YAML"), ("model: demo/mm-dit", "stages: Field required")],
+    [("", "is not a recipe"), ("- 1", "is not a recipe"), ("a: [", "is not valid YAML"), ("model: demo/mm-dit", "stages: Field required")],
 )
 def test_what_is_no_recipe_says_so(file, text, message):
     with pytest.raises(ec.RecipeError, match=message):
@@ -119,7 +119,7 @@ def test_overrides_reach_their_place_and_nothing_else(steps, lr, number):
 
 
 def test_an_override_makes_sections_that_the_file_lacks(file):
-    assert load_recipe(file(MINIMAL), ["stages.0.losses.task=2", "layerwise.steps=3"]).stages[0].losses.task == 2
+    assert load_recipe(file(MINIMAL), ["stages.0.losses.task=2", "layerwise.steps=3"]).stages[0].losses["task"] == 2
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,17 @@ import edit_compile as ec
 import toy_distill
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
-from edit_compile.distillation.data.prefetch import ahead
+from edit_compile.distillation.data.prefetch import prefetch
 from edit_compile.distillation.output.run_folder import RunFolder
-from edit_compile.distillation.train.checkpoints import checkpoints
-from edit_compile.distillation.train.spike_guard import Guard
-from edit_compile.distillation.train.train_state import Live
+from edit_compile.distillation.train.checkpoints import list_checkpoints
+from edit_compile.distillation.train.spike_guard import SpikeGuard
+from edit_compile.distillation.train.train_state import TrainState
 
 WARM, STAGE, BATCH = 5, 6, 2
 TIMES = ("seconds_per_step", "samples_per_second")
 
 
-class Source(toy_distill.Pictures):
+class DataSource(toy_distill.Pictures):
     """Calls `at` when the batch of a position is asked for."""
 
     def __init__(self, at=None):
@@ -50,7 +50,7 @@ def run(folder, at=None, resume=False, change=None, **options):
         "layerwise": {"steps": WARM, "global_batch_size": BATCH},
         "validation": {"samples": 2, "batch_size": 2, "timestep_bins": 1},
     }
-    source = Source(at)
+    source = DataSource(at)
     source.concurrent = False
     recipe = toy_distill.recipe(**phases | {"save_every": 2, "log_every": 1} | options)
     flow, student = NoiseSchedule("rectified-flow"), toy_distill.student()
@@ -125,7 +125,7 @@ def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("bitsandbytes.optim.AdamW8bit", small)
     options = {"optimizer": {"kind": "adamw-8bit"}}
     whole = run(tmp_path / "whole", **options)
-    state = load_file(checkpoints(unfinished(tmp_path / "stopped", **options) / "checkpoints")[-1] / "state.safetensors")
+    state = load_file(list_checkpoints(unfinished(tmp_path / "stopped", **options) / "checkpoints")[-1] / "state.safetensors")
     assert torch.uint8 in {value.dtype for name, value in state.items() if name.startswith("optimizer:")}
     again = run(tmp_path / "stopped", resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.student.parameters(), again.student.parameters(), strict=True))
@@ -135,7 +135,7 @@ def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
 def test_what_is_restored_goes_to_its_parameters_device():
     """Fused AdamW counts its steps on the device; a checkpoint has been on the CPU."""
     before, after = (torch.nn.Linear(3, 2, device=device) for device in ("cpu", "meta"))
-    saved, restored = (Live(dict(m.named_parameters()), torch.optim.AdamW(m.parameters()), None) for m in (before, after))
+    saved, restored = (TrainState(dict(m.named_parameters()), torch.optim.AdamW(m.parameters()), None) for m in (before, after))
     before(torch.ones(1, 3)).sum().backward()
     saved.step(1e-3)
     restored.load(saved.tensors(), saved.numbers())
@@ -145,21 +145,21 @@ def test_what_is_restored_goes_to_its_parameters_device():
 
 def test_checkpoints_are_rotated(tmp_path):
     unfinished(tmp_path, keep_last=3)
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["00000004", "00000006", "00000008"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["00000004", "00000006", "00000008"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000006", "00000008"]
 
 
 def test_a_finished_run_leaves_no_checkpoints(tmp_path):
     run(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
-    with pytest.raises(ec.DistillError, match="holds a finished run: there is nothing to resume"):
+    with pytest.raises(ec.DistillError, match="has a finished run: there is nothing to resume"):
         run(tmp_path, resume=True)
     run(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["tensors", "json", "version"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, straight, damage, caplog):
-    newest = checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
+    newest = list_checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
     if damage == "tensors":
         path = newest / "state.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -169,14 +169,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, str
         content = json.loads((newest / "state.json").read_text())
         (newest / "state.json").write_text(json.dumps(content | {"version": 99}))
     result = run(tmp_path, resume=True)
-    assert f"{newest} is damaged" in caplog.text
+    assert f"checkpoint {newest} cannot be used" in caplog.text
     assert same(result, straight)
 
 
 def test_all_damaged_is_an_error(tmp_path):
-    for path in checkpoints(unfinished(tmp_path) / "checkpoints"):
+    for path in list_checkpoints(unfinished(tmp_path) / "checkpoints"):
         (path / "state.json").write_text("")
-    with pytest.raises(ec.DistillError, match=r"all checkpoints in .* are damaged"):
+    with pytest.raises(ec.DistillError, match=r"no checkpoint in .* can be used"):
         run(tmp_path, resume=True)
 
 
@@ -206,7 +206,7 @@ def test_forwards_may_be_smaller_when_a_run_goes_on(tmp_path, straight):
 
 def test_another_run_is_not_overwritten(tmp_path):
     unfinished(tmp_path)
-    with pytest.raises(ec.DistillError, match="holds an unfinished run: continue it with --resume"):
+    with pytest.raises(ec.DistillError, match="has an unfinished run: continue it with --resume"):
         run(tmp_path)
     with pytest.raises(ec.DistillError, match=r"another recipe: seed \(0 then, 1 now\)"):
         run(tmp_path, resume=True, seed=1)
@@ -235,7 +235,7 @@ class Broken(toy_distill.Pictures):
     def batch(self, request):
         batch = super().batch(request)
         if request.split == "train" and request.position in self.positions:
-            batch.pictures[:] = math.nan
+            batch.latents[:] = math.nan
         return batch
 
 
@@ -254,34 +254,37 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_last_checkpoint(tmp_path):
     stage = {"resolution": [12, 16], "steps": 12, "global_batch_size": 1}
     recipe = toy_distill.recipe(stages=[stage], layerwise=None, max_skipped_steps=2, save_every=4)
     common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow")}
-    with pytest.raises(ec.DistillError, match=r"stage 0, step 8: its loss is nan; .*2 steps before it.*last good checkpoint is .*00000004"):
+    with pytest.raises(
+        ec.DistillError,
+        match=r"stage 0, step 8: its loss is nan; .*the previous 2 steps were skipped too.*last good checkpoint is .*00000004",
+    ):
         distill(recipe, tmp_path, student=toy_distill.student(), source=Broken(set(range(5, 12))), **common)
 
 
 def test_an_exploding_loss_is_left_out():
-    guard = Guard()
+    guard = SpikeGuard()
     for _ in range(30):
         guard, reason = guard.after(1.0, 1.0, 10)
         assert reason is None
     guard, reason = guard.after(11.0, 1.0, 10)
     assert reason == "its loss 11 is more than 10 times the recent 1"
-    assert guard.skipped_in_a_row == 1
-    assert guard.typical == pytest.approx(1)
+    assert guard.consecutive_skips == 1
+    assert guard.loss_ema == pytest.approx(1)
     guard, reason = guard.after(9.0, 1.0, 10)
     assert reason is None
-    assert guard.skipped_in_a_row == 0
+    assert guard.consecutive_skips == 0
     assert guard.after(1.0, math.inf, 10)[1] == "its gradient's norm is inf"
 
 
 def test_prefetching_keeps_order_and_errors():
-    assert list(ahead(lambda x: x * x, range(20))) == [x * x for x in range(20)]
+    assert list(prefetch(lambda x: x * x, range(20))) == [x * x for x in range(20)]
 
     def draw(x):
         if x == 3:
             raise ValueError("three")
         return x
 
-    found = ahead(draw, range(10))
+    found = prefetch(draw, range(10))
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(found)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: shapes of about equal area, so that pictures keep most of what they show when a batch needs one shape."""
+"""Aspect-ratio buckets: shapes of about equal area, so that images keep most of what they show when a batch needs one shape."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ _STEPS_PER_SIDE = 16
 
 
 class Buckets(Frozen):
-    """The shapes of pictures at a stage's resolution.
-
-    Attributes:
-        max_ratio: of the longer side to the shorter one.
-        multiple: sides are multiples of it. Default: a sixteenth of the resolution's side, such as 64 at 1024 pixels, so that
-            the ratios are the same at every resolution, and a multiple of what the model can divide.
-    """
+    """The shapes of images at a stage's resolution."""
 
     max_ratio: Annotated[float, Field(ge=1, le=16)] = 2.0
+    """Of the longer side to the shorter one."""
     multiple: PositiveInt | None = None
+    """Sides are multiples of it. Default: about a sixteenth of the resolution's side (64 at 1024 pixels), so that the ratios are
+    the same at every resolution, and a multiple of what the model can divide."""
 
 
 @lru_cache
 def bucket_shapes(height: int, width: int, granularity: int, buckets: Buckets | None) -> tuple[Shape, ...]:
-    """The shapes for a resolution, from flat to tall: the resolution itself, and shapes of at most its area.
+    """List the shapes for a resolution, from flat to tall: the resolution itself, and shapes of at most its area.
 
     Args:
         granularity: sides must be multiples of it.
@@ -60,17 +57,17 @@ def _default_multiple(side: float, granularity: int) -> int:
 
 
 def nearest_shape(size: Shape, shapes: Sequence[Shape]) -> Shape:
-    """The shape whose ratio is nearest to that of a picture's size, the larger one of equals."""
+    """Return the shape whose ratio is nearest to that of an image's size; of equally near ones, the largest."""
     ratio = math.log(size[0] / size[1])
     return min(shapes, key=lambda shape: (abs(math.log(shape[0] / shape[1]) - ratio), -shape[0] * shape[1], shape))
 
 
-def fitted(picture: Image.Image, shape: Shape) -> Image.Image:
-    """The picture scaled until it covers the shape, and cropped at the centre to it."""
+def fitted(image: Image.Image, shape: Shape) -> Image.Image:
+    """Scale an image until it covers the shape, and crop it to it at the centre."""
     height, width = shape
-    scale = max(height / picture.height, width / picture.width)
+    scale = max(height / image.height, width / image.width)
     if scale != 1:
-        size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

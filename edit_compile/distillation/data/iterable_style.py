@@ -1,4 +1,4 @@
-"""A source over a stream: records are read in order, a window of batches at a time."""
+"""Sources over a stream: records are read in order, a window of batches at a time."""
 
 from __future__ import annotations
 
@@ -6,32 +6,44 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
+from typing import Protocol
 
 from torch import Tensor
 
 from edit_compile.distillation.data.buckets import Buckets, Shape, bucket_shapes, nearest_shape
-from edit_compile.distillation.data.captioned import Encoder, encoded, prepared
-from edit_compile.distillation.data.records import Record, Unreadable, note, size_of, some_of
-from edit_compile.distillation.data.seeding import seed_of
-from edit_compile.distillation.data.source import Batch, Request
-from edit_compile.distillation.data.sources.hub import Found, Stream
+from edit_compile.distillation.data.encoding import Encoder, encode, prepare
+from edit_compile.distillation.data.records import BadSample, NamedRecord, Record, log_skip, size_of, summarize
+from edit_compile.distillation.data.seeding import drops_caption
+from edit_compile.distillation.data.source import Batch, BatchRequest
 from edit_compile.errors import DistillError
 
 _WINDOW = 16  # batches
 Sized = tuple[Record, Shape]
 
 
-class Streamed:
-    """Batches from a stream.
+class RecordStream(Protocol):
+    """Records that can only be read in order."""
 
-    The records of a window of batches are sorted by their pictures' ratios, and each batch takes the bucket that its median
-    ratio is nearest to: so all records are used, none waits for others of its ratio, and a batch depends on its window alone.
-    A window before the one at hand is reached by reading the stream again.
+    def held_out(self) -> Iterator[NamedRecord]:
+        """Yield those that are never trained on."""
+        ...
+
+    def epoch(self, number: int) -> Iterator[NamedRecord]:
+        """Yield all others, in an order that may differ by epoch."""
+        ...
+
+
+class IterableSource:
+    """A source over a stream.
+
+    The records of a window of batches are sorted by the aspect ratios of their images, and each batch takes the bucket nearest
+    to its median ratio. So all records are used, none waits for others of its ratio, and a batch depends on its window alone.
+    An earlier window is reached by reading the stream again.
     """
 
     concurrent = True
 
-    def __init__(self, stream: Stream, encoder: Encoder, buckets: Buckets | None, seed: int, caption_dropout: float) -> None:
+    def __init__(self, stream: RecordStream, encoder: Encoder, buckets: Buckets | None, seed: int, caption_dropout: float) -> None:
         self.stream, self.encoder, self.buckets, self.seed, self.caption_dropout = stream, encoder, buckets, seed, caption_dropout
         self.skipped: dict[str, str] = {}
         self._reader, self._read = self._endless(), 0
@@ -41,37 +53,44 @@ class Streamed:
     def check(self, height: int, width: int) -> None:
         bucket_shapes(height, width, self.encoder.granularity, self.buckets)
 
-    def batch(self, request: Request) -> Batch:
-        if request.split == "held-out":
-            chosen, others = self._held_out_records(request.rows)
-        else:
-            window, which = divmod(request.position // request.size, _WINDOW)
-            batches = self._batches(window, request.size)
-            chosen = [batches[which][row] for row in request.rows]
-            others = [record for batch in (*batches[which:], *batches[:which]) for record in batch]
+    def batch(self, request: BatchRequest) -> Batch:
+        return self._validation_batch(request) if request.split == "validation" else self._training_batch(request)
+
+    def decode(self, latents: Tensor) -> Tensor | None:
+        return self.encoder.decode(latents)
+
+    def _training_batch(self, request: BatchRequest) -> Batch:
+        window, number = divmod(request.position // request.size, _WINDOW)
+        batches = self._batches(window, request.size)
+        fallbacks = [record for batch in (*batches[number:], *batches[:number]) for record in batch]
+        return self._encoded(request, batches[number], [batches[number][row] for row in request.rows], fallbacks)
+
+    def _validation_batch(self, request: BatchRequest) -> Batch:
+        if self._held_out is None:
+            self._held_out = sorted(self._sized(self.stream.held_out()), key=lambda record: _ratio(record[1]))
+            if not self._held_out:
+                raise self._nothing_left()
+        records = self._held_out
+        chosen = [records[row % len(records)] for row in request.rows]
+        return self._encoded(request, chosen, chosen, records)
+
+    def _encoded(self, request: BatchRequest, batch: Sequence[Sized], chosen: Sequence[Sized], fallbacks: Sequence[Sized]) -> Batch:
+        """Encode the chosen records in the shape of their batch; those that cannot be read are replaced."""
         shapes = bucket_shapes(request.height, request.width, self.encoder.granularity, self.buckets)
-        whole = chosen if request.split == "held-out" else batches[which]
-        shape = nearest_shape(sorted((size for _, size in whole), key=_ratio)[len(whole) // 2], shapes)
-        samples = [
-            self._first([record, *others], shape, self._is_empty(request, position))
-            for record, position in zip(chosen, request.positions, strict=True)
-        ]
-        return encoded(self.encoder, samples, shape)
+        shape = nearest_shape(sorted((size for _, size in batch), key=_ratio)[len(batch) // 2], shapes)
+        samples = []
+        for record, position in zip(chosen, request.positions, strict=True):
+            dropped = drops_caption(self.caption_dropout, self.seed, request.split, position)
+            samples.append(self._first_readable([record, *fallbacks], shape, drop_caption=dropped))
+        return encode(self.encoder, samples, shape)
 
-    def pixels(self, pictures: Tensor) -> Tensor | None:
-        return self.encoder.decode(pictures)
-
-    def _first(self, candidates: Sequence[Sized], shape: Shape, empty: bool) -> tuple[Tensor, str]:
-        """The first that can be read."""
-        for record, _ in candidates:
+    def _first_readable(self, records: Sequence[Sized], shape: Shape, *, drop_caption: bool) -> tuple[Tensor, str]:
+        for record, _ in records:
             try:
-                return prepared(record, shape, self.encoder, empty)
-            except Unreadable as reason:
-                note(self.skipped, record.name, reason)
+                return prepare(record, shape, self.encoder, drop_caption=drop_caption)
+            except BadSample as reason:
+                log_skip(self.skipped, record.name, reason)
         raise self._nothing_left()
-
-    def _is_empty(self, request: Request, position: int) -> bool:
-        return request.split == "train" and seed_of(self.seed, "empty", position) / 2**56 < self.caption_dropout
 
     def _batches(self, window: int, size: int) -> list[list[Sized]]:
         if self._window is None or self._window[0] != (window, size):
@@ -80,21 +99,13 @@ class Streamed:
                 self._reader, self._read = self._endless(), 0
             records = list(islice(self._reader, start - self._read, start - self._read + _WINDOW * size))
             self._read = start + len(records)
-            mixer = random.Random(f"{self.seed}/window/{window}")
-            mixer.shuffle(records)
+            shuffler = random.Random(f"{self.seed}/window/{window}")
+            shuffler.shuffle(records)
             records.sort(key=lambda record: _ratio(record[1]))
             batches = [records[i : i + size] for i in range(0, len(records), size)]
-            mixer.shuffle(batches)
+            shuffler.shuffle(batches)
             self._window = (window, size), batches
         return self._window[1]
-
-    def _held_out_records(self, rows: range) -> tuple[list[Sized], list[Sized]]:
-        if self._held_out is None:
-            self._held_out = sorted(self._sized(self.stream.held_out()), key=lambda record: _ratio(record[1]))
-            if not self._held_out:
-                raise self._nothing_left()
-        records = self._held_out
-        return [records[row % len(records)] for row in rows], records
 
     def _endless(self) -> Iterator[Sized]:
         for number in count():
@@ -105,17 +116,17 @@ class Streamed:
             if empty:
                 raise self._nothing_left()
 
-    def _sized(self, found: Iterator[Found]) -> Iterator[Sized]:
-        for name, record in found:
+    def _sized(self, records: Iterator[NamedRecord]) -> Iterator[Sized]:
+        for name, record in records:
             try:
-                if isinstance(record, Unreadable):
+                if isinstance(record, BadSample):
                     raise record
                 yield record, size_of(record)
-            except Unreadable as reason:
-                note(self.skipped, name, reason)
+            except BadSample as reason:
+                log_skip(self.skipped, name, reason)
 
     def _nothing_left(self) -> DistillError:
-        return DistillError(f"the stream has nothing that can be read besides what data.held_out keeps back; {some_of(self.skipped)}")
+        return DistillError(f"the stream has nothing readable besides the held-out samples (data.held_out); {summarize(self.skipped)}")
 
 
 def _ratio(size: Shape) -> float:

@@ -1,4 +1,4 @@
-"""Drawing samples ahead of their use, in another thread. Data is a function of the position, so nothing changes by it."""
+"""Preparing batches ahead of their use, in another thread. Data depends on the position alone, so the results are the same."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
-Drawn = TypeVar("Drawn")
+Made = TypeVar("Made")
 
 
-def ahead(draw: Callable[[Item], Drawn], items: Iterable[Item], depth: int = 2) -> Iterator[Drawn]:
-    """`map(draw, items)`, up to `depth` results ahead. Errors come where the result would."""
-    waiting: deque[Future[Drawn]] = deque()
+def prefetch(make: Callable[[Item], Made], items: Iterable[Item], depth: int = 2) -> Iterator[Made]:
+    """Yield `map(make, items)`, computed up to `depth` results ahead. Errors are raised where the result would be yielded."""
+    waiting: deque[Future[Made]] = deque()
     remaining = iter(items)
     with ThreadPoolExecutor(1, "edit_compile-data") as pool:
         try:
             for item in islice(remaining, depth):
-                waiting.append(pool.submit(draw, item))
+                waiting.append(pool.submit(make, item))
             while waiting:
-                drawn = waiting.popleft().result()
-                waiting.extend(pool.submit(draw, item) for item in islice(remaining, 1))
-                yield drawn
+                made = waiting.popleft().result()
+                waiting.extend(pool.submit(make, item) for item in islice(remaining, 1))
+                yield made
         finally:
             for future in waiting:
                 future.cancel()

@@ -1,4 +1,4 @@
-"""Seeds, noise and low-discrepancy numbers: functions of a sample's position, so that nothing about them has to be saved or shared."""
+"""Seeds, noise and low-discrepancy numbers: functions of a sample's position, so that none of them has to be saved or shared."""
 
 from __future__ import annotations
 
@@ -12,17 +12,30 @@ _GOLDEN = 0.6180339887498949
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that differs wherever the parts differ."""
+    """Return a seed that differs wherever the parts differ."""
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
 
 
+def uniform(*parts: object) -> float:
+    """Return a number in [0, 1) that differs wherever the parts differ."""
+    return seed_of(*parts) / 2**56
+
+
+def drops_caption(share: float, seed: int, split: str, position: int) -> bool:
+    """Whether the sample of a position is trained with the empty caption, as a share of them is."""
+    return split == "train" and uniform(seed, "empty", position) < share
+
+
 def noise_for(positions: Sequence[int], shape: Sequence[int], seed: int, split: str) -> Tensor:
-    """Standard normal noise, (len(positions), *shape), each row seeded by its position."""
+    """Draw standard normal noise, (len(positions), *shape), each row seeded by its position."""
     rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed_of(seed, split, p))) for p in positions]
     return torch.stack(rows)
 
 
-def spread(positions: Sequence[int], seed: int) -> Tensor:
-    """A number in (0, 1) for each position, (B,) float64: neighbours are spread evenly (additive recurrence by the golden ratio)."""
-    start = seed_of(seed, "spread") / 2**56
+def low_discrepancy(positions: Sequence[int], seed: int) -> Tensor:
+    """Return a number in (0, 1) for each of B positions, (B,) float64, neighbours spread evenly.
+
+    It is an additive recurrence by the golden ratio.
+    """
+    start = uniform(seed, "spread")
     return torch.tensor([(start + p * _GOLDEN) % 1 for p in positions], dtype=torch.float64).clamp(1e-6, 1 - 1e-6)

@@ -1,4 +1,4 @@
-"""What the runner asks of data, and what it gets."""
+"""What the run asks of its data, and what it gets."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-Split = Literal["train", "held-out"]
+Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchRequest:
     """Rows of a global batch.
 
     Attributes:
-        position: how many samples the stream has given before this batch.
+        position: how many samples of the stream come before this batch.
         size: samples in the global batch.
-        rows: those wanted, within `range(size)`.
-        height, width: of the pictures, in pixels. A source with aspect-ratio buckets may answer with another shape of
+        rows: the rows wanted, within `range(size)`.
+        height, width: of the images, in pixels. A source with aspect-ratio buckets may answer with another shape of
             about this area, the same for all rows of a batch.
-        split: "held-out" samples are never seen in training.
+        split: "validation" samples are never seen in training.
     """
 
     position: int
@@ -33,7 +33,7 @@ class Request:
 
     @property
     def positions(self) -> range:
-        """The wanted rows' positions in the stream."""
+        """The positions of the wanted rows in the stream."""
         return range(self.position + self.rows.start, self.position + self.rows.stop)
 
 
@@ -42,22 +42,22 @@ class Batch:
     """What the transformer is trained on.
 
     Attributes:
-        pictures: (B, C, H, W), clean, in the model's latent space and scale, on the CPU.
+        latents: (B, C, H, W), without noise, in the model's latent space and scale, on the CPU.
         conditions: keyword arguments of the model's forward that carry the captions; tensors are (B, ...).
-        captions: in words, if the source knows them; for the eye.
+        captions: as text, if the source knows them, for sample grids.
     """
 
-    pictures: Tensor
+    latents: Tensor
     conditions: dict[str, Any]
     captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Origin:
+class SourceContext:
     """What a source may use of the run.
 
     Attributes:
-        model: the transformer whose conditions are wanted.
+        model: the transformer whose conditions are wanted; if it is converted, its teacher makes what has to be sampled.
         seed: of everything that is random.
         base: where its pipeline is: a folder, a hub id or a demo model's name.
         device, dtype: of encoders.
@@ -70,12 +70,12 @@ class Origin:
     dtype: torch.dtype
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """A deterministic stream of samples.
 
     Attributes:
         skipped: the samples that could not be read so far, by name, with the reason.
-        concurrent: whether `batch` may run in another thread while the model trains: it must not if it calls the model
+        concurrent: whether `batch` may run in another thread while the model trains. It must not if it calls the model
             itself. Random numbers must come from generators of its own either way.
     """
 
@@ -83,20 +83,17 @@ class Source(Protocol):
     concurrent: bool
 
     def check(self, height: int, width: int) -> None:
-        """
-        Raises:
-            DistillError: pictures of this resolution in pixels cannot be had.
-        """
+        """Raise DistillError if there are no images of this resolution in pixels."""
         ...
 
-    def batch(self, request: Request) -> Batch:
-        """The requested rows, in order: a function of the request alone.
+    def batch(self, request: BatchRequest) -> Batch:
+        """Return the requested rows, in order; the answer depends on the request alone.
 
         Raises:
             DistillError: nothing can be read any more.
         """
         ...
 
-    def pixels(self, pictures: Tensor) -> Tensor | None:
-        """Pictures of the model's space (B, C, H, W) for the eye: (B, 3, height, width) in [0, 1]. None if nothing can decode them."""
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Decode latents (B, C, H, W) to images in [0, 1], (B, 3, height, width). None if nothing here can decode them."""
         ...

@@ -1,4 +1,4 @@
-"""How long a forward takes, teacher and student, as they are at the end of a run."""
+"""The seconds of one forward, teacher and student, at the end of a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from edit_compile.bench import compare_calls
-from edit_compile.distillation.context import Context, Sample
-from edit_compile.distillation.data import Request
+from edit_compile.distillation.context import Context, NoisyBatch
+from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.recipe.schedule import phases_of
 
 _RUNS = 5
@@ -15,7 +15,7 @@ _RUNS = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one forward of one picture, medians, at a resolution in pixels."""
+    """The median seconds of a forward of one image, at a resolution in pixels."""
 
     height: int
     width: int
@@ -23,18 +23,18 @@ class Speed:
     student: float
 
 
-def speeds(context: Context) -> tuple[Speed, ...]:
-    """At each stage's resolution, compiled if the recipe says so. All processes must take part."""
+def measure_speeds(context: Context) -> tuple[Speed, ...]:
+    """Measure at each stage's resolution, compiled if the recipe says so. All processes must take part."""
     found = []
     for height, width in dict.fromkeys((phase.height, phase.width) for phase in phases_of(context.recipe) if phase.losses is not None):
-        sample = context.on_device(context.draw(Request(0, 1, range(1), height, width, "held-out")))
+        batch = context.on_device(context.noisy_batch(BatchRequest(0, 1, range(1), height, width, "validation")))
         teacher, student, *_ = compare_calls(
-            partial(_taught, context, sample), partial(context.predict, context.student, sample), runs=_RUNS
+            partial(_run_teacher, context, batch), partial(context.predict, context.student, batch), runs=_RUNS
         )
         found.append(Speed(height, width, teacher.median, student.median))
     return tuple(found)
 
 
-def _taught(context: Context, sample: Sample) -> None:
-    with context.teaching() as model:
-        context.predict(model, sample)
+def _run_teacher(context: Context, batch: NoisyBatch) -> None:
+    with context.teacher_mode() as model:
+        context.predict(model, batch)

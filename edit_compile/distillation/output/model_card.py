@@ -1,4 +1,4 @@
-"""The README of a finished folder: a model card."""
+"""The model card: the README of a finished folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from edit_compile.distillation.evaluate.speed import Speed
-from edit_compile.distillation.evaluate.validation import HeldOutError
+from edit_compile.distillation.evaluate.validation import ValidationResult
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.ir.plan import Plan
 
@@ -17,40 +17,43 @@ def model_card(
     recipe: Recipe,
     plan: Plan,
     base: str | None,
-    before: HeldOutError,
-    after: HeldOutError,
+    before: ValidationResult,
+    after: ValidationResult,
     speeds: Sequence[Speed],
-    pictures: Sequence[Path],
+    images: Sequence[Path],
 ) -> str:
-    """Markdown with the hub's front matter: use, errors, speed, pictures, plan and recipe.
+    """Write Markdown with the hub's front matter: use, errors, speed, images, plan and recipe.
 
     Args:
         base: where the base model is; None if unknown.
-        pictures: files in the folder to show, relative to it.
+        images: files in the folder to show, relative to it.
     """
-    front = {"library_name": "edit_compile", "tags": ["diffusion", "linear-attention", "edit", "distillation"]}
+    front = {
+        "library_name": "edit_compile",
+        "tags": ["diffusion", "linear-attention", *sorted({site.action for site in plan.rewritten}), "distillation"],
+    }
     if base is not None and "/" in base and not Path(base).exists() and not base.startswith("demo/"):
         front["base_model"] = base
     rewritten = f"{len(plan.rewritten)} of {len(plan.sites)}"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {plan.model} with linear attention",
-        f"Distilled from {base or 'its base model'} by edit_compile: {rewritten} attention sites are rewritten.",
+        f"Distilled from {base or 'its base model'} by edit_compile: {rewritten} attention sites were rewritten.",
         "```python\nimport edit_compile\n\nstudent = edit_compile.load('this folder')\n```",
-        "## Held-out error\n\nsum |student - teacher|² / sum |teacher - mean|² of the predictions, on samples that training never saw.",
+        "## Validation error\n\nsum |student - teacher|² / sum |teacher - mean|² of the predictions, on samples that training never saw.",
         _errors(before, after),
-        "## Speed\n\nMilliseconds of one forward of one picture, on the machine it was trained on.",
+        "## Speed\n\nMilliseconds per forward of one image, on the machine it was trained on.",
         _speeds(speeds),
-        *(f"![{path.stem}]({path.as_posix()})" for path in pictures),
+        *(f"![{path.stem}]({path.as_posix()})" for path in images),
         f"## Plan\n\n```\n{plan}\n```",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False)}```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _errors(before: HeldOutError, after: HeldOutError) -> str:
+def _errors(before: ValidationResult, after: ValidationResult) -> str:
     rows = [("all", before.total, after.total)]
-    rows += [(f"{a.low:.0f} to {a.high:.0f}", b.error, a.error) for b, a in zip(before.buckets, after.buckets, strict=True)]
+    rows += [(f"{a.low:.0f} to {a.high:.0f}", b.error, a.error) for b, a in zip(before.bins, after.bins, strict=True)]
     return _table(("timesteps", "converted", "distilled"), [(name, f"{b:.4f}", f"{a:.4f}") for name, b, a in rows])
 
 

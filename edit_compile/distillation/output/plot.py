@@ -1,22 +1,21 @@
-"""The losses of a run as a picture."""
+"""A plot of a run's losses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from edit_compile.distillation.train.metrics import Row
+from edit_compile.distillation.train.losses import loss_names
+from edit_compile.distillation.train.metrics import MetricsRow
 
-LOSSES = ("loss", "task", "output", "feature")
 
-
-def plot_losses(rows: Sequence[Row], path: Path) -> None:
-    """Every loss against the steps of all phases, on a logarithmic axis, phases shaded in turn."""
+def plot_losses(rows: Sequence[MetricsRow], path: Path) -> None:
+    """Plot every loss over the steps of all phases, on a logarithmic axis, every other phase shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name in LOSSES:
+    for name in ("loss", *loss_names()):
         points = [(row["total"], row[name]) for row in rows if row.get(name, 0) > 0]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1)

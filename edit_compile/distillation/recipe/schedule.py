@@ -1,10 +1,10 @@
-"""Phases: the layerwise fit and the stages, and where each begins in the stream of samples."""
+"""The schedule of a recipe: the layerwise fit and the stages, and where each begins in the stream of samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edit_compile.distillation.recipe.schema import LayerwiseFit, Losses, Recipe, Stage
+from edit_compile.distillation.recipe.schema import LayerwiseFit, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,8 @@ class Phase:
     """A stage or the layerwise fit.
 
     Attributes:
-        height, width: of its pictures in pixels.
-        samples: how many the phases before it take from the stream.
+        height, width: of its images, in pixels.
+        samples: how many samples of the stream the phases before it take.
         losses: a stage's weights; None for the layerwise fit.
     """
 
@@ -22,15 +22,15 @@ class Phase:
     height: int
     width: int
     samples: int
-    losses: Losses | None
+    losses: dict[str, float] | None
 
     def position(self, step: int) -> int:
-        """Where in the stream a step's batch begins."""
+        """Return where in the stream a step's batch begins."""
         return self.samples + step * self.options.global_batch_size
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
-    """What a recipe does, in order."""
+    """List the phases of a recipe, in order."""
     phases: list[Phase] = []
     fit = recipe.layerwise
     if fit is not None:
@@ -39,3 +39,8 @@ def phases_of(recipe: Recipe) -> list[Phase]:
         samples = phases[-1].position(phases[-1].options.steps) if phases else 0
         phases.append(Phase(f"stage {number}", stage, *stage.resolution, samples, stage.losses))
     return phases
+
+
+def total_steps(recipe: Recipe) -> int:
+    """Count the steps of all phases."""
+    return sum(phase.options.steps for phase in phases_of(recipe))

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from edit_compile.config import LinearizeConfig
-from edit_compile.distillation.data import Data
+from edit_compile.distillation.data import AnyData
 from edit_compile.distillation.data.sources.shapes import ShapesData
+from edit_compile.distillation.registry import suggestion
+from edit_compile.distillation.train.losses import DEFAULT_WEIGHTS, loss_names
 from edit_compile.frozen import Frozen
 
 FREE: dict[str, Any] = {"resume": "free"}  # marks a field that may differ when a run is resumed: the result does not depend on it
@@ -23,21 +25,21 @@ def _square(value: object) -> object:
 Resolution = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_square)]
 
 
-class Losses(Frozen):
-    """The weights of the three losses; 0 switches one off."""
+def _known_loss(name: str) -> str:
+    if name not in loss_names():
+        raise ValueError(f"unknown loss; {suggestion(name, loss_names())}")
+    return name
 
-    task: NonNegativeFloat = 0.0
-    """The prediction against noise, velocity, or whatever the teacher was trained to predict."""
-    output: NonNegativeFloat = 1.0
-    """The student's prediction against the teacher's."""
-    feature: NonNegativeFloat = 0.5
-    """Every converted site's output against its teacher's, relative to the energy of the teacher's."""
 
-    @model_validator(mode="after")
-    def _not_all_zero(self) -> Losses:
-        if self.task == self.output == self.feature == 0:
-            raise ValueError("all losses are switched off: there is nothing to train")
-        return self
+def _with_defaults(weights: dict[str, float]) -> dict[str, float]:
+    weights = DEFAULT_WEIGHTS | weights
+    if not any(weights.values()):
+        raise ValueError("all losses are switched off: there is nothing to train")
+    return weights
+
+
+LossName = Annotated[str, AfterValidator(_known_loss)]
+LossWeights = Annotated[dict[LossName, NonNegativeFloat], AfterValidator(_with_defaults)]
 
 
 class TrainingPhase(Frozen):
@@ -49,13 +51,13 @@ class TrainingPhase(Frozen):
     """Optimizer steps."""
     global_batch_size: PositiveInt = 16
     """Samples per step, over all processes."""
-    micro_batch_size: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    micro_batch_size: PositiveInt | None = Field(default=None, json_schema_extra=FREE)
     """Samples per forward of one process; gradients are accumulated over the rest of the batch. Default: no accumulation."""
     lr: PositiveFloat = 1e-4
     """The highest learning rate."""
     warmup_steps: NonNegativeInt = 50
     """Steps over which the learning rate rises to `lr`; after them it falls along a cosine."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """What the learning rate falls to, as a share of `lr`."""
 
     @model_validator(mode="after")
@@ -70,8 +72,9 @@ class Stage(TrainingPhase):
 
     resolution: Resolution
     """Of the images, in pixels: one side, or [height, width]."""
-    losses: Losses = Losses()
-    """The losses' weights."""
+    losses: LossWeights = DEFAULT_WEIGHTS
+    """The weights of the losses, by name; 0 switches one off. task: the prediction against what the teacher was trained to predict
+    (default 0); output: against the teacher's prediction (1); feature: every converted site's output against its teacher's (0.5)."""
 
 
 class LayerwiseFit(TrainingPhase):
@@ -79,7 +82,7 @@ class LayerwiseFit(TrainingPhase):
 
     lr: PositiveFloat = 1e-3
     """The highest learning rate."""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """What the learning rate falls to, as a share of `lr`."""
 
 
@@ -113,11 +116,11 @@ class ValidationConfig(Frozen):
 class SampleGrids(Frozen):
     """Images by teacher and student, drawn into `samples/` during training and at its end."""
 
-    every: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    every: PositiveInt | None = Field(default=None, json_schema_extra=FREE)
     """Steps between them; null for the end only."""
-    count: PositiveInt = Field(4, json_schema_extra=FREE)
+    count: PositiveInt = Field(default=4, json_schema_extra=FREE)
     """Images per grid, of the first validation captions."""
-    steps: PositiveInt = Field(20, json_schema_extra=FREE)
+    steps: PositiveInt = Field(default=20, json_schema_extra=FREE)
     """Sampling steps per image, without guidance."""
 
 
@@ -135,14 +138,14 @@ class Recipe(Frozen):
     """What the model predicts; "auto" reads it from the scheduler's config."""
     timesteps: Literal["uniform", "logit-normal"] = "uniform"
     """How training draws timesteps over the scheduler's range."""
-    data: Data = ShapesData()
+    data: AnyData = ShapesData()
     """What to train on; `kind` selects one of the kinds of data."""
     layerwise: LayerwiseFit | None = None
     """The layer-wise fit before the stages; null for none."""
     stages: tuple[Stage, ...] = Field(min_length=1)
     """End-to-end training, one stage after the other."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema_decay: float | None = Field(0.999, gt=0, lt=1)
+    ema_decay: float | None = Field(default=0.999, gt=0, lt=1)
     """Decay of the moving average of the weights, which becomes the student; null for none."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
@@ -153,18 +156,18 @@ class Recipe(Frozen):
     """Recompute each repeated block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Compile the repeated blocks of teacher and student for the stages."""
-    max_skipped_steps: NonNegativeInt = Field(10, json_schema_extra=FREE)
+    max_skipped_steps: NonNegativeInt = Field(default=10, json_schema_extra=FREE)
     """Consecutive steps that may be skipped because the loss or the gradient is not finite, or the loss spikes."""
-    spike_factor: float = Field(10.0, gt=1)
+    spike_factor: float = Field(default=10.0, gt=1)
     """A loss this many times the recent average is a spike."""
-    save_every: PositiveInt = Field(500, json_schema_extra=FREE)
+    save_every: PositiveInt = Field(default=500, json_schema_extra=FREE)
     """Steps between checkpoints."""
-    keep_last: PositiveInt = Field(2, json_schema_extra=FREE)
+    keep_last: PositiveInt = Field(default=2, json_schema_extra=FREE)
     """How many checkpoints are kept."""
     samples: SampleGrids = SampleGrids()
-    log_every: PositiveInt = Field(10, json_schema_extra=FREE)
+    log_every: PositiveInt = Field(default=10, json_schema_extra=FREE)
     """Steps between rows of `metrics.jsonl`."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = Field(None, json_schema_extra=FREE)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = Field(default=None, json_schema_extra=FREE)
     """Accelerate's trackers; null for TensorBoard, [] for none."""
     seed: NonNegativeInt = 0
 

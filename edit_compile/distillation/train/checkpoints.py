@@ -1,7 +1,6 @@
 """What a run resumes from: folders of one JSON and one safetensors file, each complete or not there at all.
 
-A checkpoint is written beside its place, flushed to the disk, and moved there whole. Of older ones the last few are
-kept. Nothing is pickled.
+A checkpoint is written beside its place, flushed to disk, and moved there whole. The last few are kept. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,59 +17,61 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edit_compile.distillation.train.spike_guard import Guard
+from edit_compile.distillation.train.spike_guard import SpikeGuard
 from edit_compile.errors import DistillError
 from edit_compile.files import flush, sha256
-from edit_compile.frozen import Frozen
+from edit_compile.frozen import Frozen, first_problem
+from edit_compile.version import __version__
 
-VERSION = 1
+FORMAT = 2
 _JSON, _TENSORS, _TEMPORARY = "state.json", "state.safetensors", "unfinished-"
 log = logging.getLogger(__name__)
 
 
-class State(Frozen):
-    """Where a run stands, next to its tensors.
+class CheckpointMetadata(Frozen):
+    """Where a run stands: what is saved beside its tensors."""
 
-    Attributes:
-        recipe: as resolved.
-        phase, step: the number of the phase, and of its steps that are done.
-        total: steps done in all phases.
-        averages: updates of the moving average.
-        numbers: what the optimizer keeps that is no tensor, by name.
-        before: the held-out error before training.
-        seconds: of training.
-        sha256: of the tensors' file.
-    """
-
-    version: int = VERSION
+    version: int = FORMAT
+    package_version: str = __version__
     recipe: dict[str, Any]
     phase: int
+    """The number of the phase."""
     step: int
+    """How many of the phase's steps are done."""
     total: int
+    """Steps done in all phases."""
     averages: int
-    guard: Guard
+    """Updates of the moving average."""
+    guard: SpikeGuard
     numbers: dict[str, int | float]
+    """What the optimizer keeps besides tensors, by name."""
     before: dict[str, Any]
+    """The validation error before training."""
     seconds: float
+    """Of training."""
     sha256: str = ""
+    """Of the tensors' file."""
 
 
-def write_state(folder: Path, state: State, tensors: dict[str, Tensor], keep: int) -> Path:
-    """Add a checkpoint to a folder of them, and drop all but the last `keep`.
+Checkpoint = tuple[CheckpointMetadata, dict[str, Tensor]]
+
+
+def save_checkpoint(folder: Path, metadata: CheckpointMetadata, tensors: dict[str, Tensor], keep_last: int) -> Path:
+    """Add a checkpoint to a folder of them, and remove all but the last `keep_last`.
 
     Raises:
-        DistillError: it cannot be written; says which is the last that was.
+        DistillError: it cannot be written; names the last that was.
     """
-    place = place_of(folder, state.total)
-    if place in checkpoints(folder) and _is_whole(place):
+    place = checkpoint_path(folder, metadata.total)
+    if place in list_checkpoints(folder) and _is_complete(place):
         return place  # a run that was resumed comes by again, with the same bits
-    temporary = folder / f"{_TEMPORARY}{state.total:08d}"
+    temporary = folder / f"{_TEMPORARY}{metadata.total:08d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / _TENSORS)
-        state = state.model_copy(update={"sha256": sha256(temporary / _TENSORS)})
-        (temporary / _JSON).write_text(state.model_dump_json(indent=2))
+        metadata = metadata.model_copy(update={"sha256": sha256(temporary / _TENSORS)})
+        (temporary / _JSON).write_text(metadata.model_dump_json(indent=2))
         for path in (temporary / _TENSORS, temporary / _JSON, temporary):
             flush(path)
         if place.exists():
@@ -79,46 +80,47 @@ def write_state(folder: Path, state: State, tensors: dict[str, Tensor], keep: in
         flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise DistillError(f"checkpoint {place} cannot be written: {error}; {last_good(folder)}") from error
-    for old in checkpoints(folder)[:-keep]:
+        raise DistillError(f"checkpoint {place} cannot be written: {error}; {describe_last(folder)}") from error
+    for old in list_checkpoints(folder)[:-keep_last]:
         _remove(old)
     return place
 
 
-def place_of(folder: Path, total: int) -> Path:
-    """Where the checkpoint after so many steps is."""
+def checkpoint_path(folder: Path, total: int) -> Path:
+    """Return where the checkpoint after a number of steps is."""
     return folder / f"{total:08d}"
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the complete checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob("[0-9]*") if (path / _JSON).is_file())
 
 
-def last_good(folder: Path) -> str:
-    """In words, which checkpoint is the last."""
-    found = checkpoints(folder)
+def describe_last(folder: Path) -> str:
+    """Say which checkpoint is the last."""
+    found = list_checkpoints(folder)
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
-def read_state(folder: Path) -> tuple[State, dict[str, Tensor]] | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over. None if there is none.
+def load_newest(folder: Path) -> Checkpoint | None:
+    """Read the newest usable checkpoint; others are logged and passed over. None if there is no checkpoint.
 
     Raises:
-        DistillError: there are some, but all are damaged.
+        DistillError: there are some, but none can be used.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    reasons = []
+    for path in reversed(list_checkpoints(folder)):
         try:
             return _read(path)
         except (OSError, ValueError, SafetensorError) as error:
-            log.warning("checkpoint %s is damaged (%s): going back to the one before", path, error)
-    if found:
-        raise DistillError(f"all checkpoints in {folder} are damaged; remove the folder to start again")
+            log.warning("checkpoint %s cannot be used: %s; trying the one before", path, error)
+            reasons.append(f"{path.name}: {error}")
+    if reasons:
+        raise DistillError(f"no checkpoint in {folder} can be used: {reasons[0]}; remove the folder to start again")
     return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         _read(checkpoint)
     except (OSError, ValueError, SafetensorError):
@@ -126,19 +128,20 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> tuple[State, dict[str, Tensor]]:
+def _read(path: Path) -> Checkpoint:
+    content = json.loads((path / _JSON).read_text())
+    if isinstance(content, dict) and content.get("version", FORMAT) != FORMAT:
+        maker = content.get("package_version", "before 0.1.0")
+        raise ValueError(f"it was made by version {maker} of edit_compile, this is version {__version__}")
     try:
-        state = State.model_validate(json.loads((path / _JSON).read_text()))
+        metadata = CheckpointMetadata.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{_JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if state.version != VERSION:
-        raise ValueError(f"it has version {state.version}, this release reads version {VERSION}")
-    if sha256(path / _TENSORS) != state.sha256:
+        raise ValueError(f"{_JSON}: {first_problem(error)}") from None
+    if sha256(path / _TENSORS) != metadata.sha256:
         raise ValueError(f"{_TENSORS} does not have the hash that {_JSON} gives")
-    return state, load_file(path / _TENSORS)
+    return metadata, load_file(path / _TENSORS)
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / _JSON).unlink()  # from here on it is none
+    (checkpoint / _JSON).unlink()  # without its JSON the folder no longer counts as a checkpoint
     shutil.rmtree(checkpoint)

@@ -1,8 +1,8 @@
-"""Wrapping the models for training: precision, recomputation, compilation, and several processes.
+"""Wraps the models for training: precision, recomputation, compilation, and several processes.
 
 `accelerate launch` decides on the processes: with FSDP (version 2) the student's parameters are sharded per repeated block, from
-the beginning; otherwise gradients are averaged (DDP). The warm start, without a backward pass through the model, averages its
-gradients by itself.
+the beginning; otherwise gradients are averaged (DDP). The layerwise fit, without a backward pass through the model, averages
+its gradients by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,10 @@ from torch import Tensor, nn
 from edit_compile.api import REGIONAL, repeated_blocks
 from edit_compile.api import compile as compile_blocks
 from edit_compile.distillation.recipe.schema import Recipe
-from edit_compile.distillation.train.features import recording_again
 from edit_compile.distillation.train.trackers import chosen_trackers
 from edit_compile.errors import DistillError
-from edit_compile.student.grid import Runtime, runtime_of
-from edit_compile.student.site import converted_sites, is_sharded
+from edit_compile.student.site import converted_sites
+from edit_compile.torch_internals import is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,10 +34,10 @@ _PATIENCE = timedelta(hours=2)  # of processes for the first one, which writes c
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
-    """The accelerator, in whatever processes `accelerate launch` has made.
+    """Make the accelerator, in whatever processes `accelerate launch` has started.
 
     Raises:
-        DistillError: it was launched with another precision than the recipe's, or as what is not supported.
+        DistillError: it was launched with another precision than the recipe's, or in a way that is not supported.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
@@ -70,12 +68,12 @@ def _check_kind(accelerator: Accelerator, recipe: Recipe) -> None:
     if not accelerator.is_fsdp2:
         raise DistillError("FSDP version 1 is not supported: launch with --fsdp_version 2")
     if recipe.optimizer.kind == "adamw-8bit":
-        raise DistillError("optimizer.kind: adamw-8bit does not know FSDP's shards: choose adamw, or launch with DDP")
+        raise DistillError("optimizer.kind: adamw-8bit does not support FSDP: choose adamw, or launch with DDP")
 
 
 @torch.no_grad()
 def share_sites(student: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the first one's sites: conversion draws what it adds at random."""
+    """Give every process the first one's sites: conversion initialises at random what it adds."""
     from accelerate.utils import broadcast
 
     for site in converted_sites(student).values():
@@ -84,7 +82,7 @@ def share_sites(student: nn.Module, accelerator: Accelerator) -> None:
 
 
 def set_precision(student: nn.Module, trained: Iterable[str], precision: str) -> None:
-    """Under "bf16", weights and buffers to bfloat16, except those that are trained: these to float32."""
+    """Convert, under "bf16", weights and buffers to bfloat16, except those that are trained, which are kept in float32."""
     if precision != "bf16":
         return
     names = set(trained)
@@ -96,7 +94,7 @@ def set_precision(student: nn.Module, trained: Iterable[str], precision: str) ->
 
 
 def wrap(student: nn.Module, teacher: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
-    """The student as the stages call it; its own forward, and the teacher's, are prepared in place."""
+    """Return the student as the stages call it; its own forward, and the teacher's, are prepared in place."""
     if recipe.gradient_checkpointing:
         recompute_blocks(student, compiled=recipe.compile)
     elif recipe.compile:
@@ -107,14 +105,14 @@ def wrap(student: nn.Module, teacher: nn.Module, recipe: Recipe, accelerator: Ac
 
 
 def shards(accelerator: Accelerator) -> bool:
-    """Whether the student is sharded."""
-    return accelerator.num_processes > 1 and accelerator.distributed_type.value == "FSDP"
+    """Tell whether the student is sharded."""
+    return bool(accelerator.num_processes > 1 and accelerator.distributed_type.value == "FSDP")
 
 
 def shard(student: nn.Module, accelerator: Accelerator) -> None:
-    """FSDP2 in place: a group of shards for each repeated block, and one for the rest; each group is moved to the device in turn.
+    """Shard with FSDP2, in place: a group for each repeated block, and one for the rest; each group is moved to the device in turn.
 
-    Which parameters require gradients must be settled. Teachers, which are not sharded, stay where they are.
+    Which parameters require gradients must be settled before. Teachers are not sharded and stay where they are.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -127,52 +125,48 @@ def shard(student: nn.Module, accelerator: Accelerator) -> None:
 
 
 def reshard(student: nn.Module) -> None:
-    """Let go of the whole parameters that a forward without a backward pass leaves behind: they would outlive the next step."""
+    """Free the unsharded parameters that a forward without a backward pass leaves behind: they would outlive the next step."""
     for module in student.modules():
         if hasattr(module, "reshard"):
             module.reshard()  # type: ignore[operator]
 
 
 def recompute_blocks(student: nn.Module, *, compiled: bool = False) -> None:
-    """Gradient checkpointing of the repeated blocks, in place, for any model.
+    """Turn on gradient checkpointing of the repeated blocks, in place, for any model.
+
+    A block that runs again in a backward pass finds the grid, and teacher or student, of its own forward: see `student.runtime`.
 
     Args:
         compiled: compile them as well, inside: what `nn.Module.compile` compiles is the call of a block, and dynamo stops at
             the checkpointing in it.
     """
-    runtime = runtime_of(student)
     for path in repeated_blocks(student):
         block = student.get_submodule(path)
         forward = torch.compile(block.forward, **REGIONAL) if compiled else block.forward
-        options = {"use_reentrant": False, "context_fn": functools.partial(_contexts, block, runtime)}
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, forward, **options)
-
-
-def _contexts(block: nn.Module, runtime: Runtime) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a block's forward, and around its recomputation."""
-    return nullcontext(), recording_again(block, runtime, runtime.recording)
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False)
 
 
 def gathered(items: list[Any]) -> list[Any]:
-    """The items of all processes. All must ask."""
+    """Gather the items of all processes. All must call it."""
     from accelerate.utils import gather_object
 
-    return gather_object(items)
+    found: list[Any] = gather_object(items)
+    return found
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered from its shards. All processes must ask."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """Gather a tensor from its shards. All processes must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process' shard of a tensor, without gradient; the same storage."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor, without gradient; it shares the storage."""
     tensor = tensor.detach()
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def mean_in_shards(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The mean over processes of a whole gradient, as shards like its parameter's; if that is whole, the gradient as it is."""
+    """Average a full gradient over processes, into shards like its parameter's; for an unsharded parameter, return it as it is."""
     if not is_sharded(parameter):
         return gradient
     from torch.distributed.tensor import DTensor, Partial
@@ -182,8 +176,8 @@ def mean_in_shards(gradient: Tensor, parameter: Tensor) -> Tensor:
     return summed.redistribute(placements=parameter.placements).to(parameter.device)  # type: ignore[attr-defined]
 
 
-def like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, on another's device and in its shards."""
+def distribute_like(value: Tensor, other: Tensor) -> Tensor:
+    """Put a full tensor on another's device, in shards like its."""
     value = value.to(other.device)
     if not is_sharded(other) or value.shape != other.shape:
         return value

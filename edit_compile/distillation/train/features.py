@@ -1,4 +1,4 @@
-"""What the converted sites give out, by forward hooks: the teacher's and the student's sites have the same paths."""
+"""What the converted sites give out: the teacher's and the student's sites have the same paths."""
 
 from __future__ import annotations
 
@@ -10,77 +10,38 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from edit_compile.student.grid import Runtime, runtime_of
+from edit_compile.student.handle import conversion_of
+from edit_compile.student.runtime import Outputs, Statement
 from edit_compile.student.site import converted_sites
 
 Features = dict[str, list[Tensor]]  # a site's tensors by its path
-_KEPT, _KEY = "_edit_kept", -1
 _SMALLEST = 1e-12
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[None]:
-    """Inside, `recorded` works.
+def captured(model: nn.Module) -> Iterator[Features]:
+    """Run the model inside; after that the dictionary holds the tensors that each site gave out, by path.
 
-    One function is the hook of all sites, under one key (registering would number them), and what it keeps is an attribute
-    of the site: so blocks that are equal stay equal to torch.compile, which must meet the hooks before it compiles.
+    Calls in other threads and tasks are not captured. What sites give out when they are run again in a backward pass is not either.
     """
-    hooks = [site._forward_hooks for site in converted_sites(model).values()]
-    for of_site in hooks:
-        of_site[_KEY] = _keep
-    try:
-        yield
-    finally:
-        for of_site in hooks:
-            del of_site[_KEY]
-
-
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[Features]:
-    """Run the model inside; after that the dictionary holds the tensors that each site gave out, by path."""
-    runtime, sites = runtime_of(model), converted_sites(model)
-    found: Features = {}
-    for site in sites.values():
-        site.__dict__[_KEPT] = ()
-    runtime.recording = True
-    try:
-        yield found
-        found |= {path: tensors_of(site.__dict__[_KEPT]) for path, site in sites.items()}
-    finally:
-        runtime.recording = False
-        for site in sites.values():
-            del site.__dict__[_KEPT]
-
-
-@contextmanager
-def recording_again(block: nn.Module, runtime: Runtime, on: bool) -> Iterator[None]:
-    """For a block that is computed again in a backward pass: recording is on or off as it was in its forward, for compiled code
-    differs by it. What sites give out is dropped.
-    """
-    sites = converted_sites(block).values()
-    for site in sites:
-        site.__dict__[_KEPT] = ()
-    runtime.recording = on
-    try:
-        yield
-    finally:
-        runtime.recording = False
-        for site in sites:
-            del site.__dict__[_KEPT]
-
-
-def _keep(site: Any, args: tuple[Any, ...], output: Any) -> None:
-    if site.edit_runtime.recording:
-        site._edit_kept = (*site._edit_kept, output)
+    outputs = Outputs()
+    found: Features = {path: [] for path in converted_sites(model)}
+    with conversion_of(model).runtime.stating(Statement(outputs=outputs)):
+        try:
+            yield found
+        finally:
+            kept = outputs.take()  # also after an error: a reference from here would keep the graph
+    for site, output in kept:
+        found[site.edit_path] += tensors_of(output)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The floating-point tensors in a site's output."""
+    """List the floating-point tensors in a site's output."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> Tensor:
-    """sum |found - expected|^2 / sum |expected|^2 of every sample, (B,) float32.
+    """Compute sum |found - expected|^2 / sum |expected|^2 of every sample, (B,) float32.
 
     Relative to the expected energy, sites count alike; by sample, the mean over a batch does not depend on how the
     batch is divided.
@@ -90,5 +51,5 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> Tensor:
 
 
 def energy(x: Tensor) -> Tensor:
-    """The sum of squares of every sample, (B, ...) to (B,)."""
+    """Sum up the squares of every sample, (B, ...) to (B,)."""
     return x.square().flatten(1).sum(1)

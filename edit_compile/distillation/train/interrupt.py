@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask the run to save and stop; a second one stops it at once."""
+"""SIGINT and SIGTERM ask the run to save and stop; a second signal stops it at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Inside, the first signal sets `requested`. Only a main thread can have handlers; in others nothing is set up."""
+    """Let the first signal set `requested` inside. Only the main thread can have handlers; in others signals are left alone."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt

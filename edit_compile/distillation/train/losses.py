@@ -1,57 +1,123 @@
-"""The three losses of end-to-end distillation (EDiT, arXiv 2503.16726): task, output and feature, in float32."""
+"""The losses of end-to-end distillation, by name: task, output and feature (EDiT, arXiv 2503.16726), and what others register."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from edit_compile.distillation.context import Context, Sample
-from edit_compile.distillation.recipe.schema import Losses
-from edit_compile.distillation.train.features import Features, recorded, relative_error
+from edit_compile.distillation.registry import Registry
+from edit_compile.distillation.train.features import Features, relative_error
+from edit_compile.errors import ConfigError, DistillError
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The losses of one forward.
+class Comparison:
+    """A forward of the student and one of its teacher on the same noisy latents: what losses are computed from.
 
     Attributes:
-        total: their weighted sum, to go backward from.
-        parts: each on its own, without its weight and without gradient.
-        sites: the feature loss of every site by path, likewise.
+        prediction: the student's, (B, C, H, W) float32, with gradient.
+        target: what the teacher was trained to predict, (B, C, H, W) float32: noise, velocity, ...
+        timesteps: (B,), in [0, 1000).
+        features: the tensors that each converted site put out, by the site's path.
+        teacher, teacher_features: the same of the teacher, without gradient; None and empty unless some loss needs it.
     """
 
-    total: Tensor
-    parts: dict[str, Tensor]
-    sites: dict[str, Tensor]
+    prediction: Tensor
+    target: Tensor
+    timesteps: Tensor
+    features: Features
+    teacher: Tensor | None
+    teacher_features: Features
+
+    @property
+    def teacher_prediction(self) -> Tensor:
+        """The teacher's prediction.
+
+        Raises:
+            DistillError: the teacher did not run.
+        """
+        if self.teacher is None:
+            raise DistillError("a loss reads the teacher's prediction, but is registered with needs_teacher=False")
+        return self.teacher
+
+    @cached_property
+    def site_errors(self) -> dict[str, Tensor]:
+        """Every converted site's output against its teacher's, relative to the energy of the teacher's; a mean over the batch."""
+        return {path: relative_error(self.features[path], expected).mean() for path, expected in self.teacher_features.items()}
 
 
-def distillation_losses(context: Context, model: nn.Module, sample: Sample, weights: Losses) -> Measured:
-    """Run teacher and student on a sample and compare, inside `features.recording`.
+Compute = Callable[[Comparison], Tensor]
 
-    Every loss is measured, weighted or not, except that the teacher runs only if it has a part in the total.
 
-    Args:
-        model: the student as wrapped for training.
+@dataclass(frozen=True)
+class Loss:
+    """A registered loss.
+
+    Attributes:
+        compute: from a comparison to a scalar.
+        needs_teacher: whether the teacher must run for it.
+        default_weight: its weight in recipes that do not mention it; losses from outside are not measured there.
     """
-    expected, expected_features = _teacher(context, sample) if weights.output or weights.feature else (None, {})
-    with recorded(context.student) as features:
-        found = context.predict(model, sample)
-    parts = {"task": F.mse_loss(found.float(), sample.target.float())}
-    sites: dict[str, Tensor] = {}
-    if expected is not None:
-        parts["output"] = F.mse_loss(found.float(), expected.float())
-        sites = {path: relative_error(features[path], expected_features[path]).mean() for path in features}
-        parts["feature"] = torch.stack(list(sites.values())).mean()
-    # A weight of zero stays in the sum: the backward pass must begin at the model's output, where wrappers start it.
-    total = torch.stack([getattr(weights, name) * loss for name, loss in parts.items()]).sum()
-    return Measured(total, *({name: loss.detach() for name, loss in found.items()} for found in (parts, sites)))
+
+    compute: Compute
+    needs_teacher: bool
+    default_weight: float
 
 
-@torch.no_grad()
-def _teacher(context: Context, sample: Sample) -> tuple[Tensor, Features]:
-    with context.teaching() as model, recorded(model) as features:
-        prediction = context.predict(model, sample)
-    return prediction, features
+Registered = TypeVar("Registered", bound=Callable[..., Any])
+
+
+def register_loss(name: str, *, needs_teacher: bool = True, default_weight: float = 0.0) -> Callable[[Registered], Registered]:
+    """Make a decorator that registers a loss for recipes with `losses: {name: weight}`.
+
+    It decorates a function from a `Comparison` to a scalar tensor, or a class whose instances have it as `compute`. Packages
+    may instead name either in an entry point of the group `edit_compile.losses`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def register(loss: Registered) -> Registered:
+        compute: Any = loss().compute if isinstance(loss, type) else loss
+        if not callable(compute):
+            raise ConfigError(f"loss {name!r} must be a function of a Comparison, or a class with `compute`, not {loss!r}")
+        LOSSES.add(name, Loss(compute, needs_teacher, default_weight), f"{loss.__module__}.{loss.__qualname__}")
+        return loss
+
+    return register
+
+
+LOSSES: Registry[Loss] = Registry("a loss", "edit_compile.losses", lambda name, loss: register_loss(name)(loss))
+
+
+def loss_names() -> tuple[str, ...]:
+    """The names of all losses."""
+    return LOSSES.names()
+
+
+@register_loss("task", needs_teacher=False)
+def task(comparison: Comparison) -> Tensor:
+    """The mean squared error of the prediction against what the teacher was trained to predict."""
+    return F.mse_loss(comparison.prediction, comparison.target)
+
+
+@register_loss("output", default_weight=1.0)
+def output(comparison: Comparison) -> Tensor:
+    """The mean squared error of the prediction against the teacher's."""
+    return F.mse_loss(comparison.prediction, comparison.teacher_prediction)
+
+
+@register_loss("feature", default_weight=0.5)
+def feature(comparison: Comparison) -> Tensor:
+    """The mean over all converted sites of their errors relative to the teacher's outputs."""
+    return torch.stack(list(comparison.site_errors.values())).mean()
+
+
+DEFAULT_WEIGHTS = {name: LOSSES.get(name).default_weight for name in ("task", "output", "feature")}
+"""The losses that every run measures, and their weights unless the recipe gives others."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 
 class Average:
-    """The mean of losses over the steps that were taken, kept on the device until asked for, and how many were not."""
+    """The mean of losses over the steps that were taken, kept on the device until it is asked for, and how many were skipped."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -22,7 +22,7 @@ class Average:
 
     @property
     def seconds(self) -> float:
-        """Since it was begun."""
+        """The seconds since it was begun."""
         return time.monotonic() - self.began
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
@@ -31,7 +31,7 @@ class Average:
         self.steps += 1
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means, reduced over processes."""
+        """Compute the means, reduced over processes."""
         names, steps = list(self.sums), self.steps
         values = reduce(torch.stack([self.sums[name].float() for name in names]) / max(steps, 1)).tolist() if names else []
         return dict(zip(names, values, strict=True))

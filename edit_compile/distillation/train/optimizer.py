@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.distillation.recipe.schema import LayerwiseFit, OptimizerConfig, Stage
-from edit_compile.distillation.train.distributed import local
+from edit_compile.distillation.train.distributed import to_local
 from edit_compile.errors import DistillError
+from edit_compile.torch_internals import lerp_all_
 
 
 def learning_rate(step: int, phase: Stage | LayerwiseFit) -> float:
-    """Linear warm-up to `lr`, then half a cosine down to `lr_end` of it. Steps count from 0."""
+    """Compute the rate of a step, counted from 0: a linear warmup to `lr`, then half a cosine down to `min_lr_ratio` of it."""
     warmup = min(phase.warmup_steps, phase.steps - 1)
     if step < warmup:
         return phase.lr * (step + 1) / (warmup + 1)
@@ -25,7 +27,7 @@ def learning_rate(step: int, phase: Stage | LayerwiseFit) -> float:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; the rate is set at every step.
+    """Make AdamW; the learning rate is set at every step.
 
     Raises:
         DistillError: the 8-bit one is asked for and bitsandbytes is not installed.
@@ -34,21 +36,22 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerCon
     if options.kind == "adamw":
         return torch.optim.AdamW(list(parameters.values()), fused=True, **common)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        bitsandbytes = importlib.import_module("bitsandbytes.optim")
     except ImportError:
         raise DistillError("optimizer.kind: adamw-8bit needs bitsandbytes: pip install bitsandbytes") from None
-    return AdamW8bit(list(parameters.values()), **common)
+    optimizer: torch.optim.Optimizer = bitsandbytes.AdamW8bit(list(parameters.values()), **common)
+    return optimizer
 
 
 def slots_of(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Any]:
-    """What an optimizer keeps for its parameters, flat: `name/slot`. The names are in the order of its parameters."""
+    """Flatten what an optimizer keeps for its parameters to `name/slot`. The names are in the order of its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     named = zip(names, parameters, strict=True)
     return {f"{name}/{slot}": value for name, p in named for slot, value in optimizer.state.get(p, {}).items()}
 
 
 def set_slots(optimizer: torch.optim.Optimizer, names: Iterable[str], slots: Mapping[str, Any]) -> None:
-    """The inverse of `slots_of`."""
+    """Set what `slots_of` returned."""
     by_name: dict[str, dict[str, Any]] = {}
     for key, value in slots.items():
         name, _, slot = key.rpartition("/")
@@ -60,7 +63,7 @@ def set_slots(optimizer: torch.optim.Optimizer, names: Iterable[str], slots: Map
 
 
 class MovingAverage:
-    """The exponential moving average of parameters: decay min(decay, (1 + n) / (10 + n)) at its n-th update."""
+    """The exponential moving average of parameters, with decay min(decay, (1 + n) / (10 + n)) at its n-th update."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters, self.decay, self.updates = dict(parameters), decay, 0
@@ -69,19 +72,19 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        average, now = ([local(t) for t in tensors.values()] for tensors in (self.average, self.parameters))
-        torch._foreach_lerp_(average, now, 1 - decay)
+        average, now = ([to_local(t) for t in tensors.values()] for tensors in (self.average, self.parameters))
+        lerp_all_(average, now, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
-        """Let the parameters be the average for good."""
+        """Set the parameters to the average for good."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.average[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the parameters are the average."""
+        """Set the parameters to the average inside."""
         held = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.copy_to_parameters()
         try:

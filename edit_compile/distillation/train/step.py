@@ -1,31 +1,78 @@
-"""The gradients of one step, over all its forwards: of the warm start, and of a stage."""
+"""The gradients of one step, over all its forwards: of the layerwise fit, and of a stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from edit_compile.distillation.context import Context, Sample
-from edit_compile.distillation.recipe.schema import Losses
+from edit_compile.distillation.context import Context, NoisyBatch
 from edit_compile.distillation.train.distributed import reshard
-from edit_compile.distillation.train.layerwise import fitting
-from edit_compile.distillation.train.losses import distillation_losses
+from edit_compile.distillation.train.features import Features, captured
+from edit_compile.distillation.train.layerwise import layerwise_fit
+from edit_compile.distillation.train.losses import LOSSES, Comparison
 from edit_compile.distillation.train.metrics import Average
-from edit_compile.student.site import is_sharded
+from edit_compile.torch_internals import is_sharded
 
 
-def warm_start_gradients(
-    context: Context, trained: Mapping[str, nn.Parameter], samples: Iterator[Sample], forwards: int
+@dataclass(frozen=True)
+class Measured:
+    """The losses of one forward.
+
+    Attributes:
+        total: their weighted sum, to call backward on.
+        parts: each on its own, without its weight and without gradient.
+        sites: the relative error of every converted site by path, likewise; empty if the teacher did not run.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    sites: dict[str, Tensor]
+
+
+def measure_losses(context: Context, model: nn.Module, batch: NoisyBatch, weights: Mapping[str, float]) -> Measured:
+    """Run teacher and student on a batch and compare them.
+
+    Every loss in `weights` is measured, also with weight 0, except that the teacher runs only if it has a part in the total.
+
+    Args:
+        model: the student as wrapped for training.
+    """
+    losses = {name: LOSSES.get(name) for name in weights}
+    needs_teacher = any(weight and losses[name].needs_teacher for name, weight in weights.items())
+    teacher, teacher_features = _run_teacher(context, batch) if needs_teacher else (None, {})
+    with captured(context.student) as features:
+        prediction = context.predict(model, batch)
+    comparison = Comparison(prediction.float(), batch.target.float(), batch.timesteps, features, teacher, teacher_features)
+    parts = {name: loss.compute(comparison) for name, loss in losses.items() if needs_teacher or not loss.needs_teacher}
+    # A weight of zero stays in the sum: the backward pass must begin at the model's output, where wrappers start it.
+    total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
+    return Measured(total, _detached(parts), _detached(comparison.site_errors))
+
+
+@torch.no_grad()
+def _run_teacher(context: Context, batch: NoisyBatch) -> tuple[Tensor, Features]:
+    with context.teacher_mode() as model, captured(model) as features:
+        prediction = context.predict(model, batch)
+    return prediction.float(), features
+
+
+def _detached(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def layerwise_gradients(
+    context: Context, trained: Mapping[str, nn.Parameter], batches: Iterator[NoisyBatch], forwards: int
 ) -> dict[str, Tensor]:
     """Leave a step's gradients in the trained parameters, averaged over processes; returns its losses."""
     sites: dict[str, Tensor] = {}
     for _ in range(forwards):
-        sample = context.on_device(next(samples))  # a source may run the student itself for it
-        with fitting(context.student, 1 / forwards) as measured:
-            context.predict(context.student, sample)
+        batch = context.on_device(next(batches))  # a source may run the student itself for it
+        with layerwise_fit(context.student, 1 / forwards) as measured:
+            context.predict(context.student, batch)
         sites = {path: sites.get(path, 0) + loss for path, loss in measured.items()}
     reshard(context.student)
     for parameter in trained.values():
@@ -35,7 +82,9 @@ def warm_start_gradients(
     return {"loss": loss, "feature": loss, **_named(sites)}
 
 
-def stage_gradients(context: Context, model: nn.Module, samples: Iterator[Sample], forwards: int, weights: Losses) -> dict[str, Tensor]:
+def stage_gradients(
+    context: Context, model: nn.Module, batches: Iterator[NoisyBatch], forwards: int, weights: Mapping[str, float]
+) -> dict[str, Tensor]:
     """Leave a step's gradients in the trained parameters; returns its losses.
 
     Args:
@@ -45,7 +94,7 @@ def stage_gradients(context: Context, model: nn.Module, samples: Iterator[Sample
     for number in range(forwards):
         last = number == forwards - 1
         with nullcontext() if last or accelerator.num_processes == 1 else accelerator.no_sync(model):
-            measured = distillation_losses(context, model, context.on_device(next(samples)), weights)
+            measured = measure_losses(context, model, context.on_device(next(batches)), weights)
             accelerator.backward(measured.total / forwards)
         average.add({"loss": measured.total.detach(), **measured.parts, **_named(measured.sites)})
     return {name: total / forwards for name, total in average.sums.items()}

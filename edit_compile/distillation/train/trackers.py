@@ -1,4 +1,4 @@
-"""Accelerate's trackers: the recipe, and every number of a row, by name, at its step."""
+"""Accelerate's trackers, which record the recipe and every number of a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def chosen_trackers(names: Sequence[str] | None) -> list[str]:
-    """Those named; TensorBoard if None.
+    """Return the trackers named, or TensorBoard if that is None.
 
     Raises:
         DistillError: one is not installed.
@@ -27,6 +27,6 @@ def chosen_trackers(names: Sequence[str] | None) -> list[str]:
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as trackers take it: dotted keys to plain values."""
+    """Flatten a recipe to what trackers take: dotted keys to plain values."""
     content = flatten(recipe.model_dump(mode="json"))
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in content.items()}

@@ -9,15 +9,15 @@ import torch
 
 import data_files
 import edit_compile as ec
-from edit_compile.distillation.data import Request
+from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.buckets import Buckets
-from edit_compile.distillation.data.cache.encode import PictureProducer, records_of
+from edit_compile.distillation.data.cache.encode import ImageProducer, records_from
 from edit_compile.distillation.data.cache.format import INDEX, UNFINISHED, read_index
 from edit_compile.distillation.data.cache.write import write_cache
-from edit_compile.distillation.data.captioned import Captioned
-from edit_compile.distillation.data.map_style import Indexed
-from edit_compile.distillation.data.sources.cached import Cached
-from edit_compile.distillation.data.sources.folder import Folder
+from edit_compile.distillation.data.captioned_images import EncodedImages
+from edit_compile.distillation.data.map_style import MapStyleSource
+from edit_compile.distillation.data.sources.cached import CachedDataset
+from edit_compile.distillation.data.sources.images import ImageFolder
 
 SIZES = [(24, 24)] * 5 + [(20, 40)] * 4 + [(48, 24)] * 3
 RESOLUTIONS = [(16, 16), (32, 32)]
@@ -39,15 +39,15 @@ def folder(tmp_path):
 
 def make(pictures, cache, *, progress=lambda written, skipped: None, made_from=None, samples=None):
     unreadable = {}
-    corpus = Folder(pictures, None, unreadable)
-    producer = PictureProducer(lambda start: records_of(corpus, start), data_files.Letters(), BUCKETS, 2, unreadable)
+    corpus = ImageFolder(pictures, None, unreadable)
+    producer = ImageProducer(lambda start: records_from(corpus, start), data_files.Letters(), BUCKETS, 2, unreadable)
     head = {"model": "PixArtTransformer2DModel", "made_from": made_from or {"data": "folder"}, "resolutions": RESOLUTIONS}
     return write_cache(cache, producer, head, shard_size=4, samples=samples, progress=progress)
 
 
 def source(cache, **options):
-    items = Cached(cache, PixArtTransformer2DModel())
-    return Indexed(items, 0, skipped=dict(items.index.skipped), **options)
+    dataset = CachedDataset(cache, PixArtTransformer2DModel())
+    return MapStyleSource(dataset, 0, skipped=dict(dataset.index.skipped), **options)
 
 
 def contents(folder):
@@ -55,16 +55,16 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
-@pytest.mark.parametrize("split", ["train", "held-out"])
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_cache_gives_what_encoding_gives(folder, tmp_path, resolution, split):
     make(folder, tmp_path / "cache")
     cached = source(tmp_path / "cache", caption_dropout=0.3, held_out=3)
-    direct = Indexed(Captioned(Folder(folder, None, {}), data_files.Letters(), BUCKETS), 0, 3, 0.3)
+    direct = MapStyleSource(EncodedImages(ImageFolder(folder, None, {}), data_files.Letters(), BUCKETS), 0, 3, 0.3)
     for step in range(6):
-        request = Request(4 * step if split == "train" else 0, 4, range(4), *resolution, split)
+        request = BatchRequest(4 * step if split == "train" else 0, 4, range(4), *resolution, split)
         found, expected = cached.batch(request), direct.batch(request)
         assert found.captions == expected.captions
-        assert torch.equal(found.pictures, expected.pictures)
+        assert torch.equal(found.latents, expected.latents)
         mask = found.conditions["encoder_attention_mask"]
         length = mask.shape[1]
         assert torch.equal(mask, expected.conditions["encoder_attention_mask"][:, :length])
@@ -78,7 +78,7 @@ def test_a_cache_gives_what_encoding_gives(folder, tmp_path, resolution, split):
 def test_padding_is_trimmed(folder, tmp_path):
     make(folder, tmp_path / "cache")
     cached = source(tmp_path / "cache", caption_dropout=0)
-    batch = cached.batch(Request(0, 4, range(4), 16, 16))
+    batch = cached.batch(BatchRequest(0, 4, range(4), 16, 16))
     assert batch.conditions["encoder_hidden_states"].shape[1] == max(map(len, batch.captions)) < data_files.Letters.length
 
 
@@ -91,7 +91,7 @@ def test_a_killed_making_goes_on_and_ends_the_same(folder, tmp_path):
 
     with pytest.raises(Killed):
         make(folder, tmp_path / "killed", progress=killed)
-    with pytest.raises(ec.DistillError, match=r"holds no cache: it is unfinished: run the same"):
+    with pytest.raises(ec.DistillError, match=r"is not a finished cache: it is unfinished: run the same"):
         read_index(tmp_path / "killed")
     with (tmp_path / "killed" / UNFINISHED).open("a") as file:
         file.write('{"file": "shard-0000')  # a line that the kill tore
@@ -125,7 +125,7 @@ def test_a_finished_cache_is_left_alone(folder, tmp_path):
 
 def test_another_cache_is_not_overwritten(folder, tmp_path):
     make(folder, tmp_path / "cache")
-    with pytest.raises(ec.DistillError, match=r"holds a cache made otherwise \(data differ\)"):
+    with pytest.raises(ec.DistillError, match=r"has another cache \(data differ\)"):
         make(folder, tmp_path / "cache", made_from={"data": "other"})
 
 
@@ -168,8 +168,8 @@ def test_damaged_entries_are_replaced_and_named(folder, tmp_path):
     flip(tmp_path / "cache" / "shard-00000.safetensors", -3)  # in the last tensor of one sample
     (tmp_path / "cache" / "shard-00001.safetensors").write_bytes(b"no tensors")
     data = source(tmp_path / "cache", held_out=1, caption_dropout=0)
-    trained = {caption for step in range(30) for caption in data.batch(Request(4 * step, 4, range(4), 32, 32)).captions}
-    damaged = data.items.damaged()
+    trained = {caption for step in range(30) for caption in data.batch(BatchRequest(4 * step, 4, range(4), 32, 32)).captions}
+    damaged = data.dataset.damaged()
     assert len(damaged) == 5
     assert data.skipped.keys() <= damaged.keys()
     assert len(trained) in (6, 7)  # one of the other 8 is held out, and of the damaged one only some tensors are
@@ -181,7 +181,7 @@ def test_a_missing_shard_is_passed_over(folder, tmp_path):
     (tmp_path / "cache" / "shard-00002.safetensors").unlink()
     data = source(tmp_path / "cache", held_out=1)
     for step in range(12):
-        data.batch(Request(4 * step, 4, range(4), 16, 16))
+        data.batch(BatchRequest(4 * step, 4, range(4), 16, 16))
     assert len(data.skipped) == 4
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_reported_and_the_rest_stays(folder, tmp_path, monkeypatc
         original(path, tensors)
 
     monkeypatch.setattr(caching, "write_tensors", full)
-    with pytest.raises(ec.DistillError, match=r"cannot be written: .*No space left on device; what is finished stays"):
+    with pytest.raises(ec.DistillError, match=r"cannot be written: .*No space left on device; finished shards stay"):
         make(folder, tmp_path / "cache")
     assert make(folder, tmp_path / "cache") == make(folder, tmp_path / "cache")
 
@@ -207,8 +207,8 @@ def test_a_full_disk_is_reported_and_the_rest_stays(folder, tmp_path, monkeypatc
     [
         (lambda cache: (cache / INDEX).unlink(), "index.json is missing"),
         (lambda cache: (cache / INDEX).write_text("{"), "index.json cannot be read"),
-        (lambda cache: (cache / INDEX).write_text('{"version": 9}'), "has version 9, this release reads version 1"),
-        (lambda cache: (cache / INDEX).write_text('{"version": 1}'), "index.json: model: Field required"),
+        (lambda cache: (cache / INDEX).write_text('{"version": 9}'), "was made by version before 0.1.0 of edit_compile"),
+        (lambda cache: (cache / INDEX).write_text('{"version": 2}'), "index.json: model: Field required"),
         (lambda cache: flip(cache / "empty.safetensors", -1), "empty.safetensors.* does not have the checksum"),
     ],
 )
@@ -222,6 +222,6 @@ def test_a_cache_that_cannot_be_used_says_why(folder, tmp_path, change, message)
 def test_resolutions_and_models_must_be_those_of_the_cache(folder, tmp_path):
     make(folder, tmp_path / "cache")
     with pytest.raises(ec.DistillError, match="has no latents for 64x64 pixels, only for 16x16, 32x32"):
-        source(tmp_path / "cache").batch(Request(0, 4, range(4), 64, 64))
-    with pytest.raises(ec.DistillError, match="was made for a PixArtTransformer2DModel, this model is a Linear"):
-        Cached(tmp_path / "cache", torch.nn.Linear(1, 1))
+        source(tmp_path / "cache").batch(BatchRequest(0, 4, range(4), 64, 64))
+    with pytest.raises(ec.DistillError, match="was made for a PixArtTransformer2DModel, but this model is a Linear"):
+        CachedDataset(tmp_path / "cache", torch.nn.Linear(1, 1))

@@ -17,7 +17,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.demo import models
 from edit_compile.distillation import Recipe, distill, load_recipe
-from edit_compile.distillation.data import Request, open_source
+from edit_compile.distillation.data import BatchRequest, open_source
 from edit_compile.distillation.make_cache import make_cache
 
 DEMO = {
@@ -63,8 +63,8 @@ def test_a_cache_gives_the_demo_model_what_the_pictures_give(recipe, tmp_path):
     make_cache(load_recipe(recipe, ["data.buckets=null"]), tmp_path / "cache")
     data = load_recipe(recipe, ["data={kind: cached, path: " + str(tmp_path / "cache") + ", caption_dropout: 0}"]).data
     model = models.untrained("mm-dit")
-    batch = open_source(data, model, 0, base="demo/mm-dit").batch(Request(0, 2, range(2), 16, 24))
-    for caption, picture in zip(batch.captions, batch.pictures, strict=True):
+    batch = open_source(data, model, 0, base="demo/mm-dit").batch(BatchRequest(0, 2, range(2), 16, 24))
+    for caption, picture in zip(batch.captions, batch.latents, strict=True):
         expected = data_files.picture(CAPTIONS.index(caption), 32, 32).resize((24, 24)).crop((0, 4, 24, 20))
         found = ((picture.permute(1, 2, 0) + 1) * 127.5).round()
         assert (found - torch.from_numpy(np.array(expected))).abs().max() <= 3
@@ -76,7 +76,7 @@ def test_a_cache_gives_the_demo_model_what_the_pictures_give(recipe, tmp_path):
 def test_data_that_need_no_cache_say_so(tmp_path):
     result = run("demo-mm-dit", "-o", tmp_path / "cache")
     assert result.exit_code == 1
-    assert "data.kind: shapes is ready to train on as it is, there is nothing to cache" in result.stderr
+    assert "data.kind: shapes needs no cache: it can be trained on as it is" in result.stderr
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # trained norms are in float32: right, but not fused

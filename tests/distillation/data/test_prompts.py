@@ -9,10 +9,10 @@ import data_files
 import edit_compile as ec
 import toy
 import toy_distill
-from edit_compile.distillation.data import Request
+from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.buckets import Buckets
-from edit_compile.distillation.data.map_style import Indexed
-from edit_compile.distillation.data.sources.prompts import Prompts, PromptsData
+from edit_compile.distillation.data.map_style import MapStyleSource
+from edit_compile.distillation.data.sources.prompts import PromptDataset, PromptsData
 from edit_compile.student.site import converted_sites
 
 
@@ -30,8 +30,8 @@ class Drawer:
 
 def source(path, model=None, draw=None, **options):
     data = PromptsData(kind="prompts", path=path, **options)
-    items = Prompts(data, model or torch.nn.Identity(), data_files.Letters(), draw or Drawer(), 0)
-    return Indexed(items, 0, data.held_out, data.caption_dropout, concurrent=False)
+    dataset = PromptDataset(data, model or torch.nn.Identity(), data_files.Letters(), draw or Drawer(), 0)
+    return MapStyleSource(dataset, 0, data.held_out, data.caption_dropout, concurrent=False)
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_a_sample_is_drawn_from_its_own_noise_wherever_it_comes(path):
     for size in (2, 3):
         data = source(path, held_out=1, caption_dropout=0)
         for step in range(20):
-            batch = data.batch(Request(size * step, size, range(size), 16, 16))
-            for caption, picture in zip(batch.captions, batch.pictures, strict=True):
+            batch = data.batch(BatchRequest(size * step, size, range(size), 16, 16))
+            for caption, picture in zip(batch.captions, batch.latents, strict=True):
                 assert torch.equal(drawn.setdefault(caption, picture), picture)
     assert len(drawn) == 7
     assert len({float(picture.mean()) for picture in drawn.values()}) == 7
@@ -55,15 +55,15 @@ def test_a_sample_is_drawn_from_its_own_noise_wherever_it_comes(path):
 
 def test_several_samples_of_a_prompt_differ(path):
     data = source(path, samples_per_prompt=3, held_out=1, caption_dropout=0)
-    pictures = [data.items.drawn([index], (16, 16)) for index in (1, 9, 17)]
-    assert [data.items.caption(index) for index in (1, 9, 17)] == ["two dogs"] * 3
+    pictures = [data.dataset.latents([index], (16, 16)) for index in (1, 9, 17)]
+    assert [data.dataset.caption(index) for index in (1, 9, 17)] == ["two dogs"] * 3
     assert not torch.equal(pictures[0], pictures[1])
     assert not torch.equal(pictures[1], pictures[2])
 
 
 def test_an_emptied_caption_keeps_the_picture_of_its_prompt(path):
     draw = Drawer()
-    batch = source(path, draw=draw, caption_dropout=1, held_out=1).batch(Request(0, 3, range(3), 16, 16))
+    batch = source(path, draw=draw, caption_dropout=1, held_out=1).batch(BatchRequest(0, 3, range(3), 16, 16))
     assert batch.captions == ("", "", "")
     assert "" not in draw.calls[0][0]
 
@@ -72,7 +72,7 @@ def test_shapes_are_drawn_from_the_buckets(path):
     draw = Drawer()
     data = source(path, draw=draw, buckets=Buckets(multiple=4), samples_per_prompt=10)
     for step in range(40):
-        data.batch(Request(2 * step, 2, range(2), 16, 16))
+        data.batch(BatchRequest(2 * step, 2, range(2), 16, 16))
     assert {shape for _, shape in draw.calls} == {(12, 20), (16, 16), (20, 12)}
 
 
@@ -86,7 +86,7 @@ def test_it_is_the_teacher_that_draws(path):
         seen.append(student(**inputs))
         return torch.zeros(len(seeds), 3, 8, 8)
 
-    source(path, student, draw).batch(Request(0, 2, range(2), 16, 16))
+    source(path, student, draw).batch(BatchRequest(0, 2, range(2), 16, 16))
     with torch.no_grad(), ec.teacher(student):
         assert torch.equal(seen[0], student(**inputs))
     assert not torch.equal(seen[0], student(**inputs))
@@ -97,7 +97,7 @@ def test_prompts_that_cannot_be_encoded_are_named(path):
     path.write_text(path.read_text() + "\na prompt that is much too long")
     data = source(path, held_out=1)
     for step in range(12):
-        data.batch(Request(2 * step, 2, range(2), 16, 16))
+        data.batch(BatchRequest(2 * step, 2, range(2), 16, 16))
     assert list(data.skipped) == ["prompt 'a prompt that is much too long', sample 0"]
 
 

@@ -13,7 +13,7 @@ import torch
 import edit_compile as ec
 from edit_compile.adapters import load_model as models
 from edit_compile.distillation import Recipe, distill
-from edit_compile.distillation.data import Request, open_source
+from edit_compile.distillation.data import BatchRequest, open_source
 from edit_compile.distillation.data.sources.random import RandomData
 
 ROOT = Path(__file__).parents[3]
@@ -32,17 +32,17 @@ def test_samples_are_functions_of_their_positions(name, channels, tmp_path):
     model = models.load_model(config_of(name, tmp_path)).model
     source = open_source(RandomData(kind="random"), model, 0)
     state = torch.get_rng_state()
-    whole = source.batch(Request(8, 4, range(4), 64, 96))
-    part = source.batch(Request(8, 4, range(1, 3), 64, 96))
+    whole = source.batch(BatchRequest(8, 4, range(4), 64, 96))
+    part = source.batch(BatchRequest(8, 4, range(1, 3), 64, 96))
     assert torch.equal(torch.get_rng_state(), state)
-    assert whole.pictures.shape == (4, channels, 8, 12)
-    assert torch.equal(whole.pictures[1:3], part.pictures)
+    assert whole.latents.shape == (4, channels, 8, 12)
+    assert torch.equal(whole.latents[1:3], part.latents)
     for name, value in whole.conditions.items():
         assert value.shape[0] == 4, name
         assert torch.equal(value[1:3], part.conditions[name])
-    assert not torch.equal(whole.pictures[0], whole.pictures[1])
-    held_out = source.batch(Request(8, 4, range(4), 64, 96, "held-out"))
-    assert not torch.equal(whole.pictures, held_out.pictures)
+    assert not torch.equal(whole.latents[0], whole.latents[1])
+    held_out = source.batch(BatchRequest(8, 4, range(4), 64, 96, "validation"))
+    assert not torch.equal(whole.latents, held_out.latents)
 
 
 def test_weights_are_random_by_the_seed(tmp_path):

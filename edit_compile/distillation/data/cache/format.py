@@ -1,12 +1,12 @@
-"""A cache on the disk: shards of safetensors, and one JSON index with the checksum of everything in them.
+"""A cache on disk: shards of safetensors, and one JSON index with the checksum of everything in them.
 
     index.json                   what it was made from, the shards, their samples with shapes and checksums, what was skipped
-    shard-00000.safetensors      "7/captions/NAME": a tensor of sample 7's caption; "7/pictures/512x512/latents"
+    shard-00000.safetensors      "7/captions/NAME": a tensor of sample 7's caption; "7/images/512x512/latents"
     empty.safetensors            the tensors of the empty caption
-    unfinished.jsonl             instead of the index while the cache is made: its head, then a line for each finished shard
+    unfinished.jsonl             instead of the index while the cache is being made: its header, then a line for each finished shard
 
-A shard is written beside its place, flushed and moved there, then its line is added: so a cache whose making was killed
-at any point goes on from its last finished shard.
+A shard is written beside its place, flushed and moved there, then its line is added: a cache whose making is killed at any
+point continues from its last finished shard.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -25,69 +25,77 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edit_compile.distillation.data.buckets import Shape
-from edit_compile.distillation.data.records import Unreadable
+from edit_compile.distillation.data.records import BadSample
 from edit_compile.errors import DistillError
 from edit_compile.files import replacing
-from edit_compile.frozen import Frozen
+from edit_compile.frozen import Frozen, first_problem
+from edit_compile.version import __version__
 
-VERSION = 1
+FORMAT = 2
+Content = TypeVar("Content", bound=Frozen)
 INDEX, EMPTY, UNFINISHED = "index.json", "empty.safetensors", "unfinished.jsonl"
-CAPTIONS, PICTURES, LATENTS = "captions", "pictures", "latents"
+CAPTIONS, IMAGES, LATENTS = "captions", "images", "latents"
 
 
-class Latents(Frozen):
-    """A sample's latents at one resolution: the height and width of its picture in pixels, and the checksum."""
+class CachedLatents(Frozen):
+    """The latents of a sample at one resolution."""
 
     shape: Shape
+    """Height and width of the image, in pixels."""
     digest: str
+    """The checksum of the latents."""
 
 
-class Sample(Frozen):
-    """A sample in a shard. `captions`: the checksum of its caption's tensors; `pictures`: by resolution, such as "512x512"."""
+class CachedSample(Frozen):
+    """A sample in a shard."""
 
     name: str
     caption: str
     captions: str
-    pictures: dict[str, Latents]
+    """The checksum of the caption's tensors."""
+    images: dict[str, CachedLatents]
+    """By resolution (`512x512`)."""
 
 
 class Shard(Frozen):
-    """A file of samples, and what could not be read when it was made, with the reason.
-
-    Attributes:
-        taken: records of the data that are in it or were skipped.
-    """
+    """A file of samples, and what could not be read when it was made, with the reason."""
 
     file: str
     bytes: int
     taken: int
-    samples: tuple[Sample, ...]
+    """How many records of the data are in it or were skipped."""
+    samples: tuple[CachedSample, ...]
     skipped: dict[str, str]
 
 
-class Head(Frozen):
-    """What a cache was made from. `model`: the transformer's class; `empty`: the checksum of the empty caption's tensors."""
+class Header(Frozen):
+    """What a cache was made from, and by which version."""
 
-    version: int = VERSION
+    version: int = FORMAT
+    package_version: str = __version__
     model: str
+    """The transformer's class."""
     made_from: dict[str, Any]
     resolutions: tuple[Shape, ...]
     empty: str
+    """The checksum of the empty caption's tensors."""
 
 
-class Index(Head):
-    """All of a finished cache. `skipped`: all that could not be read, by name, with the reason."""
+class Index(Header):
+    """All of a finished cache."""
 
     shards: tuple[Shard, ...]
     skipped: dict[str, str]
+    """All that could not be read, by name, with the reason."""
 
 
 def resolution_key(resolution: Shape) -> str:
+    """Name a resolution: `512x768`."""
     return f"{resolution[0]}x{resolution[1]}"
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A checksum of tensors with their names, types and shapes."""
+    """Compute a checksum of tensors with their names, types and shapes."""
     found = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -96,7 +104,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a finished cache.
+    """Read the index of a finished cache.
 
     Raises:
         DistillError: there is none, or it cannot be used.
@@ -105,22 +113,22 @@ def read_index(folder: Path) -> Index:
     if not path.is_file():
         unfinished = (folder / UNFINISHED).is_file()
         advice = "it is unfinished: run the same `edit-compile cache` again to finish it" if unfinished else f"{INDEX} is missing"
-        raise DistillError(f"{folder} holds no cache: {advice}")
+        raise DistillError(f"{folder} is not a finished cache: {advice}")
     return _validated(Index, path.read_text(), str(path))
 
 
-def read_unfinished(folder: Path) -> tuple[Head, list[Shard]] | None:
-    """The head and the finished shards of a cache that is being made; they end before the first that is not whole.
+def read_unfinished(folder: Path) -> tuple[Header, list[Shard]] | None:
+    """Read the header and the finished shards of a cache that is being made; they end before the first incomplete one.
 
     None if there is no such cache.
 
     Raises:
-        DistillError: it was begun by another release.
+        DistillError: it was begun by another version.
     """
     path = folder / UNFINISHED
     if not path.is_file():
         return None
-    head, *lines = path.read_text().split("\n")
+    header, *lines = path.read_text().split("\n")
     shards = []
     for line in lines[:-1]:  # the last is empty, or torn
         shard = _validated(Shard, line, str(path))
@@ -128,19 +136,20 @@ def read_unfinished(folder: Path) -> tuple[Head, list[Shard]] | None:
         if not file.is_file() or file.stat().st_size != shard.bytes:
             break
         shards.append(shard)
-    return _validated(Head, head, str(path)), shards
+    return _validated(Header, header, str(path)), shards
 
 
-def _validated(kind: type[Any], text: str, where: str) -> Any:
+def _validated(kind: type[Content], text: str, where: str) -> Content:
     try:
         content = json.loads(text)
-        version = content.get("version", VERSION)
-        if version != VERSION:
-            raise DistillError(f"{where} has version {version!r}, this release reads version {VERSION}")
+        if content.get("version", FORMAT) != FORMAT:
+            maker = content.get("package_version", "before 0.1.0")
+            raise DistillError(
+                f"{where} was made by version {maker} of edit_compile, which {__version__} cannot read; make the cache again"
+            )
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DistillError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise DistillError(f"{where}: {first_problem(error)}") from None
     except (ValueError, AttributeError) as error:
         raise DistillError(f"{where} cannot be read: {error}") from None
 
@@ -152,7 +161,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def add_line(path: Path, text: str) -> None:
-    """Append a line, and see it to the disk."""
+    """Append a line and fsync it."""
     with path.open("a") as file:
         file.write(text + "\n")
         file.flush()
@@ -160,16 +169,16 @@ def add_line(path: Path, text: str) -> None:
 
 
 def read_part(path: Path, prefix: str, expected: str) -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with a prefix, by the rest of their names.
+    """Read the tensors of a file whose names begin with a prefix, by the rest of their names.
 
     Raises:
-        Unreadable: the file or these tensors are damaged.
+        BadSample: the file or these tensors are damaged.
     """
     try:
         with safe_open(path, "pt") as file:
             found = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise Unreadable(f"{path} cannot be read: {error}") from error
+        raise BadSample(f"{path} cannot be read: {error}") from error
     if digest(found) != expected:
-        raise Unreadable(f"{path}: {prefix} does not have the checksum that the index gives")
+        raise BadSample(f"{path}: {prefix} does not have the checksum that the index gives")
     return found

@@ -1,1 +1,1 @@
-"""Kinds of data, one file each."""
+"""The kinds of data, one file each."""

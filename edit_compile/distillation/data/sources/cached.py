@@ -4,55 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from edit_compile.adapters.encoders import other_conditions, stacked
+from edit_compile.adapters.encoders import make_decoder, other_conditions, stacked
 from edit_compile.distillation.data.buckets import Shape
-from edit_compile.distillation.data.cache.format import CAPTIONS, EMPTY, PICTURES, read_index, read_part, resolution_key
-from edit_compile.distillation.data.captioned import as_floats
-from edit_compile.distillation.data.records import Unreadable
-from edit_compile.distillation.data.source import Batch
+from edit_compile.distillation.data.cache.format import CAPTIONS, EMPTY, IMAGES, read_index, read_part, resolution_key
+from edit_compile.distillation.data.captioned_images import Share
+from edit_compile.distillation.data.encoding import as_floats
+from edit_compile.distillation.data.map_style import MapStyleSource
+from edit_compile.distillation.data.records import BadSample
+from edit_compile.distillation.data.registry import DataConfig, register_data
+from edit_compile.distillation.data.source import Batch, DataSource, SourceContext
 from edit_compile.errors import DistillError
-from edit_compile.frozen import Frozen
 
 
-class CachedData(Frozen):
-    """A cache.
-
-    Attributes:
-        path: the folder that `edit-compile cache` has written.
-        caption_dropout: the share of samples whose caption is empty, which guidance needs.
-        held_out: the number of samples that are never trained on. Default: a fiftieth of them, 8 to 256.
-    """
+@register_data("cached")
+class CachedData(DataConfig):
+    """A cache."""
 
     kind: Literal["cached"]
     path: Path
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The folder that `edit-compile cache` has written."""
+    caption_dropout: Share = 0.1
+    """The share of samples trained with the empty caption, which guidance needs."""
     held_out: PositiveInt | None = None
+    """The number of samples that are never trained on. Default: a fiftieth of them, 8 to 256."""
+
+    def open(self, context: SourceContext) -> DataSource:
+        """Open the cache."""
+        dataset = CachedDataset(self.path, context.model, make_decoder(context.base, context.device, context.dtype))
+        return MapStyleSource(dataset, context.seed, self.held_out, self.caption_dropout, skipped=dict(dataset.index.skipped))
 
 
-class Cached:
-    """The items of a cache. Each is checked against its checksum when it is read."""
+class CachedDataset:
+    """The samples of a cache. Each is compared with its checksum when it is read."""
 
-    def __init__(self, folder: Path, model: nn.Module, decode: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, folder: Path, model: nn.Module, decoder: Callable[[Tensor], Tensor] | None = None) -> None:
         """
         Args:
-            decode: latents to pictures in [0, 1]; without it they are not shown.
+            decoder: from latents to images in [0, 1]; without it they are not shown.
 
         Raises:
-            DistillError: the folder holds no finished cache, or one for another kind of model.
+            DistillError: the folder has no finished cache, or one for another kind of model.
         """
-        self.folder, self.model, self.decode, self.index = folder, model, decode, read_index(folder)
+        self.folder, self.model, self.decoder, self.index = folder, model, decoder, read_index(folder)
         if self.index.model != type(model).__name__:
-            raise DistillError(f"data.path: {folder} was made for a {self.index.model}, this model is a {type(model).__name__}")
+            raise DistillError(f"data.path: {folder} was made for a {self.index.model}, but this model is a {type(model).__name__}")
         self.places = [(shard, number) for shard in self.index.shards for number in range(len(shard.samples))]
         try:
-            self.empty = read_part(folder / EMPTY, "", self.index.empty)
-        except Unreadable as error:
+            self.empty_caption = read_part(folder / EMPTY, "", self.index.empty)
+        except BadSample as error:
             raise DistillError(f"data.path: {error}; make the cache again") from error
 
     def __len__(self) -> int:
@@ -67,14 +72,14 @@ class Cached:
             known = ", ".join(map(resolution_key, self.index.resolutions))
             raise DistillError(f"{self.folder} has no latents for {resolution_key(resolution)} pixels, only for {known}")
         shard, number = self.places[index]
-        return shard.samples[number].pictures[resolution_key(resolution)].shape
+        return shard.samples[number].images[resolution_key(resolution)].shape
 
-    def get(self, index: int, shape: Shape, resolution: Shape, empty: bool) -> tuple[Tensor, dict[str, Tensor], str]:
+    def get(self, index: int, shape: Shape, resolution: Shape, *, drop_caption: bool) -> tuple[Tensor, dict[str, Tensor], str]:
         shard, number = self.places[index]
         path, sample, key = self.folder / shard.file, shard.samples[number], resolution_key(resolution)
-        (latents,) = read_part(path, f"{number}/{PICTURES}/{key}/", sample.pictures[key].digest).values()
-        if empty:
-            return latents, self.empty, ""
+        (latents,) = read_part(path, f"{number}/{IMAGES}/{key}/", sample.images[key].digest).values()
+        if drop_caption:
+            return latents, self.empty_caption, ""
         return latents, read_part(path, f"{number}/{CAPTIONS}/", sample.captions), sample.caption
 
     def collate(self, samples: Sequence[tuple[Tensor, dict[str, Tensor], str]], shape: Shape) -> Batch:
@@ -82,16 +87,16 @@ class Cached:
         conditions = stacked(captions) | other_conditions(self.model, shape, len(samples))
         return Batch(torch.stack(latents).float(), as_floats(conditions), texts)
 
-    def pixels(self, pictures: Tensor) -> Tensor | None:
-        return self.decode(pictures) if self.decode is not None else None
+    def decode(self, latents: Tensor) -> Tensor | None:
+        return self.decoder(latents) if self.decoder is not None else None
 
     def damaged(self) -> dict[str, str]:
-        """Every damaged sample by name, with the reason: all of the cache is read."""
+        """Read all of the cache, and return every damaged sample by name, with the reason."""
         found = {}
         for index in range(len(self)):
             try:
                 for resolution in self.index.resolutions:
-                    self.get(index, self.shape(index, resolution), resolution, empty=False)
-            except Unreadable as reason:
+                    self.get(index, self.shape(index, resolution), resolution, drop_caption=False)
+            except BadSample as reason:
                 found[self.name(index)] = str(reason)
         return found

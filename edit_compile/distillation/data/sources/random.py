@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from edit_compile.adapters.denoise import random_batch
+from edit_compile.distillation.data.registry import DataConfig, register_data
 from edit_compile.distillation.data.seeding import seed_of
-from edit_compile.distillation.data.source import Batch, Request
+from edit_compile.distillation.data.source import Batch, BatchRequest, DataSource, SourceContext
 from edit_compile.errors import DistillError, GridError, NoExampleInputsError
-from edit_compile.frozen import Frozen
 
 
-class RandomData(Frozen):
-    """Nothing can be learned from it; models of which only the structure is known may be tried with it, at random weights."""
+@register_data("random")
+class RandomData(DataConfig):
+    """Nothing can be learned from it. Models of which only the structure is known can be tried on it, with random weights."""
 
     kind: Literal["random"]
 
+    random_weights: ClassVar[bool] = True
 
-class Random:
-    """Every sample is drawn from a generator seeded by its position."""
+    def open(self, context: SourceContext) -> DataSource:
+        """Open the source."""
+        return RandomSource(context.model, context.seed)
 
-    concurrent = False  # the generator is torch's own
+
+class RandomSource:
+    """Draws every sample from a generator seeded by its position."""
+
+    concurrent = False  # the generator is torch's global one
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.model, self.seed = model, seed
@@ -36,14 +43,14 @@ class Random:
         except (GridError, NoExampleInputsError) as error:
             raise DistillError(str(error)) from error
 
-    def batch(self, request: Request) -> Batch:
+    def batch(self, request: BatchRequest) -> Batch:
         samples = [self._sample(request, position) for position in request.positions]
         return Batch(*tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], *samples))
 
-    def pixels(self, pictures: Tensor) -> None:
+    def decode(self, latents: Tensor) -> None:
         return None
 
-    def _sample(self, request: Request, position: int) -> tuple[Tensor, dict[str, Any]]:
+    def _sample(self, request: BatchRequest, position: int) -> tuple[Tensor, dict[str, Any]]:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_of(self.seed, request.split, position))
             return random_batch(self.model, request.height, request.width, 1)

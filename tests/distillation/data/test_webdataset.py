@@ -6,11 +6,11 @@ import pytest
 
 import data_files
 import edit_compile as ec
-from edit_compile.distillation.data import Request
-from edit_compile.distillation.data.captioned import Captioned
-from edit_compile.distillation.data.map_style import Indexed
-from edit_compile.distillation.data.records import Unreadable, picture_of
-from edit_compile.distillation.data.sources.tar_shards import TarShards
+from edit_compile.distillation.data import BatchRequest
+from edit_compile.distillation.data.captioned_images import EncodedImages
+from edit_compile.distillation.data.map_style import MapStyleSource
+from edit_compile.distillation.data.records import BadSample, image_of
+from edit_compile.distillation.data.sources.webdataset import TarShards
 
 
 def members(numbers, caption="txt"):
@@ -31,7 +31,7 @@ def shards(tmp_path):
 def test_pictures_and_captions_of_all_shards(shards, pattern):
     corpus = TarShards(str(shards / pattern), None, {})
     assert [corpus.record(i).caption for i in range(len(corpus))] == [f"picture {i}" for i in range(12)]
-    assert all(picture_of(corpus.record(i)).tobytes() == data_files.picture(i).tobytes() for i in range(12))
+    assert all(image_of(corpus.record(i)).tobytes() == data_files.picture(i).tobytes() for i in range(12))
     assert corpus.name(5) == f"{shards / '001.tar'}:005"
 
 
@@ -50,16 +50,16 @@ def test_members_of_one_name_in_two_folders_are_two_samples(tmp_path):
     ("content", "caption", "message"),
     [
         ([("1.png", data_files.png(1))], None, "it has no json, but png"),
-        ([("1.png", data_files.png(1)), ("1.json", b"{")], None, "its json is none"),
+        ([("1.png", data_files.png(1)), ("1.json", b"{")], None, "its json is not valid JSON"),
         ([("1.png", data_files.png(1)), ("1.json", b"[1]")], None, "it has no caption or text or prompt, but json"),
-        ([("1.png", data_files.png(1)), ("1.json", b'{"caption": 3}')], None, "its caption is no text but 3"),
-        ([("1.png", data_files.png(1)), ("1.txt", b"\xff")], None, "no UTF-8"),
+        ([("1.png", data_files.png(1)), ("1.json", b'{"caption": 3}')], None, "its caption is not text but 3"),
+        ([("1.png", data_files.png(1)), ("1.txt", b"\xff")], None, "not UTF-8"),
         ([("1.png", data_files.png(1)), ("1.txt", b"a")], "cap", "it has no cap, but png, txt"),
     ],
 )
 def test_a_bad_caption_says_what_is_wrong(tmp_path, content, caption, message):
     data_files.tar_of(tmp_path / "a.tar", content)
-    with pytest.raises(Unreadable, match=message):
+    with pytest.raises(BadSample, match=message):
         TarShards(str(tmp_path / "a.tar"), caption, {}).record(0)
 
 
@@ -69,16 +69,16 @@ def test_damaged_shards_are_named_and_what_is_left_is_used(shards):
     (shards / "002.tar").write_bytes(b"no tar at all" * 100)
     skipped = {}
     corpus = TarShards(str(shards / "*.tar"), None, skipped)
-    data = Indexed(Captioned(corpus, data_files.Letters(), None), 0, 1, skipped=skipped)
-    trained = {caption for step in range(12) for caption in data.batch(Request(4 * step, 4, range(4), 16, 16)).captions}
+    data = MapStyleSource(EncodedImages(corpus, data_files.Letters(), None), 0, 1, skipped=skipped)
+    trained = {caption for step in range(12) for caption in data.batch(BatchRequest(4 * step, 4, range(4), 16, 16)).captions}
     assert {f"picture {i}" for i in (0, 1, 3)} <= trained
     assert "cannot be read" in data.skipped[str(shards / "002.tar")]
     assert any(name.startswith(str(shards / "001.tar")) for name in data.skipped)
 
 
 def test_no_shards_and_no_pictures_are_errors(tmp_path):
-    with pytest.raises(ec.DistillError, match=r"data.path: there are no files .*nowhere-\{0..3\}.tar"):
+    with pytest.raises(ec.DistillError, match=r"data.path: no files match .*nowhere-\{0..3\}.tar"):
         TarShards(str(tmp_path / "nowhere-{0..3}.tar"), None, {})
     data_files.tar_of(tmp_path / "a.tar", [("1.txt", b"x")])
-    with pytest.raises(ec.DistillError, match="there are no pictures in"):
+    with pytest.raises(ec.DistillError, match="there are no images in"):
         TarShards(str(tmp_path / "a.tar"), None, {})

@@ -17,9 +17,9 @@ import toy_distill
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation.context import trained_parameters
-from edit_compile.distillation.recipe.schema import Optimizer
+from edit_compile.distillation.recipe.schema import OptimizerConfig
 from edit_compile.distillation.train import distributed
-from edit_compile.distillation.train.features import recorded, recording
+from edit_compile.distillation.train.features import captured
 from edit_compile.distillation.train.optimizer import make_optimizer
 from edit_compile.student.site import converted_sites
 
@@ -70,12 +70,11 @@ def test_recomputed_blocks_are_compiled_too_and_once(monkeypatch):
         counted.clear()
         recipe = toy_distill.recipe(gradient_checkpointing=True, compile=compiled)
         distributed.wrap(student, student, recipe, Accelerator())
-        with recording(student):
-            with recorded(student) as features:
-                output = student(**inputs)
-            graphs.append(counted["unique_graphs"])
-            sum(tensor.square().mean() for tensor in (output, *(t for tensors in features.values() for t in tensors))).backward()
-            graphs.append(counted["unique_graphs"])
+        with captured(student) as features:
+            output = student(**inputs)
+        graphs.append(counted["unique_graphs"])
+        sum(tensor.square().mean() for tensor in (output, *(t for tensors in features.values() for t in tensors))).backward()
+        graphs.append(counted["unique_graphs"])
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     torch._dynamo.reset()
     assert graphs == [0, 0, 1, 1]
@@ -156,4 +155,4 @@ def test_training_all_leaves_the_base_alone_and_is_saved(tmp_path):
 def test_an_optimizer_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ec.DistillError, match="pip install bitsandbytes"):
-        make_optimizer({"p": torch.nn.Parameter(torch.zeros(1))}, Optimizer(kind="adamw-8bit"))
+        make_optimizer({"p": torch.nn.Parameter(torch.zeros(1))}, OptimizerConfig(kind="adamw-8bit"))

@@ -7,13 +7,13 @@ import torch
 
 import data_files
 import edit_compile as ec
-from edit_compile.distillation.data import Request
+from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.buckets import Buckets
-from edit_compile.distillation.data.captioned import Captioned
-from edit_compile.distillation.data.iterable_style import Streamed
-from edit_compile.distillation.data.map_style import Indexed
-from edit_compile.distillation.data.records import picture_of
-from edit_compile.distillation.data.sources.hub import DatasetData, Stream
+from edit_compile.distillation.data.captioned_images import EncodedImages
+from edit_compile.distillation.data.iterable_style import IterableSource
+from edit_compile.distillation.data.map_style import MapStyleSource
+from edit_compile.distillation.data.records import image_of
+from edit_compile.distillation.data.sources.dataset import DatasetData, HubStream
 
 datasets = pytest.importorskip("datasets")
 SIZES = [(24, 24), (20, 40), (48, 24)]
@@ -46,7 +46,7 @@ def data_of(folder, **options):
 
 def streamed(folder, seed=0, held_out=6, **options):
     data = data_of(folder, streaming=True, **options)
-    return Streamed(Stream(data, seed, held_out), data_files.Letters(), Buckets(multiple=4), seed, 0.0)
+    return IterableSource(HubStream(data, seed, held_out), data_files.Letters(), Buckets(multiple=4), seed, 0.0)
 
 
 def numbers_of(batch):
@@ -54,19 +54,19 @@ def numbers_of(batch):
 
 
 def test_rows_are_pictures_with_captions(parquet):
-    rows = data_of(parquet).corpus({})
+    rows = data_of(parquet).records({})
     assert len(rows) == PER_SHARD * SHARDS
     assert rows.record(50).caption == "picture 50"
-    assert picture_of(rows.record(50)).tobytes() == data_files.picture(50, *SIZES[2]).tobytes()
-    batch = Indexed(Captioned(rows, data_files.Letters(), None), 0).batch(Request(0, 4, range(4), 16, 16))
-    assert batch.pictures.shape == (4, 3, 8, 8)
+    assert image_of(rows.record(50)).tobytes() == data_files.picture(50, *SIZES[2]).tobytes()
+    batch = MapStyleSource(EncodedImages(rows, data_files.Letters(), None), 0).batch(BatchRequest(0, 4, range(4), 16, 16))
+    assert batch.latents.shape == (4, 3, 8, 8)
 
 
 def test_imagefolder_of_datasets(tmp_path):
     folder = data_files.folder_of(tmp_path / "pictures", [(24, 24)] * 3, captions=False)
     lines = [data_files.as_json(file_name=f"00{i}.png", text=f"picture {i}").decode() for i in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    rows = DatasetData(kind="dataset", path="imagefolder", data_dir=str(folder)).corpus({})
+    rows = DatasetData(kind="dataset", path="imagefolder", data_dir=str(folder)).records({})
     assert sorted(rows.record(i).caption for i in range(3)) == ["picture 0", "picture 1", "picture 2"]
 
 
@@ -74,7 +74,7 @@ def test_webdataset_of_datasets_as_a_stream(tmp_path):
     members = [(f"{n}.{end}", content) for n in range(3) for end, content in (("png", data_files.png(n)), ("txt", f"picture {n}".encode()))]
     data_files.tar_of(tmp_path / "a.tar", members)
     data = DatasetData(kind="dataset", path="webdataset", data_files=str(tmp_path / "a.tar"), streaming=True)
-    assert [record.caption for _, record in Stream(data, 0, 0).records(0)] == ["picture 0", "picture 1", "picture 2"]
+    assert [record.caption for _, record in HubStream(data, 0, 0).records(0)] == ["picture 0", "picture 1", "picture 2"]
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
@@ -83,29 +83,29 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 
 
 def test_a_stream_gives_the_same_whoever_asks_and_whenever(parquet):
-    requests = [Request(4 * step, 4, range(4), 16, 16) for step in (0, 1, 2, 20, 3)]
+    requests = [BatchRequest(4 * step, 4, range(4), 16, 16) for step in (0, 1, 2, 20, 3)]
     source = streamed(parquet)
     for request in requests:
         found = source.batch(request)
-        parts = [streamed(parquet).batch(Request(request.position, 4, rows, 16, 16)) for rows in (range(2), range(2, 4))]
-        assert torch.equal(torch.cat([part.pictures for part in parts]), found.pictures)
+        parts = [streamed(parquet).batch(BatchRequest(request.position, 4, rows, 16, 16)) for rows in (range(2), range(2, 4))]
+        assert torch.equal(torch.cat([part.latents for part in parts]), found.latents)
         assert parts[0].captions + parts[1].captions == found.captions
 
 
 def test_a_streams_epoch_has_all_but_the_held_out(parquet):
     source = streamed(parquet)
-    held_out = set(numbers_of(source.batch(Request(0, 12, range(12), 16, 16, "held-out"))))
+    held_out = set(numbers_of(source.batch(BatchRequest(0, 12, range(12), 16, 16, "validation"))))
     assert held_out == {0, 1, 40, 41, 80, 81}
     rest = set(range(PER_SHARD * SHARDS)) - held_out
-    batches = [source.batch(Request(3 * step, 3, range(3), 16, 16)) for step in range(48)]
+    batches = [source.batch(BatchRequest(3 * step, 3, range(3), 16, 16)) for step in range(48)]
     first = [number for batch in batches for number in numbers_of(batch)][: len(rest)]
     assert set(first) <= rest
     assert {n for batch in batches for n in numbers_of(batch)} == rest
-    assert {tuple(batch.pictures.shape[2:]) for batch in batches} == {(8, 8), (6, 10), (10, 6)}
+    assert {tuple(batch.latents.shape[2:]) for batch in batches} == {(8, 8), (6, 10), (10, 6)}
 
 
 def test_records_of_a_stream_can_be_resumed(parquet):
-    stream = Stream(data_of(parquet, streaming=True), 0, 0)
+    stream = HubStream(data_of(parquet, streaming=True), 0, 0)
     assert [record.caption for _, record in stream.records(70)] == [f"picture {n}" for n in range(70, 120)]
 
 
@@ -116,7 +116,7 @@ def test_a_shard_that_cannot_be_read_is_named(parquet, tmp_path):
     content = bytearray((tmp_path / "1.parquet").read_bytes())
     content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
     (tmp_path / "1.parquet").write_bytes(content)
-    seen = {n for step in range(40) for n in numbers_of(source.batch(Request(3 * step, 3, range(3), 16, 16)))}
+    seen = {n for step in range(40) for n in numbers_of(source.batch(BatchRequest(3 * step, 3, range(3), 16, 16)))}
     assert seen == {*range(2, 40), *range(82, 120)}
     assert any("shard 1" in name and "cannot be read" in reason for name, reason in source.skipped.items())
 
@@ -125,9 +125,9 @@ def test_bad_columns_say_what_there_is(parquet):
     for options, message in (({"image": "photo"}, "it has no photo, but image, caption"), ({"caption": "alt"}, "it has no alt, but")):
         data = data_of(parquet, **options)
         with pytest.raises(ec.DistillError, match=message):
-            Indexed(Captioned(data.corpus({}), data_files.Letters(), None), 0).batch(Request(0, 2, range(2), 16, 16))
+            MapStyleSource(EncodedImages(data.records({}), data_files.Letters(), None), 0).batch(BatchRequest(0, 2, range(2), 16, 16))
 
 
 def test_a_stream_without_anything_left_says_so(parquet):
-    with pytest.raises(ec.DistillError, match=r"nothing that can be read besides what data.held_out keeps back"):
-        streamed(parquet, held_out=500).batch(Request(0, 2, range(2), 16, 16))
+    with pytest.raises(ec.DistillError, match=r"nothing readable besides the held-out samples"):
+        streamed(parquet, held_out=500).batch(BatchRequest(0, 2, range(2), 16, 16))

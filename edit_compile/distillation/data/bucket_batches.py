@@ -1,4 +1,4 @@
-"""Shuffling groups of samples into batches of one group, as a function of the batch's number."""
+"""Shuffles groups of samples into batches of one group each, as a function of the batch's number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from edit_compile.distillation.data.seeding import seed_of
 
 
-class Order:
+class BucketBatchSampler:
     """Batches of samples of one group (an aspect ratio), shuffled, none left out or seen more often than others.
 
     Each group is one endless stream, permutation after permutation, and is cut into batches of `size`. In `size` passes over
@@ -29,20 +29,20 @@ class Order:
         self._pass = lru_cache(maxsize=2 * len(groups))(self._shuffled)
 
     def batch(self, number: int, size: int) -> tuple[int, int]:
-        """Which group a batch is of, and where in the group's stream it begins."""
+        """Return the group of a batch, and where in the group's stream the batch begins."""
         turn, rank = divmod(number, sum(map(len, self.groups)))
         groups, ranks = self._round(turn)
         group = int(groups[rank])
         return group, (turn * len(self.groups[group]) + int(ranks[rank])) * size
 
-    def candidates(self, group: int, place: int) -> Iterator[int]:
-        """The sample at a place of a group's stream, then those to take if it cannot be read: all of the group, once."""
+    def fallbacks(self, group: int, place: int) -> Iterator[int]:
+        """Yield the sample at a place of a group's stream, then those to take if it cannot be read: all of the group, once."""
         turn, rank = divmod(place, len(self.groups[group]))
         shuffled = self._pass(group, turn)
         return (int(shuffled[(rank + further) % len(shuffled)]) for further in range(len(shuffled)))
 
     def _spread(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        """The groups of a round's batches, and each batch's rank among those of its group."""
+        """Return the groups of a round's batches, and each batch's rank among those of its group."""
         random = np.random.default_rng(seed_of(self.seed, "round", turn))
         groups = np.repeat(np.arange(len(self.groups)), [len(group) for group in self.groups])
         ranks = np.concatenate([np.arange(len(group)) for group in self.groups])

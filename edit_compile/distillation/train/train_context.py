@@ -1,4 +1,4 @@
-"""What is in force while a student is trained, and as before afterwards."""
+"""Context managers for training-time state, which is restored on exit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from edit_compile.torch_internals import recompile_limit
+
 _GRAPHS = 64
 
 
 @contextmanager
 def only_trainable(student: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Inside, nothing but the parameters of these names requires gradients."""
+    """Let only the parameters of these names require gradients inside."""
     before = {name: p.requires_grad for name, p in student.named_parameters()}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
@@ -27,19 +29,19 @@ def only_trainable(student: nn.Module, names: Collection[str]) -> Iterator[None]
 
 @contextmanager
 def own_random_state(device: torch.device) -> Iterator[None]:
-    """Inside, torch's random numbers may be seeded without a trace outside."""
+    """Let torch's random numbers be seeded inside without a trace outside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
-def room_for_graphs(*, compiled: bool) -> Iterator[None]:
-    """Inside, torch.compile may keep more graphs of one block: teacher and student, with gradients and without, and the
-    first and last block's own shapes are more than its limit of 8."""
+def raise_recompile_limit(*, compiled: bool) -> Iterator[None]:
+    """Let torch.compile keep more graphs of one block than its limit of 8.
+
+    Teacher and student, with gradients and without, and the own shapes of the first and the last block are more than that.
+    """
     if not compiled:
         yield
         return
-    import torch._dynamo
-
-    with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+    with recompile_limit(_GRAPHS):
         yield

@@ -1,0 +1,171 @@
+"""Data of kind `dataset`: whatever `datasets` loads, from the hub or from files, with random access or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from edit_compile.distillation.data.cache.encode import ImageProducer
+from edit_compile.distillation.data.cache.write import Producer
+from edit_compile.distillation.data.captioned_images import CaptionedImages
+from edit_compile.distillation.data.encoding import encoder_for
+from edit_compile.distillation.data.iterable_style import IterableSource
+from edit_compile.distillation.data.records import CAPTION_KEYS, BadSample, NamedRecord, Record, caption_in
+from edit_compile.distillation.data.registry import register_data
+from edit_compile.distillation.data.seeding import seed_of
+from edit_compile.distillation.data.source import DataSource, SourceContext
+from edit_compile.errors import DistillError
+
+_IMAGE_KEYS = ("image", "picture", "jpg", "jpeg", "png", "webp")
+_HELD_OUT_SHARDS, _STREAM_HELD_OUT = 8, 256
+
+
+@register_data("dataset")
+class DatasetData(CaptionedImages):
+    """A dataset of the hub, or any that `datasets.load_dataset` reads."""
+
+    kind: Literal["dataset"]
+    path: str
+    """As `load_dataset` takes it: a hub id, a folder, or a format (`imagefolder`, `webdataset`, `parquet`, ...)."""
+    name: str | None = None
+    """As `load_dataset` takes it, like the five that follow."""
+    split: str = "train"
+    revision: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | None = None
+    image: str | None = None
+    """The column of the images. Default: the usual names."""
+    caption: str | None = None
+    """The column of the captions. Default: the usual names."""
+    streaming: bool = False
+    """Read the data as it is downloaded, and keep nothing. A stage continues where the one before ended by reading up to there."""
+
+    def load(self) -> Any:
+        """Load the dataset, its images not decoded.
+
+        Raises:
+            DistillError: it cannot be loaded.
+        """
+        import datasets
+
+        options = self.model_dump(include={"name", "split", "revision", "data_dir", "data_files", "streaming"}, exclude_none=True)
+        try:
+            found = datasets.load_dataset(self.path, **options)
+        except Exception as error:  # each format raises errors of its own
+            raise DistillError(f"data.path: {self.path} cannot be loaded: {error or type(error).__name__}") from error
+        if self.streaming:
+            return found.decode(False)
+        for column, feature in found.features.items():
+            if isinstance(feature, datasets.Image):
+                found = found.cast_column(column, datasets.Image(decode=False))
+        return found
+
+    def records(self, skipped: dict[str, str]) -> HubDataset:
+        """Open the rows."""
+        return HubDataset(self)
+
+    def open(self, context: SourceContext) -> DataSource:
+        """Open a source with random access, or over a stream."""
+        if not self.streaming:
+            return super().open(context)
+        stream = HubStream(self, context.seed, self.held_out or _STREAM_HELD_OUT)
+        return IterableSource(stream, encoder_for(context, self.text_tokens), self.buckets, context.seed, self.caption_dropout)
+
+    def producer(self, context: SourceContext, batch_size: int) -> Producer:
+        """Return what encodes the rows for a cache."""
+        if not self.streaming:
+            return super().producer(context, batch_size)
+        records = HubStream(self, context.seed, 0).records
+        return ImageProducer(records, encoder_for(context, self.text_tokens), self.buckets, batch_size)
+
+
+class HubDataset:
+    """The rows of a dataset."""
+
+    def __init__(self, data: DatasetData) -> None:
+        self.data, self.rows = data, data.load()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.data.path}, row {index}"
+
+    def record(self, index: int) -> Record:
+        """Return a row's record.
+
+        Raises:
+            BadSample: it lacks an image or a caption.
+        """
+        try:
+            row = self.rows[index]
+        except Exception as error:  # damaged files raise what their format raises
+            raise BadSample(f"it cannot be read: {error}") from error
+        return record_of(row, self.name(index), self.data)
+
+
+class HubStream:
+    """A dataset read shard by shard. Where the rest of a shard cannot be read, that is reported, and the next shard begins.
+
+    The first records of the first shards are the held-out ones.
+    """
+
+    def __init__(self, data: DatasetData, seed: int, held_out: int) -> None:
+        self.data, self.seed, self.rows = data, seed, data.load()
+        self.shards = self.rows.num_shards
+        self.held_out_per_shard = -(-held_out // min(self.shards, _HELD_OUT_SHARDS))
+
+    def held_out(self) -> Iterator[NamedRecord]:
+        """Yield those that are never trained on."""
+        for shard in range(min(self.shards, _HELD_OUT_SHARDS)):
+            yield from islice(self._shard(shard), self.held_out_per_shard)
+
+    def epoch(self, number: int) -> Iterator[NamedRecord]:
+        """Yield all others, the shards shuffled."""
+        for shard in np.random.default_rng(seed_of(self.seed, "shards", number)).permutation(self.shards):
+            yield from islice(self._shard(int(shard)), self.held_out_per_shard if shard < _HELD_OUT_SHARDS else 0, None)
+
+    def records(self, start: int) -> Iterator[NamedRecord]:
+        """Yield all in order, from the one of number `start` on."""
+        return islice((found for shard in range(self.shards) for found in self._shard(shard)), start, None)
+
+    def _shard(self, shard: int) -> Iterator[NamedRecord]:
+        number, name = 0, f"{self.data.path}, shard {shard}"
+        try:
+            for number, row in enumerate(self.rows.shard(self.shards, shard)):
+                own = f"{name}, record {number}"
+                try:
+                    found: Record | BadSample = record_of(row, own, self.data)
+                except BadSample as reason:
+                    found = reason
+                yield own, found
+        except Exception as error:  # damaged files raise what their format raises
+            yield f"{name} after record {number}", BadSample(f"the rest of it cannot be read: {error or type(error).__name__}")
+
+
+def record_of(row: Mapping[str, Any], name: str, data: DatasetData) -> Record:
+    """Make a row's record.
+
+    Raises:
+        BadSample: it lacks an image or a caption.
+    """
+    images = [key for key in ([data.image] if data.image else _IMAGE_KEYS) if row.get(key) is not None]
+    if not images:
+        raise BadSample(f"it has no {data.image or ' or '.join(_IMAGE_KEYS)}, but {', '.join(row)}; set data.image")
+    image = row[images[0]]
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image.get("bytes") is not None else Path(image.get("path") or "")
+    return Record(name, image, caption_in(_captions(row), data.caption))
+
+
+def _captions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect a row's fields, those within `json` and the text of `txt` among them."""
+    nested = row.get("json")
+    fields = {**(nested if isinstance(nested, Mapping) else {}), **row}
+    if not any(key in fields for key in CAPTION_KEYS) and "txt" in fields:
+        fields["caption"] = fields["txt"]
+    return fields

@@ -1,0 +1,90 @@
+"""The models of a recipe: the student, the model it is made from, and what that was trained to predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edit_compile.adapters.load_model import LoadedModel, load_model
+from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule, schedule_of_pipeline
+from edit_compile.api import linearize
+from edit_compile.config import LinearizeConfig
+from edit_compile.demo import models as demo
+from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.errors import DistillError
+from edit_compile.student.checkpoint import INDEX, base_of, load
+
+
+@dataclass(frozen=True)
+class Student:
+    """A converted model, and where its base pipeline or model is; None if that is unknown."""
+
+    model: nn.Module
+    base: str | None
+
+
+def make_student(recipe: Recipe, *, structure_only: bool = False) -> Student:
+    """Load a recipe's converted model, or convert its model.
+
+    Args:
+        structure_only: convert without weights, which need not exist.
+
+    Raises:
+        DistillError: a converted model is to be converted, or there are no weights to distill.
+        ModelNotFoundError, CheckpointError, PlanError: the model cannot be loaded or converted.
+    """
+    if _is_converted(recipe):
+        if recipe.convert != LinearizeConfig():
+            raise DistillError(f"{recipe.model} is already converted: leave convert: out of the recipe")
+        return Student(load(recipe.model), base_of(recipe.model))
+    torch.manual_seed(recipe.seed)  # of what conversion adds, and of random weights
+    if structure_only:
+        loaded = load_model(recipe.model, structure_only=True)
+    else:
+        loaded = load_model(recipe.model, dtype=recipe.dtype, random_weights=recipe.data.random_weights)
+        if not loaded.has_weights:
+            raise DistillError(
+                f"{recipe.model} is structure only, without weights to distill; data: {{kind: random}} tries speed and memory "
+                "with random weights"
+            )
+    return Student(linearize(loaded.model, recipe.convert), _base(loaded))
+
+
+def load_original(recipe: Recipe, *, structure_only: bool = False) -> tuple[nn.Module, str]:
+    """Load the model that a recipe's student is made from, without converting it; returns also where its pipeline is.
+
+    Raises:
+        DistillError: the recipe's converted model does not say where its base is.
+        ModelNotFoundError: the model cannot be loaded.
+    """
+    name = base_of(recipe.model) if _is_converted(recipe) else recipe.model
+    if name is None:
+        raise DistillError(f"{recipe.model} does not say where its base pipeline is")
+    loaded = load_model(name, dtype=recipe.dtype, structure_only=structure_only)
+    return loaded.model, _base(loaded)
+
+
+def noise_schedule(recipe: Recipe, base: str | None) -> NoiseSchedule:
+    """Find out what the teacher was trained to predict: as the recipe says, or from its pipeline's scheduler.
+
+    Raises:
+        DistillError: it is unknown.
+    """
+    if recipe.prediction != "auto":
+        return default_schedule(recipe.prediction)
+    if base in demo.SOURCES or recipe.data.random_weights:  # from random weights nothing is learned: any schedule will do
+        return default_schedule("rectified-flow")
+    if base is None:
+        raise DistillError("what the model predicts is not known without its pipeline; set prediction: in the recipe")
+    return schedule_of_pipeline(base)
+
+
+def _is_converted(recipe: Recipe) -> bool:
+    return (Path(recipe.model) / INDEX).is_file()
+
+
+def _base(loaded: LoadedModel) -> str:
+    return loaded.pipeline or loaded.source
