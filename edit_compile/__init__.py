@@ -15,7 +15,7 @@ from edit_compile.version import __version__ as __version__
 if TYPE_CHECKING:
     from edit_compile.adapters.load_model import load_model
     from edit_compile.adapters.record_inputs import record
-    from edit_compile.api import audit, compile, linearize, plan, teacher
+    from edit_compile.api import audit, compile, grid, linearize, plan, teacher
     from edit_compile.bench.conversion_cost import cost
     from edit_compile.bench.latency import compare_speed
     from edit_compile.config import LinearizeConfig, Rule
@@ -43,14 +43,13 @@ if TYPE_CHECKING:
     from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
     from edit_compile.report.compare_samples import sample
     from edit_compile.student.checkpoint import load, load_pipeline, save
-    from edit_compile.student.grid import grid
     from edit_compile.student.handle import conversion_of, plan_of
     from edit_compile.student.weights import unshare
 
 _HOMES = {  # the same imports, for `__getattr__`
     "adapters.load_model": ("load_model",),
     "adapters.record_inputs": ("record",),
-    "api": ("audit", "compile", "linearize", "plan", "teacher"),
+    "api": ("audit", "compile", "grid", "linearize", "plan", "teacher"),
     "bench.conversion_cost": ("cost",),
     "bench.latency": ("compare_speed",),
     "config": ("LinearizeConfig", "Rule"),
@@ -78,7 +77,6 @@ _HOMES = {  # the same imports, for `__getattr__`
     "ir.tokens": ("Grid", "Segment", "TokenKind", "TokenLayout"),
     "report.compare_samples": ("sample",),
     "student.checkpoint": ("load", "load_pipeline", "save"),
-    "student.grid": ("grid",),
     "student.handle": ("conversion_of", "plan_of"),
     "student.weights": ("unshare",),
 }

@@ -27,11 +27,8 @@ def test_example_uses_public_names_only(path):
     own = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names if "edit_compile" in alias.name]
     assert [(alias.name, alias.asname) for alias in own] == [("edit_compile", "ec")]
     assert not [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "edit_compile" in str(node.module)]
-    used = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ec"
-    }
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    used = {node.attr for node in attributes if node.value.id == "ec"}
     assert used <= set(edit_compile.__all__)
 
 

@@ -21,7 +21,7 @@ PACKAGE = Path(edit_compile.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (  # everything may import what stands in its own row or before it
-    ("errors", "files", "frozen", "torch_internals"),
+    ("version", "errors", "files", "frozen", "torch_internals"),
     ("ir",),
     ("designs",),
     ("config",),
