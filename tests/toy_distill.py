@@ -18,12 +18,13 @@ from edit_compile.distillation.data.seeding import noise_for
 TEXT = 5
 
 
-class Pictures:
-    """Smooth random pictures with random text, by position."""
+class ToySource:
+    """Smooth random images with random text, by position."""
 
     concurrent = True
 
-    def __init__(self):
+    def __init__(self, shift=0.0):
+        self.shift = shift
         self.skipped = {}
         self.requests = []
 
@@ -33,8 +34,8 @@ class Pictures:
     def batch(self, request):
         self.requests.append(request)
         coarse = noise_for(request.positions, (3, 3, 3), 1, request.split)
-        pictures = torch.nn.functional.interpolate(coarse, (request.height, request.width), mode="bilinear")
-        return Batch(pictures, {"text": noise_for(request.positions, (TEXT, 6), 2, request.split)})
+        images = torch.nn.functional.interpolate(coarse, (request.height, request.width), mode="bilinear") + self.shift
+        return Batch(images, {"text": noise_for(request.positions, (TEXT, 6), 2, request.split)})
 
     def decode(self, latents):
         return (latents / 2 + 0.5).clamp(0, 1)
@@ -81,4 +82,4 @@ def recipe(**options):
 
 def context(model, accelerator, **options):
     flow = NoiseSchedule("rectified-flow")
-    return Context(recipe(**options), model, model, Pictures(), denoise, flow, accelerator)
+    return Context(recipe(**options), model, model, ToySource(), denoise, flow, accelerator)

@@ -31,7 +31,7 @@ RECIPE = {
 }
 
 
-class Killing(toy_distill.Pictures):
+class Killing(toy_distill.ToySource):
     """Kills its process when a position is asked for."""
 
     def __init__(self, position):

@@ -23,7 +23,7 @@ from edit_compile.distillation.train.optimizer import MovingAverage, learning_ra
 
 def run(folder, model=None, **options):
     flow = NoiseSchedule("rectified-flow")
-    source = toy_distill.Pictures()
+    source = toy_distill.ToySource()
     return distill(
         toy_distill.recipe(**options),
         folder,

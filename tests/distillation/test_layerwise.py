@@ -126,7 +126,7 @@ def test_inserted_leaves_the_models_own_weights_alone(student):
 def test_a_source_may_draw_with_the_student_itself(tmp_path):
     student = toy_distill.student()
 
-    class Drawn(toy_distill.Pictures):
+    class Drawn(toy_distill.ToySource):
         concurrent = False
 
         def batch(self, request):
@@ -135,7 +135,7 @@ def test_a_source_may_draw_with_the_student_itself(tmp_path):
             return super().batch(request)
 
     rows = {}
-    for name, model, source in (("drawn", student, Drawn()), ("read", toy_distill.student(), toy_distill.Pictures())):
+    for name, model, source in (("drawn", student, Drawn()), ("read", toy_distill.student(), toy_distill.ToySource())):
         rows[name] = []
         options = {
             "source": source,

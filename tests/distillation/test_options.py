@@ -29,7 +29,7 @@ STAGES = [{"resolution": size, "steps": 3, "global_batch_size": 2, "lr": 1e-3, "
 def run(folder, model=None, **options):
     recipe = toy_distill.recipe(**{"stages": STAGES, "layerwise": None} | options)
     flow, student = NoiseSchedule("rectified-flow"), model or toy_distill.student()
-    return distill(recipe, folder, student=student, source=toy_distill.Pictures(), denoise=toy_distill.denoise, schedule=flow)
+    return distill(recipe, folder, student=student, source=toy_distill.ToySource(), denoise=toy_distill.denoise, schedule=flow)
 
 
 def losses(folder):
@@ -126,7 +126,7 @@ def test_a_warm_start_before_training_all_stays_within_the_sites(tmp_path):
             changed[row["step"]] = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
     recipe = toy_distill.recipe(train="all")
-    flow, source = NoiseSchedule("rectified-flow"), toy_distill.Pictures()
+    flow, source = NoiseSchedule("rectified-flow"), toy_distill.ToySource()
     distill(recipe, tmp_path, student=model, source=source, denoise=toy_distill.denoise, schedule=flow, report=report)
     assert changed[6]
     assert all(".attn." in name for name in changed[6])

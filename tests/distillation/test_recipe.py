@@ -46,6 +46,8 @@ def test_a_recipe_survives_its_own_dump(file):
     ("old", "new", "line", "message"),
     [
         ("model:", "modle:", 1, "modle: unknown key; did you mean model? there are: model, convert, train"),
+        ("stages:", "stage:", 2, "stage: unknown key; did you mean stages? there are: model, convert"),
+        ("    steps: 20", "    steps: 20\n    warm_up: 2", 7, "stages.1.warm_up: unknown key; did you mean warmup_steps? there are: "),
         (
             "    steps: 20",
             "    step: 20",

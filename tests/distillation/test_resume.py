@@ -31,7 +31,7 @@ WARM, STAGE, BATCH = 5, 6, 2
 TIMES = ("seconds_per_step", "samples_per_second")
 
 
-class DataSource(toy_distill.Pictures):
+class DataSource(toy_distill.ToySource):
     """Calls `at` when the batch of a position is asked for."""
 
     def __init__(self, at=None):
@@ -180,6 +180,28 @@ def test_all_damaged_is_an_error(tmp_path):
         run(tmp_path, resume=True)
 
 
+def rewrite(checkpoint, **changes):
+    file = checkpoint / "state.json"
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize(("maker", "named"), [("0.0.9", "0.0.9"), (None, "before 0.1.0")])
+def test_checkpoints_of_another_version_name_it(tmp_path, maker, named):
+    for path in list_checkpoints(unfinished(tmp_path) / "checkpoints"):
+        rewrite(path, version=1, package_version=maker)
+    with pytest.raises(ec.DistillError, match=f"00000008: it was made by version {named} of edit_compile, this is version"):
+        run(tmp_path, resume=True)
+
+
+def test_a_run_whose_recipe_this_version_cannot_read_names_its_version(tmp_path):
+    newest = list_checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
+    recipe = json.loads((newest / "state.json").read_text())["recipe"]
+    rewrite(newest, package_version="9.0.0", recipe=recipe | {"sharpness": 1})
+    with pytest.raises(ec.DistillError, match=r"was made by version 9\.0\.0 of edit_compile, .* cannot read its recipe: sharpness"):
+        run(tmp_path, resume=True)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, straight):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -225,7 +247,7 @@ def test_resuming_nothing_is_beginning(tmp_path, straight):
     assert same(run(tmp_path, resume=True), straight)
 
 
-class Broken(toy_distill.Pictures):
+class Broken(toy_distill.ToySource):
     """Some positions give no number."""
 
     def __init__(self, positions):

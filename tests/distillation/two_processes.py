@@ -44,14 +44,14 @@ def run(folder, source=None, **options):
         toy_distill.recipe(**OPTIONS),
         folder,
         student=student,
-        source=source or toy_distill.Pictures(),
+        source=source or toy_distill.ToySource(),
         denoise=toy_distill.denoise,
         schedule=NoiseSchedule("rectified-flow"),
         **options,
     )
 
 
-class Fails(toy_distill.Pictures):
+class Fails(toy_distill.ToySource):
     """Has nothing from some position on."""
 
     concurrent = False

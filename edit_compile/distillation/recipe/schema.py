@@ -92,8 +92,11 @@ class OptimizerConfig(Frozen):
     kind: Literal["adamw", "adamw-8bit"] = "adamw"
     """"adamw-8bit" keeps its moments in 8 bits and needs bitsandbytes."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """Decay of the averages of the gradient and of its square."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled from the gradient."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
 
 
 class ValidationConfig(Frozen):
@@ -145,11 +148,13 @@ class Recipe(Frozen):
     stages: tuple[Stage, ...] = Field(min_length=1)
     """End-to-end training, one stage after the other."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer of all phases; each phase begins with a new one."""
     ema_decay: float | None = Field(default=0.999, gt=0, lt=1)
     """Decay of the moving average of the weights, which becomes the student; null for none."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
     validation: ValidationConfig = ValidationConfig()
+    """How the student is measured, before training and after it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16" computes in bfloat16 and keeps frozen weights in it; trained weights stay in float32."""
     gradient_checkpointing: bool = False
@@ -165,11 +170,13 @@ class Recipe(Frozen):
     keep_last: PositiveInt = Field(default=2, json_schema_extra=FREE)
     """How many checkpoints are kept."""
     samples: SampleGrids = SampleGrids()
+    """Images by teacher and student, side by side."""
     log_every: PositiveInt = Field(default=10, json_schema_extra=FREE)
     """Steps between rows of `metrics.jsonl`."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = Field(default=None, json_schema_extra=FREE)
     """Accelerate's trackers; null for TensorBoard, [] for none."""
     seed: NonNegativeInt = 0
+    """Of everything that is random."""
 
     @property
     def dtype(self) -> torch.dtype:

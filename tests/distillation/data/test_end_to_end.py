@@ -111,7 +111,7 @@ def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind, precision):
 
 
 def test_what_was_skipped_is_counted_and_named_at_the_end(tmp_path, caplog):
-    source = toy_distill.Pictures()
+    source = toy_distill.ToySource()
     source.skipped = {"a.png": "its picture cannot be read"}
     recipe, flow = toy_distill.recipe(layerwise=None), NoiseSchedule("rectified-flow")
     distill(recipe, tmp_path, student=toy_distill.student(), source=source, denoise=toy_distill.denoise, schedule=flow)

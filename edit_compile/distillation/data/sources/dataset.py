@@ -32,11 +32,15 @@ class DatasetData(CaptionedImages):
     path: str
     """As `load_dataset` takes it: a hub id, a folder, or a format (`imagefolder`, `webdataset`, `parquet`, ...)."""
     name: str | None = None
-    """As `load_dataset` takes it, like the five that follow."""
+    """The dataset's configuration."""
     split: str = "train"
+    """The dataset's split."""
     revision: str | None = None
+    """A commit or branch on the hub."""
     data_dir: str | None = None
+    """The folder of the data, within the dataset or of a format."""
     data_files: str | list[str] | None = None
+    """Files or globs, within the dataset or of a format."""
     image: str | None = None
     """The column of the images. Default: the usual names."""
     caption: str | None = None
