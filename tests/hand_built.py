@@ -28,7 +28,7 @@ class Built:
     def _placeholder(self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None) -> fx.Node:
         node = self.graph.placeholder(source.name.replace(".", "_"))
         node.meta["val"] = torch.empty(shape, dtype=dtype or self.dtype, device="meta")
-        self.sources[node.name] = source
+        self.sources[str(node.target)] = source
         return node
 
     def __call__(self, target: Any, *args: Any, at: str = "", **kwargs: Any) -> fx.Node:

@@ -51,7 +51,7 @@ class Capture:
         return graph
 
     def source(self, node: fx.Node) -> Source:
-        return self.sources[node.name]
+        return self.sources[str(node.target)]  # a copy of the graph may have renamed the node
 
 
 def meta_copy(module: nn.Module, dtype: torch.dtype = PROBE_DTYPE) -> nn.Module:

@@ -87,7 +87,7 @@ def _head_facts(attention: Attention, axes: Mapping[fx.Node, Value]) -> dict[str
 def seed_axes(node: fx.Node, captured: Capture, site: SiteGraph) -> Axes | None:
     """Say what the axes of a site's input are. Its tokens are known by their number: the whole model's graph has told which there are."""
     shape = shape_of(node)
-    if shape is None or captured.sources.get(node.name) is None or captured.source(node).kind != "input":
+    if shape is None or captured.sources.get(str(node.target)) is None or captured.source(node).kind != "input":
         return None
     known = _known_lengths(site)
     batch_first = len(shape) >= 3
@@ -404,7 +404,7 @@ def _replace_attention(site: SiteGraph, attention: Attention) -> None:
         operands = tuple(site.operands[name] for name in _OPERANDS)
         x = graph.call_function(QKV, (*operands, short, original))
         kinds, lengths = _layout(site)
-        tokens = graph.call_function(tokens_of, (attention.query, 2, site.grid, kinds, lengths))
+        tokens = graph.call_function(tokens_of, (site.operands["query"], 2, site.grid, kinds, lengths))
         new = graph.call_module(ADDED, (x, tokens))
     new.meta = dict(attention.node.meta)
     attention.node.replace_all_uses_with(new)
