@@ -14,7 +14,7 @@ from torch import nn
 
 import edit_compile as ec
 import toy
-from edit_compile.ir.input_spec import describe, meta_from
+from edit_compile.ir.input_spec import decode, encode
 from edit_compile.ir.size_expressions import evaluator
 from edit_compile.student.grid_sources import grid_of_ids
 
@@ -156,8 +156,8 @@ nested = st.recursive(
 @settings(RELAXED)
 @given(nested)
 def test_example_inputs_survive_as_data(value):
-    description = describe(value)
-    assert describe(meta_from(json.loads(json.dumps(description)))) == description
+    description = encode(value)
+    assert encode(decode(json.loads(json.dumps(description)))) == description
 
 
 @settings(RELAXED)

@@ -27,7 +27,6 @@ from edit_compile.ir.plan import Plan
 from edit_compile.student.grid_sources import grid_source
 from edit_compile.torch_internals import NO_BACKWARD, TRACES_CONTEXT_VARIABLES, after_backward, backward_id, mark_dynamic
 
-
 _OF_CALLS = ("frame", "backward")  # attributes of `Runtime.local`: the call's frame, and the backward pass it was put back for
 
 
