@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # torch.compile follows `ContextVar.get`
 NO_BACKWARD = -1  # what `backward_id` gives outside a backward pass
+ROOT_CALL = "_empty_nn_module_stack"  # the path that export notes for operations in no module's forward
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -74,6 +75,11 @@ def without_stack_traces() -> Iterator[None]:
 def drop_size_checks(program: ExportedProgram) -> None:
     """Drop the checks of example sizes that export adds to the module it decomposes: they refer to names it does not define."""
     program._guards_code = []
+
+
+def writes_into_operand(target: object) -> bool:
+    """Say whether an operator of a graph writes into one of its operands."""
+    return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -4,62 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axis, AxisSegment, Value, hint, new_axis
+from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, hint, new_axis, sources_of
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import shape_of
 
-MAX_ID_COLUMNS = 4
+MAX_ID_COLUMNS = 4  # of a position: (row, column), with a frame or a text index, or both, before them
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """A captured graph's axes, and which of its inputs are image_inputs."""
+    """A captured graph's axes, and which of its inputs carry the image."""
 
     axes: Mapping[fx.Node, Value]
     image_inputs: frozenset[str]
 
-    def kind(self, piece: AxisSegment) -> TokenKind:
-        sources = piece.all_sources
+    def kind(self, segment: AxisSegment) -> TokenKind:
+        """Return what the positions of a segment stand for."""
+        sources = segment.all_sources
         if sources & self.image_inputs:
             return TokenKind.IMAGE
         return TokenKind.TEXT if sources else TokenKind.OTHER
 
     def layout(self, axis: Axis) -> tuple[TokenLayout, tuple[int, ...]]:
-        """The axis' segments, neighbours of one kind joined, and their sizes in the example."""
+        """Return an axis' segments, neighbours of one kind joined, and their sizes in the example."""
         segments: list[Segment] = []
         sizes: list[int] = []
-        for piece in axis:
-            kind = self.kind(piece)
+        for segment in axis:
+            kind = self.kind(segment)
             if segments and segments[-1].kind is kind:
-                segments[-1] = Segment(kind, _sum(segments[-1].length, piece.expr))
-                sizes[-1] += piece.size
+                segments[-1] = Segment(kind, _sum(segments[-1].length, segment.expr))
+                sizes[-1] += segment.size
             else:
-                segments.append(Segment(kind, piece.expr))
-                sizes.append(piece.size)
+                segments.append(Segment(kind, segment.expr))
+                sizes.append(segment.size)
         return TokenLayout(tuple(segments)), tuple(sizes)
 
     def grid(self, axis: Axis) -> Grid | None:
-        """The dimensions of the input image that were flattened into the axis' image tokens."""
-        pieces = [p for p in axis if self.kind(p) is TokenKind.IMAGE]
-        if len(pieces) != 1 or len(pieces[0].composed_of) < 2:
-            return None
-        if any(len(factor) != 1 or self.kind(factor[0]) is not TokenKind.IMAGE for factor in pieces[0].composed_of):
-            return None
-        return Grid(tuple(factor[0].expr for factor in pieces[0].composed_of))
+        """Return the dimensions of the input image that were flattened into the axis' image tokens; None if unknown."""
+        dims = self._image_dims(axis)
+        return Grid(tuple(dim.expr for dim in dims)) if dims else None
 
     def grid_sizes(self, axis: Axis) -> tuple[int, ...]:
-        """The grid's sizes in the example; where it is unknown, the number of image tokens alone."""
-        pieces = [p for p in axis if self.kind(p) is TokenKind.IMAGE]
-        if self.grid(axis) is None:
-            return (sum(p.size for p in pieces),)
-        return tuple(factor[0].size for factor in pieces[0].composed_of)
+        """Return the grid's sizes in the example; where it is unknown, the number of image tokens alone."""
+        dims = self._image_dims(axis)
+        return tuple(dim.size for dim in dims) if dims else (sum(segment.size for segment in self._image_segments(axis)),)
+
+    def _image_dims(self, axis: Axis) -> list[AxisSegment]:
+        """The two or more dimensions whose product is the axis' only image segment, if they are of the image alone."""
+        found = self._image_segments(axis)
+        dims = found[0].composed_of if len(found) == 1 else ()
+        if len(dims) < 2 or any(len(dim) != 1 or self.kind(dim[0]) is not TokenKind.IMAGE for dim in dims):
+            return []
+        return [dim[0] for dim in dims]
+
+    def _image_segments(self, axis: Axis) -> list[AxisSegment]:
+        return [segment for segment in axis if self.kind(segment) is TokenKind.IMAGE]
 
 
 def _sum(a: str, b: str) -> str:
@@ -67,9 +72,9 @@ def _sum(a: str, b: str) -> str:
 
 
 def classify_tokens(captured: Capture) -> TokenMap:
-    """Follow every axis of the graph from its inputs, and tell image_inputs from other inputs."""
+    """Follow every axis of the graph from its inputs, and find the inputs that carry the image."""
 
-    def seed(node: fx.Node) -> Any:
+    def seed(node: fx.Node) -> Axes | None:
         shape = shape_of(node)
         if captured.source(node).kind != "input" or shape is None:
             return None
@@ -80,21 +85,25 @@ def classify_tokens(captured: Capture) -> TokenMap:
 
 
 def _image_inputs(captured: Capture, axes: Mapping[fx.Node, Value]) -> frozenset[str]:
-    """The inputs whose positions the output's positions are: a denoiser's output has the shape of its noisy input."""
-    inputs = {n.name: n for n in captured.graph.nodes if n.op == "placeholder" and captured.source(n).kind == "input" and shape_of(n)}
-    carried: set[str] = set()
-    for output in captured.graph.output_node().all_input_nodes:
-        if isinstance(axes.get(output), tuple):
-            carried |= {s for axis in axes[output][1:] for piece in axis for s in piece.all_sources}
+    """Find the inputs whose positions the output's positions are: a denoiser's output has the shape of its noisy input.
+
+    Where the output has no positions, as a classifier's: the floating-point inputs of most dimensions, three or more.
+    """
+    outputs = [axes.get(output) for output in captured.graph.output_node().all_input_nodes]
+    carried = sources_of(axis for output in outputs if isinstance(output, tuple) for axis in output[1:])
     if carried:
-        return frozenset(carried)
-    ranks = {name: len(shape_of(n) or ()) for name, n in inputs.items() if n.meta["val"].is_floating_point()}
+        return carried
+    ranks = {
+        node.name: len(shape_of(node) or ())
+        for node in captured.graph.nodes
+        if node.op == "placeholder" and captured.source(node).kind == "input" and shape_of(node) and node.meta["val"].is_floating_point()
+    }
     most = max(ranks.values(), default=0)
     return frozenset(name for name, rank in ranks.items() if rank == most and rank >= 3)
 
 
 def position_ids(captured: Capture, tokens: TokenMap, length: int) -> str | None:
-    """The input that holds the image tokens' positions: (N, D) or (B, N, D) with few columns, feeding no Linear."""
+    """Find the input that holds the image tokens' positions: (N, D) or (B, N, D) with few columns, feeding no Linear."""
     for node in captured.graph.nodes:
         if node.op != "placeholder" or node.name not in tokens.image_inputs:
             continue

@@ -1,4 +1,4 @@
-"""Walking and reading FX graphs: what a node is computed from, what lies between two nodes, its operands by type."""
+"""Walking and reading FX graphs: what a node is computed from, what lies between two nodes, its arguments by type."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
+
+from edit_compile.torch_internals import ROOT_CALL, writes_into_operand
+
+# ------------------------------------------------------------------ arguments
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Return an argument, given by position or by name, whatever it is."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def operand(node: fx.Node, index: int) -> fx.Node:
@@ -20,16 +29,51 @@ def operand(node: fx.Node, index: int) -> fx.Node:
     return found
 
 
-def number(node: fx.Node, index: int) -> int:
-    """Return a positional argument that is a whole number.
+def optional_operand(node: fx.Node, index: int, name: str) -> fx.Node | None:
+    """Return an argument if it is a node; None if it is left out or something else."""
+    found = argument(node, index, name)
+    return found if isinstance(found, fx.Node) else None
+
+
+def operands(node: fx.Node, index: int) -> list[fx.Node]:
+    """Return a positional argument that is a list of nodes, such as what `cat` joins.
 
     Raises:
         TypeError: it is something else.
     """
     found = node.args[index]
+    nodes = [each for each in found if isinstance(each, fx.Node)] if isinstance(found, list | tuple) else []
+    if not isinstance(found, list | tuple) or len(nodes) < len(found):
+        raise TypeError(f"argument {index} of {node.name} is {found!r}, not a list of nodes")
+    return nodes
+
+
+def number(node: fx.Node, index: int, name: str = "", default: int | None = None) -> int:
+    """Return an argument that is a whole number, such as a dimension.
+
+    Raises:
+        TypeError: it is something else, or left out and without a default.
+    """
+    found = argument(node, index, name, default)
     if not isinstance(found, int):
         raise TypeError(f"argument {index} of {node.name} is {found!r}, not a number")
     return found
+
+
+def numbers(node: fx.Node, index: int, name: str = "") -> list[int]:
+    """Return an argument that is one whole number or a list of them, such as dimensions.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    found = argument(node, index, name)
+    listed = list(found) if isinstance(found, list | tuple) else [found]
+    if not all(isinstance(each, int) for each in listed):
+        raise TypeError(f"argument {index} of {node.name} is {found!r}, not numbers")
+    return listed
+
+
+# ------------------------------------------------------------------ facts of a node
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
@@ -40,7 +84,36 @@ def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
 
 def op_name(node: fx.Node) -> str:
     """Return an operator's name without namespace and overload."""
-    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def module_calls(node: fx.Node) -> list[tuple[str, str]]:
+    """List the submodule calls that a node was captured in, outermost first: a key that tells calls apart, and the module's path."""
+    calls = [(key, path) for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items() if path]
+    return [] if calls and ROOT_CALL in calls[0][1] else calls
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the module whose forward a node belongs to, "" for the model's own."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed([path for path, _ in stack.values()]), "")
+
+
+def source_line(node: fx.Node) -> str | None:
+    """Return the line of the model's source that a node comes from, `file.py:12 (code)`, if capture has noted it."""
+    trace = node.meta.get("stack_trace")
+    lines = [line.strip() for line in str(trace).splitlines() if line.strip()] if trace else []
+    frames = [(lines[i], lines[i + 1] if i + 1 < len(lines) else "") for i, line in enumerate(lines) if line.startswith('File "')]
+    own = [frame for frame in frames if "/torch/" not in frame[0]]
+    if not own:
+        return None
+    where, code = own[-1]
+    file, _, rest = where.removeprefix('File "').partition('", line ')
+    return f"{file}:{rest.partition(',')[0]} ({code})"
+
+
+# ------------------------------------------------------------------ walks
 
 
 def upstream(node: fx.Node, *, enter: Callable[[fx.Node], bool] = lambda node: True) -> Iterator[fx.Node]:
@@ -76,25 +149,6 @@ def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return [node for node in first.graph.nodes if node in down and node in up]
 
 
-def module_path(node: fx.Node) -> str:
-    """Return the path of the module whose forward a node belongs to, "" for the model's own."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed([path for path, _ in stack.values()]), "")
-
-
-def source_line(node: fx.Node) -> str | None:
-    """Return the line of the model's source that a node comes from, `file.py:12 (code)`, if capture has noted it."""
-    trace = node.meta.get("stack_trace")
-    lines = [line.strip() for line in str(trace).splitlines() if line.strip()] if trace else []
-    frames = [(lines[i], lines[i + 1] if i + 1 < len(lines) else "") for i, line in enumerate(lines) if line.startswith('File "')]
-    own = [frame for frame in frames if "/torch/" not in frame[0]]
-    if not own:
-        return None
-    where, code = own[-1]
-    file, _, rest = where.removeprefix('File "').partition('", line ')
-    return f"{file}:{rest.partition(',')[0]} ({code})"
-
-
 def remove_dead(graph: fx.Graph) -> None:
-    """Eliminate dead code; a captured graph has no effects but its outputs."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    """Remove what no output and no write depends on: dropout, random numbers and capture's assertions have no other effect."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or writes_into_operand(node.target))
