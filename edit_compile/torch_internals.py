@@ -5,9 +5,11 @@ pyproject.toml pins torch below the first version on which they have not been ch
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # torch.compile follows `ContextVar.get`
+TORCH_FOLDER = f"{Path(torch.__file__).parent}{os.sep}"  # the names of torch's own files begin with it
 NO_BACKWARD = -1  # what `backward_id` gives outside a backward pass
 ROOT_CALL = "_empty_nn_module_stack"  # the path that export notes for operations in no module's forward
 
@@ -58,18 +61,6 @@ def recompile_limit(graphs: int) -> Iterator[None]:
 
     with torch._dynamo.config.patch(recompile_limit=graphs):
         yield
-
-
-@contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Inside, fx notes no stack trace for the nodes of new graphs."""
-    config: Any = torch.fx.config
-    before = getattr(config, "do_not_emit_stack_traces", False)
-    config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        config.do_not_emit_stack_traces = before
 
 
 def drop_size_checks(program: ExportedProgram) -> None:

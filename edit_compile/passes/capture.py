@@ -1,6 +1,6 @@
 """Capture: any `nn.Module` to an FX graph with symbolic sizes, without touching its weights.
 
-What is captured is a *stand-in*: the same modules over meta tensors in bfloat16. It costs no memory, and the
+What is captured is a meta copy: the same modules over meta tensors in bfloat16. It costs no memory, and the
 dtype is a probe: a cast to float32 in the graph is then one the model means, and a cast to bfloat16 means "the
 dtype of the input".
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +28,10 @@ from torch.export.graph_signature import InputKind
 from edit_compile.errors import CaptureError
 from edit_compile.ir.plan import Refusal
 from edit_compile.passes.native_attention import native_attention
+from edit_compile.torch_internals import TORCH_FOLDER, drop_size_checks, writes_into_operand
 
 PROBE_DTYPE = torch.bfloat16
+_OWN_FOLDER = f"{Path(__file__).parent}{os.sep}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Capture:
-    """A module's graph. `sources` tells for every placeholder where it comes from, by node name."""
+    """A module's graph. `sources` tells for every placeholder where it comes from, by the name that it was captured under."""
 
     program: ExportedProgram
     sources: Mapping[str, Source]
@@ -51,11 +55,12 @@ class Capture:
         return graph
 
     def source(self, node: fx.Node) -> Source:
+        """Return where a placeholder comes from."""
         return self.sources[str(node.target)]  # a copy of the graph may have renamed the node
 
 
 def meta_copy(module: nn.Module, dtype: torch.dtype = PROBE_DTYPE) -> nn.Module:
-    """The module's structure over meta tensors: no weights, floating-point tensors in `dtype`, evaluation mode."""
+    """Copy a module's structure over meta tensors: no weights, floating-point tensors in `dtype`, evaluation mode."""
     memo: dict[int, Any] = {}
     for tensor in _tensors_of(module):
         memo[id(tensor)] = _meta(tensor, dtype)
@@ -63,7 +68,7 @@ def meta_copy(module: nn.Module, dtype: torch.dtype = PROBE_DTYPE) -> nn.Module:
 
 
 def meta_inputs(inputs: Any, dtype: torch.dtype = PROBE_DTYPE) -> Any:
-    """Example inputs, any nesting, with their tensors on the meta device and floating-point ones in `dtype`."""
+    """Copy example inputs, in any nesting, with their tensors on the meta device and floating-point ones in `dtype`."""
     return pytree.tree_map(lambda leaf: _meta(leaf, dtype) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
@@ -120,7 +125,11 @@ def call_arguments(module: nn.Module, inputs: Mapping[str, Any], paths: set[str]
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by parameter name, without those left at their defaults."""
+    """Return a call's arguments by parameter name, without those left at their defaults.
+
+    Raises:
+        CaptureError: one of them has no name.
+    """
     signature = inspect.signature(type(module).forward)
     bound = signature.bind(module, *args, **kwargs)
     named: dict[str, Any] = {}
@@ -138,16 +147,10 @@ def _export(structure: nn.Module, inputs: dict[str, Any], functional: bool, symb
     dynamic = pytree.tree_map(_all_dynamic, inputs) if symbolic else None
     with torch.no_grad(), _quiet():
         program: ExportedProgram = torch.export.export(structure, (), inputs, dynamic_shapes=dynamic, strict=False)
-        if functional and _writes(program.graph):
-            # The checks of example sizes that export adds to the module it decomposes refer to names it does not define.
-            program._guards_code = []
+        if functional and any(writes_into_operand(node.target) for node in program.graph.nodes):
+            drop_size_checks(program)
             program = program.run_decompositions({})
         return program
-
-
-def _writes(graph: fx.Graph) -> bool:
-    """Whether an operation writes into its operand."""
-    return any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.nodes)
 
 
 def _all_dynamic(leaf: Any) -> Any:
@@ -155,7 +158,7 @@ def _all_dynamic(leaf: Any) -> Any:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor a module holds, also in plain attributes and in modules that are plain attributes, as teachers are."""
+    """Yield every tensor a module holds, also in plain attributes and in modules that are plain attributes, as teachers are."""
     pending, seen = [module], {module}
     while pending:
         for leaf in pytree.tree_leaves(vars(pending.pop())):
@@ -183,18 +186,16 @@ def _sources(program: ExportedProgram) -> dict[str, Source]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns and logs about its own internals, and notes a stack trace for every node; none of it is for the caller."""
+    """Silence export inside: it warns and logs about its own internals."""
     logger = logging.getLogger("torch")
-    level, traces = logger.level, getattr(fx.config, "do_not_emit_stack_traces", False)
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    fx.config.do_not_emit_stack_traces = True  # a tenth of the time of a capture
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-        fx.config.do_not_emit_stack_traces = traces
 
 
 def _explanation(module: nn.Module, error: Exception) -> str:
@@ -209,5 +210,5 @@ def _explanation(module: nn.Module, error: Exception) -> str:
 
 
 def _innermost_user_frame(error: Exception) -> str | None:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "edit_compile" not in f.filename]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH_FOLDER, _OWN_FOLDER))]
     return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else None

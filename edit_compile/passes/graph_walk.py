@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
 
-from edit_compile.torch_internals import ROOT_CALL, writes_into_operand
+from edit_compile.torch_internals import ROOT_CALL, TORCH_FOLDER, writes_into_operand
+
+_FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+)[^\n]*(?:\n\s*(?!File ")(?P<code>\S[^\n]*))?')
 
 # ------------------------------------------------------------------ arguments
 
@@ -101,16 +104,9 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str | None:
-    """Return the line of the model's source that a node comes from, `file.py:12 (code)`, if capture has noted it."""
-    trace = node.meta.get("stack_trace")
-    lines = [line.strip() for line in str(trace).splitlines() if line.strip()] if trace else []
-    frames = [(lines[i], lines[i + 1] if i + 1 < len(lines) else "") for i, line in enumerate(lines) if line.startswith('File "')]
-    own = [frame for frame in frames if "/torch/" not in frame[0]]
-    if not own:
-        return None
-    where, code = own[-1]
-    file, _, rest = where.removeprefix('File "').partition('", line ')
-    return f"{file}:{rest.partition(',')[0]} ({code})"
+    """Return the line of the model's source that a node comes from, `file.py:12 (code)`; None if there is no trace of it."""
+    frames = [found for found in _FRAME.finditer(node.meta.get("stack_trace") or "") if not found["file"].startswith(TORCH_FOLDER)]
+    return f"{frames[-1]['file']}:{frames[-1]['line']} ({frames[-1]['code'] or '?'})" if frames else None
 
 
 # ------------------------------------------------------------------ walks

@@ -1,4 +1,4 @@
-"""Free a site's graph of what capture froze: assertions, dtypes, devices, and lifted parameters.
+"""Normalize a site's graph: free it of what capture froze, which is assertions, dtypes, devices and lifted parameters.
 
 The graph was captured in the probe dtype on the meta device. A cast to the probe dtype means "the input's dtype",
 a constant made on the meta device means "the input's device"; any other cast is one the model means.
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from edit_compile.passes.capture import PROBE_DTYPE, Capture
 from edit_compile.passes.find_attention import LINEARS
-from edit_compile.passes.graph_walk import operand, remove_dead, upstream
+from edit_compile.passes.graph_walk import module_calls, op_name, operand, remove_dead, upstream
 from edit_compile.passes.site_graph import Refused
 
 aten = torch.ops.aten
@@ -39,10 +39,7 @@ def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()
     for old, new in mapping.items():
         new.meta = {key: old.meta[key] for key in _META_OF_CALL if key in old.meta}
         if old.op == "placeholder" and captured.source(old).kind != "input":
-            _replace_by_attribute(new, captured.source(old).name, module)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
+            _replace_with_attribute(new, captured.source(old).name, module)
     remove_dead(graph)
     recover_module_calls(graph, module, [mapping[node] for node in core])
     generalize_dtype_device(graph)
@@ -51,7 +48,7 @@ def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()
     return graph
 
 
-def _replace_by_attribute(node: fx.Node, name: str, module: nn.Module) -> None:
+def _replace_with_attribute(node: fx.Node, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     try:
         found = isinstance(getattr(module.get_submodule(owner), leaf), Tensor)
@@ -75,7 +72,7 @@ def recover_module_calls(graph: fx.Graph, module: nn.Module, core: Iterable[fx.N
     groups: dict[str, list[fx.Node]] = {}
     paths: dict[str, str] = {}
     for node in graph.nodes:
-        called = next(((key, path) for key, path in _calls_below_root(node) if key not in opened), None)
+        called = next(((key, path) for key, path in module_calls(node) if key not in opened), None)
         if called is not None and node.op == "call_function":
             groups.setdefault(called[0], []).append(node)
             paths[called[0]] = called[1]
@@ -84,25 +81,20 @@ def recover_module_calls(graph: fx.Graph, module: nn.Module, core: Iterable[fx.N
             _recover(graph, paths[key], nodes)
 
 
-def _calls_below_root(node: fx.Node) -> list[tuple[str, str]]:
-    """Keys and paths of the submodule calls a node belongs to, outermost first."""
-    stack = [(key, path) for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items() if path]
-    return [] if stack and "_empty_nn_module_stack" in stack[0][1] else stack
-
-
 def _opened(node: fx.Node) -> list[str]:
-    """Keys of the calls around a node of the core: all, but a projection's own."""
-    calls = [key for key, _ in _calls_below_root(node)]
+    """List the keys of the calls around a node of the core: all except a projection's own."""
+    calls = [key for key, _ in module_calls(node)]
     return calls[:-1] if node.target in LINEARS else calls
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    """Whether a call has nothing but a tensor to say: what else it was given would be lost with the nodes."""
+    """Say whether a module's call takes a single argument: what else it was given would be lost with its nodes."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     return bool(parameters) and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters[1:])
 
 
 def _recover(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
+    """Replace the nodes of one call with the call, if they map one tensor to one."""
     inside = set(nodes)
     inputs = {i for n in nodes for i in n.all_input_nodes if i not in inside and i.op != "get_attr" and _is_tensor(i)}
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
@@ -122,28 +114,27 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def generalize_dtype_device(graph: fx.Graph) -> None:
-    """Replace the probe dtype and device by those of an input."""
+    """Replace the probe dtype and device with those of an input."""
     reference = next((n for n in graph.nodes if n.op == "placeholder" and _is_tensor(n) and n.meta["val"].dtype is PROBE_DTYPE), None)
     for node in list(graph.nodes):
-        if node.op != "call_function" or not hasattr(node.target, "_opname"):
-            continue
-        if node.target._opname in _CASTS:
+        if node.op == "call_function" and op_name(node) in _CASTS:
             _generalize_cast(node, reference)
-        elif "device" in node.kwargs:
+        elif node.op == "call_function" and "device" in node.kwargs and reference is not None:
             _generalize_constant(node, reference)
 
 
 def _generalize_cast(node: fx.Node, reference: fx.Node | None) -> None:
     source, graph = operand(node, 0), node.graph
-    dtype, new = node.meta["val"].dtype, source
+    value, source_value = node.meta["val"], source.meta["val"]
+    new = source
     with graph.inserting_before(node):
-        if node.meta["val"].device != source.meta["val"].device and reference is not None:
+        if value.device != source_value.device and reference is not None:
             device = graph.call_function(getattr, (reference, "device"))
             new = graph.call_function(torch.Tensor.to, (new, device))
-            new.meta = {**node.meta, "val": source.meta["val"].to(node.meta["val"].device)}
-        if dtype is not source.meta["val"].dtype:
-            like = (_nearest_in_probe_dtype(source) or reference) if dtype is PROBE_DTYPE else None
-            cast = (aten.type_as.default, (new, like)) if like is not None else (aten.to.dtype, (new, dtype))
+            new.meta = {**node.meta, "val": source_value.to(value.device)}
+        if value.dtype is not source_value.dtype:
+            like = (_nearest_in_probe_dtype(source) or reference) if value.dtype is PROBE_DTYPE else None
+            cast = (aten.type_as.default, (new, like)) if like is not None else (aten.to.dtype, (new, value.dtype))
             new = graph.call_function(*cast)
             new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
@@ -154,9 +145,7 @@ def _nearest_in_probe_dtype(node: fx.Node) -> fx.Node | None:
     return next(found, None)
 
 
-def _generalize_constant(node: fx.Node, reference: fx.Node | None) -> None:
-    if reference is None:
-        return
+def _generalize_constant(node: fx.Node, reference: fx.Node) -> None:
     with node.graph.inserting_before(node):
         device = node.graph.call_function(getattr, (reference, "device"))
         changed = {**node.kwargs, "device": device}
