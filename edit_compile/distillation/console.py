@@ -62,9 +62,9 @@ def print_result(result: Result, as_json: bool) -> None:
         print(json.dumps(result.to_dict(), indent=2))
         return
     before, after = result.before, result.after
-    buckets = "  ".join(f"{b.low:.0f}-{b.high:.0f}: {b.error:.4f}" for b in after.bins)
+    bins = "  ".join(f"{b.low:.0f}-{b.high:.0f}: {b.error:.4f}" for b in after.bins)
     console = _console()
-    console.print(f"held-out relative error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {buckets}")
+    console.print(f"validation error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {bins}")
     for speed in result.speeds:
         ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
         console.print(f"one forward at {speed.height} x {speed.width} px: {ratio}")

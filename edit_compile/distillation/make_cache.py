@@ -58,7 +58,7 @@ def make_cache(
         folder: for recipes with `data: {kind: cached, path: FOLDER}`.
         samples: the maximum number of samples.
         shard_size: samples per file; that many may be lost when the process is killed.
-        batch: samples encoded or drawn at a time.
+        batch: samples encoded or sampled at a time.
         progress: called after each shard with the numbers of samples written and skipped.
 
     Raises:

@@ -46,7 +46,7 @@ class Registry(Generic[Item]):
         self._items[name], self._origins[name] = item, defined_in
 
     def names(self) -> tuple[str, ...]:
-        """The names of all items, in the order of registration."""
+        """List the names of all items, in the order of registration."""
         self._load()
         return tuple(self._items)
 

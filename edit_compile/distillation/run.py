@@ -181,7 +181,7 @@ class Run:
         self.accelerator.init_trackers("edit_compile", settings_of(self.recipe))
         with interruptible() as interrupt:
             before = self.checkpoint[0].before if self.checkpoint is not None else self._validate().to_dict()
-            trainer = Trainer(self.context, self.folder.checkpoints, self._record, interrupt, before, self._draw_grid)
+            trainer = Trainer(self.context, self.folder.checkpoints, self._record, interrupt, before, self._write_grid)
             trainer.run(self.checkpoint)
         save(self.student.model, self.folder.path, base=self.student.base)
         for tracker in self.accelerator.trackers:  # end_training() would end the process group too
@@ -200,7 +200,7 @@ class Run:
             speeds = measure_speeds(self.context)
         before = ValidationResult.from_dict(trainer.before)
         result = Result(self.folder.path, self.student.model, before, after, trainer.seconds, speeds)
-        self._draw_grid(trainer.progress.total)
+        self._write_grid(trainer.progress.total)
         if self.accelerator.is_main_process:
             plot_losses(self.folder.rows(), self.folder.path / "losses.png")
             plan, base = plan_of(self.student.model), self.student.base
@@ -233,7 +233,7 @@ class Run:
         self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=row["total"])
         self.report(row)
 
-    def _draw_grid(self, total: int) -> None:
+    def _write_grid(self, total: int) -> None:
         with self._optional("the sample grid"):
             self.grids.save(self.folder.samples(total))
 

@@ -65,7 +65,7 @@ DATA: Registry[type[DataConfig]] = Registry("data", "edit_compile.data", lambda 
 
 
 def data_kinds() -> tuple[str, ...]:
-    """The names of all kinds of data."""
+    """List the names of all kinds of data."""
     return DATA.names()
 
 

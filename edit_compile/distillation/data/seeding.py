@@ -22,7 +22,7 @@ def uniform(*parts: object) -> float:
 
 
 def drops_caption(share: float, seed: int, split: str, position: int) -> bool:
-    """Whether the sample of a position is trained with the empty caption, as a share of them is."""
+    """Decide whether the sample at a position is trained with the empty caption, as a share of them is."""
     return split == "train" and uniform(seed, "empty", position) < share
 
 

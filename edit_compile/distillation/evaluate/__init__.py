@@ -1,1 +1,1 @@
-"""Held-out errors, sample grids, speed."""
+"""Validation, sample grids, speed."""

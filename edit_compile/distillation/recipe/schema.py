@@ -117,7 +117,7 @@ class ValidationConfig(Frozen):
 
 
 class SampleGrids(Frozen):
-    """Images by teacher and student, drawn into `samples/` during training and at its end."""
+    """Images by teacher and student, written to `samples/` during training and at its end."""
 
     every: PositiveInt | None = Field(default=None, json_schema_extra=FREE)
     """Steps between them; null for the end only."""

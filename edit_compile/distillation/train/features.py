@@ -1,4 +1,4 @@
-"""What the converted sites give out: the teacher's and the student's sites have the same paths."""
+"""The outputs of the converted sites: the teacher's and the student's sites have the same paths."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SMALLEST = 1e-12
 
 @contextmanager
 def captured(model: nn.Module) -> Iterator[Features]:
-    """Run the model inside; after that the dictionary holds the tensors that each site gave out, by path.
+    """Run the model inside; after that the dictionary holds the tensors that each site returned, by path.
 
-    Calls in other threads and tasks are not captured. What sites give out when they are run again in a backward pass is not either.
+    Calls in other threads and tasks are not captured. Nor are the outputs of sites that run again in a backward pass.
     """
     outputs = Outputs()
     found: Features = {path: [] for path in converted_sites(model)}

@@ -1,8 +1,8 @@
 """The layer-wise fit: every site learns its teacher's output, on the teacher's own activations, in one forward.
 
 The whole model runs, without gradients, with each site's output replaced with its teacher's, so that every site receives
-what it received before conversion. Within a site gradients are on, and its loss goes backward at once: there is no backward
-through the rest of the model, and one site's graph in memory at a time.
+what it received before conversion. Within a site gradients are on, and the backward pass of its loss runs at once: there is none
+through the rest of the model, and only one site's graph in memory at a time.
 """
 
 from __future__ import annotations

@@ -97,25 +97,25 @@ LOSSES: Registry[Loss] = Registry("a loss", "edit_compile.losses", lambda name, 
 
 
 def loss_names() -> tuple[str, ...]:
-    """The names of all losses."""
+    """List the names of all losses."""
     return LOSSES.names()
 
 
 @register_loss("task", needs_teacher=False)
 def task(comparison: Comparison) -> Tensor:
-    """The mean squared error of the prediction against what the teacher was trained to predict."""
+    """Compute the mean squared error of the prediction against what the teacher was trained to predict."""
     return F.mse_loss(comparison.prediction, comparison.target)
 
 
 @register_loss("output", default_weight=1.0)
 def output(comparison: Comparison) -> Tensor:
-    """The mean squared error of the prediction against the teacher's."""
+    """Compute the mean squared error of the prediction against the teacher's."""
     return F.mse_loss(comparison.prediction, comparison.teacher_prediction)
 
 
 @register_loss("feature", default_weight=0.5)
 def feature(comparison: Comparison) -> Tensor:
-    """The mean over all converted sites of their errors relative to the teacher's outputs."""
+    """Average the errors of all converted sites relative to their teachers' outputs."""
     return torch.stack(list(comparison.site_errors.values())).mean()
 
 

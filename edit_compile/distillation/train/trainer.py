@@ -61,7 +61,7 @@ class Trainer:
         report: is given every row of metrics, on the main process.
         interrupt: whether to stop.
         before: the validation error before training, for the checkpoints.
-        draw_grid: given the number of steps done, samples images with the average weights.
+        write_grid: given the number of steps done, samples images with the average weights.
         model: the student as the stages call it; None in the layerwise fit.
         average: of the weights; None in the layerwise fit, and without `ema_decay`.
         seconds: of training, once it is done.
@@ -72,7 +72,7 @@ class Trainer:
     report: Callable[[MetricsRow], None]
     interrupt: Interrupt
     before: dict[str, Any]
-    draw_grid: Callable[[int], None]
+    write_grid: Callable[[int], None]
     progress: Progress = field(default_factory=Progress, init=False)
     model: nn.Module | None = field(default=None, init=False)
     average: MovingAverage | None = field(default=None, init=False)
@@ -169,14 +169,14 @@ class Trainer:
         return torch.stack(norms).max().to(self.context.accelerator.device)  # that of offloaded shards is on the CPU
 
     def _after_step(self, number: int, phase: Phase, step: int, state: TrainState, stop: bool) -> None:
-        """Log, draw and save, when it is time to."""
+        """Log, write a sample grid and save, when it is time to."""
         recipe, total = self.context.recipe, self.progress.total
         saves = stop or total % recipe.save_every == 0 or total == total_steps(recipe)
         if saves or step == phase.options.steps or step % recipe.log_every == 0:
             self._log(phase, step)
         if recipe.samples.every is not None and total % recipe.samples.every == 0:
             with self.average.applied() if self.average is not None else nullcontext():
-                self.draw_grid(total)
+                self.write_grid(total)
             reshard(self.context.student)
         if saves:
             place = self._save(number, step, state)
