@@ -1,4 +1,4 @@
-"""From a rewritten graph to a `forward` with the original's signature, shared by all sites of equal structure.
+"""Generate the forward of a rewritten site: the original's signature and the graph, with checks that the graph is valid.
 
 An fx.GraphModule makes a class of its own for every instance, and torch.compile would compile each block anew.
 Here equal sites are instances over one function.
@@ -10,17 +10,29 @@ import inspect
 import itertools
 import linecache
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from edit_compile.errors import RewriteError
 from edit_compile.passes.capture import Capture
+from edit_compile.passes.graph_walk import argument
 from edit_compile.passes.site_graph import Refused
 
 _numbers = itertools.count()  # of generated sources: their names must differ
+
+_FORWARD = """\
+def forward({declaration}):
+    if {receiver}.edit_teacher_is_on():
+        return {receiver}.edit_teacher_forward({forwarding})
+    _edit_grid = {receiver}.edit_current_grid()
+{checks}
+    return _run({receiver}, {leaves}, _edit_grid)
+"""
+_CHECK = "    if {condition}: _refuse({receiver}, {words!r})"
 
 
 def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, arguments: Mapping[str, Any]) -> Callable[..., Any]:
@@ -33,36 +45,34 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     Raises:
         Refused: the module returns what a graph cannot.
     """
-    signature, name = inspect.signature(type(module).forward), type(module).__name__
-    outputs = pytree.tree_unflatten(list(graph.output_node().args[0]), captured.program.call_spec.out_spec)
-    for kind in _kinds(outputs):
-        if kind not in (tuple, list, dict, fx.Node, type(None)):
-            raise Refused(f"{name} returns a {kind.__name__}; a site must return tensors, tuples, lists or dicts")
-    graph.output_node().args = (outputs,)
+    contract, name = InputContract(inspect.signature(type(module).forward), arguments), type(module).__name__
+    _nest_outputs(graph, captured, name)
     code = graph.python_code("self")
-    scope: dict[str, Any] = dict(code.globals)
-    _execute(code.src.replace("def forward(", "def _run(", 1), f"<edit_compile graph of {name} {next(_numbers)}>", scope)
-    scope |= {"_refuse": _refuse, "_has_others": _has_others, "_defaults": {n: p.default for n, p in signature.parameters.items()}}
-    _execute(_method(signature, arguments), f"<edit_compile forward of {name} {next(_numbers)}>", scope)
+    run = code.src.replace("def forward(", "def _run(", 1)
+    defaults = {name: p.default for name, p in contract.signature.parameters.items()}
+    scope = {**code.globals, "_refuse": _refuse, "_has_others": _has_others, "_defaults": defaults}
+    _execute(f"{run.strip()}\n\n\n{contract.method()}", f"<edit_compile forward of {name} {next(_numbers)}>", scope)
     forward: Callable[..., Any] = scope["forward"]
-    forward.__signature__ = signature  # type: ignore[attr-defined]
+    vars(forward)["__signature__"] = contract.signature
     return forward
 
 
-def _method(signature: inspect.Signature, arguments: Mapping[str, Any]) -> str:
-    """The source of the method. The receiver is called as in the module's own forward."""
-    leaves, me = _access_paths(signature, arguments), next(iter(signature.parameters))
-    checks = [_check(path, value) for path, value in leaves if not isinstance(value, Tensor)]
-    refused = _missing(signature, arguments) | {c: c for c in [*checks, *_left_out(signature, arguments)]} | _others(signature, arguments)
-    lines = [
-        f"def forward({_declaration(signature)}):",
-        f"    if {me}.edit_teacher_is_on():",
-        f"        return {me}.edit_teacher_forward({_forwarding(signature)})",
-        f"    _edit_grid = {me}.edit_current_grid()",
-        *(f"    if {condition}: _refuse({me}, {words!r})" for condition, words in refused.items()),
-        f"    return _run({me}, {', '.join([path for path, _ in leaves] + ['_edit_grid'])})",
-    ]
-    return "\n".join(lines)
+def _nest_outputs(graph: fx.Graph, captured: Capture, name: str) -> None:
+    """Have the graph return its results nested as the module of this name does."""
+    output = graph.output_node()
+    nested = pytree.tree_unflatten(argument(output, 0, "results"), captured.program.call_spec.out_spec)
+    for kind in _kinds(nested):
+        if kind not in (tuple, list, dict, fx.Node, type(None)):
+            raise Refused(f"{name} returns a {kind.__name__}; a site must return tensors, tuples, lists or dicts")
+    output.args = (nested,)
+
+
+def _kinds(nested: Any) -> Iterator[type]:
+    """Yield the types of a nesting and of everything in it."""
+    yield type(nested)
+    if type(nested) in (tuple, list, dict):
+        for inner in nested.values() if isinstance(nested, dict) else nested:
+            yield from _kinds(inner)
 
 
 def _execute(source: str, file: str, scope: dict[str, Any]) -> None:
@@ -71,104 +81,115 @@ def _execute(source: str, file: str, scope: dict[str, Any]) -> None:
     exec(compile(source, file, "exec"), scope)
 
 
-def _kinds(outputs: Any) -> Iterator[type]:
-    """The types of a nesting of results."""
-    yield type(outputs)
-    if type(outputs) in (tuple, list, dict):
-        for inner in outputs.values() if isinstance(outputs, dict) else outputs:
-            yield from _kinds(inner)
+class _Code(str):
+    """An expression in generated source: its representation is the text itself."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
 
 
-def _declaration(signature: inspect.Signature) -> str:
-    parts = []
-    star, slash = False, False
-    for name, p in signature.parameters.items():
-        if slash and p.kind is not p.POSITIONAL_ONLY:
-            parts.append("/")
-        slash = p.kind is p.POSITIONAL_ONLY
-        if p.kind is p.VAR_POSITIONAL:
-            star = True
-            parts.append(f"*{name}")
-        elif p.kind is p.VAR_KEYWORD:
-            parts.append(f"**{name}")
-        else:
-            if p.kind is p.KEYWORD_ONLY and not star:
-                star = True
-                parts.append("*")
-            parts.append(name if p.default is p.empty else f"{name}=_defaults[{name!r}]")
-    return ", ".join([*parts, "/"] if slash else parts)
+@dataclass(frozen=True)
+class InputContract:
+    """What a generated forward takes: all that the original's takes, if it agrees with what the graph took as constant.
 
-
-def _forwarding(signature: inspect.Signature) -> str:
-    parameters = list(signature.parameters.items())[1:]
-    form: dict[Any, str] = {
-        inspect.Parameter.VAR_KEYWORD: "**{0}",
-        inspect.Parameter.VAR_POSITIONAL: "*{0}",
-        inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
-    }
-    return ", ".join(form.get(p.kind, "{0}").format(n) for n, p in parameters)
-
-
-def _access_paths(signature: inspect.Signature, arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """For every leaf of the arguments, in the graph's order, the expression that reads it."""
-    found = []
-    for keys, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]:
-        name = keys[0].key  # type: ignore[attr-defined]
-        root = _root(signature, name)
-        found.append((root + "".join(str(pytree.keystr((key,))) for key in keys[1:]), leaf))
-    return found
-
-
-def _check(path: str, value: Any) -> str:
-    if value is None:
-        return f"{path} is not None"
-    if isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return f"{path} != {value!r}"
-    return f"{path} is not {path}"  # an object: nothing to compare it by
-
-
-def _missing(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments that the graph reads into: there, their absence would be an error without a word.
-
-    Conditions, and how each is put in words, as in what follows.
+    Attributes:
+        signature: of the original's forward, receiver included.
+        arguments: those it was captured with, by parameter name; those of a variable keyword parameter among them.
     """
-    rest = _rest(signature)
-    absent = [f"{name!r} not in {rest}" for name in arguments if rest and (name not in signature.parameters or name == rest)]
-    nested = [name for name, value in arguments.items() if isinstance(value, dict | list | tuple) and pytree.tree_leaves(value)]
-    return {c: c for c in [*absent, *(f"{_root(signature, name)} is None" for name in nested)]}
+
+    signature: inspect.Signature
+    arguments: Mapping[str, Any]
+
+    def method(self) -> str:
+        """Write the method's source."""
+        receiver = next(iter(self.signature.parameters))  # called as in the module's own forward
+        return _FORWARD.format(
+            receiver=receiver,
+            declaration=self._declaration(),
+            forwarding=self._forwarding(),
+            checks="\n".join(_CHECK.format(receiver=receiver, condition=code, words=words) for code, words in self.checks().items()),
+            leaves=", ".join(code for code, _ in self.leaves()),
+        )
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return the parameters behind the receiver."""
+        return list(self.signature.parameters.values())[1:]
+
+    @property
+    def rest(self) -> str | None:
+        """Return the name of the variable keyword parameter, if there is one."""
+        return next((p.name for p in self.parameters if p.kind is p.VAR_KEYWORD), None)
+
+    def in_rest(self, name: str) -> bool:
+        """Say whether an argument comes in the variable keyword parameter."""
+        return self.rest is not None and (name not in self.signature.parameters or name == self.rest)
+
+    def read(self, name: str) -> str:
+        """Write the expression that reads an argument: a parameter, or an entry of the variable keyword parameter."""
+        return f"{self.rest}[{name!r}]" if self.in_rest(name) else name
+
+    def leaves(self) -> list[tuple[str, Any]]:
+        """List, in the graph's order, the expression that reads each leaf of the arguments, and the leaf it was captured with."""
+        return [
+            (self.read(name) + pytree.keystr(keys), leaf)
+            for name, value in self.arguments.items()
+            for keys, leaf in pytree.tree_flatten_with_path(value)[0]
+        ]
+
+    def checks(self) -> dict[str, str]:
+        """List the conditions under which a call is refused, and each in words, in the order in which they are tested.
+
+        What the graph reads into comes first: later conditions read into it too.
+        """
+        nested = [name for name, value in self.arguments.items() if isinstance(value, dict | list | tuple) and pytree.tree_leaves(value)]
+        left_out = [p for p in self.parameters if p.name not in self.arguments and p.default is not p.empty]
+        same_as_code = [
+            *(f"{name!r} not in {self.rest}" for name in self.arguments if self.in_rest(name)),
+            *(f"{self.read(name)} is None" for name in nested),
+            *(_differs(code, leaf) for code, leaf in self.leaves() if _comparable(leaf)),
+            *(_differs(p.name, p.default) for p in left_out if _comparable(p.default)),
+        ]
+        return {code: code for code in same_as_code} | self._surplus()
+
+    def _surplus(self) -> dict[str, str]:
+        """List the conditions for variable parameters that bring more than the graph has."""
+        found = {f"len({p.name}) > 0": f"len({p.name}) > 0" for p in self.parameters if p.kind is p.VAR_POSITIONAL}
+        if self.rest is not None:
+            known = tuple(name for name in self.arguments if self.in_rest(name))
+            found[f"_has_others({self.rest}, {known!r})"] = f"{self.rest} has others than {', '.join(known) or '(none)'}"
+        return found
+
+    def _declaration(self) -> str:
+        """Write the parameters as the original has them, with defaults looked up by name."""
+        written = [
+            p.replace(annotation=p.empty, default=p.default if p.default is p.empty else _Code(f"_defaults[{p.name!r}]"))
+            for p in self.signature.parameters.values()
+        ]
+        return str(inspect.Signature(written))[1:-1]
+
+    def _forwarding(self) -> str:
+        """Write the arguments of a call that passes all parameters on."""
+        forms = {
+            inspect.Parameter.VAR_KEYWORD: "**{0}",
+            inspect.Parameter.VAR_POSITIONAL: "*{0}",
+            inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
+        }
+        return ", ".join(forms.get(p.kind, "{0}").format(p.name) for p in self.parameters)
 
 
-def _others(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """What variable parameters bring that the graph does not have."""
-    kinds = {p.kind: name for name, p in signature.parameters.items()}
-    found = {}
-    if place := kinds.get(inspect.Parameter.VAR_POSITIONAL):
-        found[f"len({place}) > 0"] = f"len({place}) > 0"
-    if rest := _rest(signature):
-        known = tuple(name for name in arguments if name not in signature.parameters or name == rest)
-        found[f"_has_others({rest}, {known!r})"] = f"{rest} has others than {', '.join(known) or '(none)'}"
-    return found
+def _comparable(value: Any) -> bool:
+    """Say whether a call's value can be told from the one at capture; tensors vary, and other objects have nothing to compare."""
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
+
+
+def _differs(code: str, value: Any) -> str:
+    """Write the condition under which an expression is not what it was at capture."""
+    return f"{code} is not None" if value is None else f"{code} != {value!r}"
 
 
 def _has_others(given: Mapping[str, Any], known: tuple[str, ...]) -> bool:
     return any(value is not None and name not in known for name, value in given.items())
-
-
-def _rest(signature: inspect.Signature) -> str | None:
-    return next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-
-
-def _root(signature: inspect.Signature, name: str) -> str:
-    """The expression that reads an argument: a parameter, or an entry of the variable keyword parameter."""
-    rest = _rest(signature)
-    return name if rest is None or (name in signature.parameters and name != rest) else f"{rest}[{name!r}]"
-
-
-def _left_out(signature: inspect.Signature, arguments: Mapping[str, Any]) -> list[str]:
-    """Parameters that were left at their defaults: conditions for their being something else."""
-    parameters = list(signature.parameters.items())[1:]
-    left_out = [(n, p.default) for n, p in parameters if n not in arguments and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return [_check(name, default) for name, default in left_out if default is not inspect.Parameter.empty]
 
 
 def _refuse(site: nn.Module, condition: str) -> None:

@@ -83,18 +83,18 @@ def test_a_refusal_shows_the_operation_and_its_line(kind, node, code):
     assert f"refused at {node}, {line_of(kind, code)}" in str(plan)
 
 
-def traced(trace: str | None) -> fx.Node:
+def traced(*frames: tuple[str, str, str]) -> fx.Node:
+    """A node whose trace has these files, lines and code."""
     node = fx.Graph().placeholder("x")
-    node.meta["stack_trace"] = trace
+    node.meta["stack_trace"] = "".join(f'  File "{file}", line {line}, in forward\n{code}' for file, line, code in frames)
     return node
 
 
 def test_the_innermost_frame_outside_torch_counts():
     """A folder that happens to be named torch is not torch's."""
-    inner = f'  File "{torch.__path__[0]}/nn/functional.py", line 9, in relu\n    return torch.relu(x)\n'
-    own = '  File "/home/me/torch/model.py", line 3, in forward\n    y = block(x)\n  File "/home/me/torch/block.py", line 7, in forward\n    F.relu(x)\n'
-    assert source_line(traced(own + inner)) == "/home/me/torch/block.py:7 (F.relu(x))"
-    without_code = '  File "/tmp/a.py", line 3, in forward\n  File "/tmp/b.py", line 5, in forward\n'
-    assert source_line(traced(without_code)) == "/tmp/b.py:5 (?)"
+    inner = (f"{torch.__path__[0]}/nn/functional.py", "9", "    return torch.relu(x)\n")
+    outer, own = ("/home/me/torch/model.py", "3", "    y = block(x)\n"), ("/home/me/torch/block.py", "7", "    F.relu(x)\n")
+    assert source_line(traced(outer, own, inner)) == "/home/me/torch/block.py:7 (F.relu(x))"
+    assert source_line(traced(("/tmp/a.py", "3", ""), ("/tmp/b.py", "5", ""))) == "/tmp/b.py:5 (?)"
     assert source_line(traced(inner)) is None
-    assert source_line(traced(None)) is None
+    assert source_line(fx.Graph().placeholder("x")) is None
