@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,17 @@ def recompile_limit(graphs: int) -> Iterator[None]:
 def drop_size_checks(program: ExportedProgram) -> None:
     """Drop the checks of example sizes that export adds to the module it decomposes: they refer to names it does not define."""
     program._guards_code = []
+
+
+def size_hint(size: torch.SymInt) -> int:
+    """Return the value that a symbolic size has in the example that was captured."""
+    hint: Any = size.node.hint
+    return int(hint)
+
+
+def size_expression(size: torch.SymInt) -> str:
+    """Return a symbolic size as an expression in the symbols of a captured graph."""
+    return str(size.node.expr)
 
 
 def writes_into_operand(target: object) -> bool:

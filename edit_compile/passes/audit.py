@@ -20,12 +20,12 @@ from edit_compile.designs import find_design
 from edit_compile.errors import AuditError
 from edit_compile.ir.plan import SitePlan
 from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.axes.algebra import Axis, axis_size
+from edit_compile.passes.axes.algebra import Axis, axes_of, axis_size
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture, capture
 from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
-from edit_compile.passes.graph_walk import module_path, op_name
+from edit_compile.passes.graph_walk import module_path, op_name, operand, operands
 from edit_compile.passes.rewrite import seed_axes
 from edit_compile.passes.site_graph import ADDED, IMAGE, SiteGraph
 
@@ -149,7 +149,8 @@ def _axes_run_over(node: fx.Node, tokens: TokenMap) -> Iterable[tuple[Axis, Axis
     name = op_name(node)
     if name == "einsum":
         return combinations(_einsum_axes(node, tokens), 2)
-    left, right = (tokens.axes[operand] for operand in (node.args[:2] if _SOFTMAX_ATTENTION in name else node.args[-2:]))
+    first = 0 if _SOFTMAX_ATTENTION in name else len(node.args) - 2
+    left, right = (axes_of(operand(node, index), tokens.axes) for index in (first, first + 1))
     if _SOFTMAX_ATTENTION in name:
         return [(left[-2], right[-2])]
     return [] if min(len(left), len(right)) < 2 else [(left[-2], left[-1]), (left[-2], right[-1]), (right[-2], right[-1])]
@@ -158,11 +159,13 @@ def _axes_run_over(node: fx.Node, tokens: TokenMap) -> Iterable[tuple[Axis, Axis
 def _einsum_axes(node: fx.Node, tokens: TokenMap) -> list[Axis]:
     """The axis of every letter but those of the batch, which all operands and the result have."""
     terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
-    letters = {s: a for term, n in zip(terms.split(","), node.args[1], strict=True) for s, a in zip(term, tokens.axes[n], strict=False)}
+    letters: dict[str, Axis] = {}
+    for term, each in zip(terms.split(","), operands(node, 1), strict=True):
+        letters |= zip(term, axes_of(each, tokens.axes), strict=False)
     batch = set(result).intersection(*terms.split(","))
     return [axis for letter, axis in letters.items() if letter not in batch]
 
 
 def _image_tokens(axis: Axis, tokens: TokenMap) -> int:
     """How many image tokens an axis holds; a channel axis has none, whatever it was computed from."""
-    return axis_size(tuple(piece for piece in axis if tokens.kind(piece) is TokenKind.IMAGE))
+    return axis_size(tuple(segment for segment in axis if tokens.kind(segment) is TokenKind.IMAGE))

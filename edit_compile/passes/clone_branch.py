@@ -13,8 +13,8 @@ from typing import Any
 from torch import fx
 
 from edit_compile.designs.ops.token_spans import sample_axis
-from edit_compile.passes.axes.algebra import Axis, Value, axis_size, hint
-from edit_compile.passes.graph_walk import downstream, op_name, operand, shape_of, upstream
+from edit_compile.passes.axes.algebra import Axis, Value, axes_of, axis_size, hint
+from edit_compile.passes.graph_walk import argument, downstream, number, op_name, operand, shape_of, upstream
 from edit_compile.passes.site_graph import IMAGE, Refused, image_place, is_image, known_length
 
 _SIZED_AS_A_WHOLE = ("view", "reshape", "_unsafe_view", "expand")
@@ -77,15 +77,13 @@ class BranchCloner:
     def _cuts_image(self, node: fx.Node) -> bool:
         axes = self.axes.get(node.all_input_nodes[0])
         at = 2 if "split" in op_name(node) or op_name(node) == "chunk" else 1
-        dim = node.args[at] if len(node.args) > at else 0
-        return isinstance(axes, tuple) and is_image(axes[dim])
+        return isinstance(axes, tuple) and is_image(axes[number(node, at, "dim", 0)])
 
     def _resize(self, node: fx.Node, new: fx.Node) -> None:
-        """Sizes along the token axis become "what remains"."""
-        axes = self.axes[node]
+        """Turn sizes along the token axis into "what remains"."""
         name = op_name(node)
         if name in _SIZED_AS_A_WHOLE:
-            sizes = list(new.args[1])
+            axes, sizes = axes_of(node, self.axes), list(argument(new, 1, "size"))
             token_dims = [d for d, axis in enumerate(axes) if is_image(axis) and axis_size(axis) > 1]
             if len(token_dims) > 1:
                 raise Refused(f"{node.name} has the image tokens in several dimensions", node)
@@ -108,7 +106,7 @@ class BranchCloner:
         """A cut at the image's edge moves with it: positions after the image are counted from the end."""
         arguments: list[Any] = [*node.args, *[None] * (offset + 3 - len(node.args))]
         dim = arguments[offset] or 0
-        axis = self.axes[operand(node, 0)][dim]
+        axis = axes_of(operand(node, 0), self.axes)[dim]
         if not is_image(axis):
             return
         if len(node.args) > offset + 3 and node.args[offset + 3] != 1:

@@ -170,7 +170,7 @@ class InputContract:
 
     def _forwarding(self) -> str:
         """Write the arguments of a call that passes all parameters on."""
-        forms = {
+        forms: dict[Any, str] = {
             inspect.Parameter.VAR_KEYWORD: "**{0}",
             inspect.Parameter.VAR_POSITIONAL: "*{0}",
             inspect.Parameter.KEYWORD_ONLY: "{0}={0}",

@@ -12,7 +12,7 @@ from edit_compile.config import Choice, LinearizeConfig
 from edit_compile.errors import PlanError
 from edit_compile.ir.plan import KEEP, MaskKind, Refusal, SiteKind, SitePlan
 from edit_compile.ir.tokens import TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axis, AxisSegment, axis_size
+from edit_compile.passes.axes.algebra import Axis, AxisSegment, axes_of, axis_size
 from edit_compile.passes.canonicalize import SOFTMAXES
 from edit_compile.passes.classify_tokens import TokenMap
 from edit_compile.passes.find_attention import Attention, contractions
@@ -68,21 +68,20 @@ class _Facts:
 
     @property
     def query_axis(self) -> Axis:
-        axis: Axis = self.tokens.axes[self.attention.query][-2]
-        return axis
+        return axes_of(self.attention.query, self.tokens.axes)[-2]
 
 
 def _attention_facts(attentions: Sequence[Attention], tokens: TokenMap) -> Iterator[_Facts]:
     shared = {a.path for a in attentions if a.index or any(b.path.startswith(f"{a.path}.") for b in attentions)}
     for attention in attentions:
-        queries, _ = tokens.layout(tokens.axes[attention.query][-2])
-        keys, _ = tokens.layout(tokens.axes[attention.key][-2])
+        queries, _ = tokens.layout(axes_of(attention.query, tokens.axes)[-2])
+        keys, _ = tokens.layout(axes_of(attention.key, tokens.axes)[-2])
         yield _Facts(attention, tokens, queries, keys, attention.path in shared)
 
 
 def _of_attention(facts: _Facts, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate:
     attention = facts.attention
-    plan = _site_plan(attention.path, facts.query_axis, tokens.axes[attention.key][-2], tokens, index=attention.index)
+    plan = _site_plan(attention.path, facts.query_axis, axes_of(attention.key, tokens.axes)[-2], tokens, index=attention.index)
     plan = plan.model_copy(update={"mask": _mask_kind(attention), "causal": attention.causal})
     reason = next((reason for check in _CHECKS if (reason := check(facts)) is not None), None)
     if reason is not None:
@@ -178,7 +177,7 @@ def _grid_in_blocks(facts: _Facts) -> str | None:
 
 def _part_of_the_image(facts: _Facts) -> str | None:
     """Refuse attention whose batch holds some of the image's dimensions and whose tokens are the rest, of constant number."""
-    grid, axes = facts.tokens.grid(facts.query_axis), facts.tokens.axes[facts.attention.query]
+    grid, axes = facts.tokens.grid(facts.query_axis), axes_of(facts.attention.query, facts.tokens.axes)
     batched = sum(facts.tokens.kind(segment) is TokenKind.IMAGE for axis in axes[:-2] for segment in _uncomposed(axis))
     if batched > 1 and (grid is None or all(size.isdigit() for size in grid.sizes)):
         return "attention within rows, columns or windows: part of the image's dimensions are in the batch"

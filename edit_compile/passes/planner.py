@@ -18,6 +18,7 @@ from edit_compile.ir.plan import Given, GridSource, Plan, PositionIds, Refusal, 
 from edit_compile.ir.size_expressions import evaluator, symbols_in
 from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.analysis import Analysis
+from edit_compile.passes.axes.algebra import expression
 from edit_compile.passes.capture import Capture, capture
 from edit_compile.passes.classify_tokens import position_ids
 from edit_compile.passes.pipeline import Passes, run_passes
@@ -149,8 +150,8 @@ def _symbols(captured: Capture, arguments: set[str]) -> Symbols:
         if node.op == "placeholder" and captured.source(node).kind == "input" and isinstance(value, torch.Tensor):
             name = captured.source(node).name
             for dim, size in enumerate(value.shape):
-                if name in arguments and isinstance(size, torch.SymInt) and str(size.node.expr).isidentifier():
-                    found.setdefault(str(size.node.expr), (name, dim))
+                if name in arguments and expression(size).isidentifier():
+                    found.setdefault(expression(size), (name, dim))
     return found
 
 

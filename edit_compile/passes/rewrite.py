@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +16,7 @@ from edit_compile.errors import ConfigError
 from edit_compile.ir.plan import Refusal
 from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, axis_size, hint
+from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, axes_of, axis_size, hint
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture
@@ -29,7 +29,11 @@ from edit_compile.passes.op_traits import VIEW_OPS, first_token_mixing_node
 from edit_compile.passes.site_graph import ADDED, IMAGE, Refused, SiteGraph, image_place, is_image, refusal
 
 aten = torch.ops.aten
-_OPERANDS = ("query", "key", "value")
+_OPERANDS: dict[str, tuple[Place, Place]] = {  # and the places before and after the Linear that each comes from
+    "query": ("before_query", "after_query"),
+    "key": ("before_key", "after_key"),
+    "value": ("before_value", "after_value"),
+}
 _OTHERS = "others"  # the source of tokens that are not image tokens
 
 
@@ -64,7 +68,7 @@ def locate_core(site: SiteGraph) -> int:
 
 def _facts(site: SiteGraph) -> Site:
     plan = site.plan
-    channels = {place: _channels(node, site.axes) for place, node in site.places.items() if isinstance(node, fx.Node)}
+    channels: dict[str, int] = {place: _channels(node, site.axes) for place, node in site.places.items() if isinstance(node, fx.Node)}
     return Site(
         kind=plan.kind,
         path=plan.path,
@@ -127,7 +131,7 @@ def _only_attention(site: SiteGraph) -> Attention:
 
 
 def _only_network(site: SiteGraph) -> FeedForward:
-    found = [network for network in find_feed_forward(site.graph) if any(map(is_image, site.axes[network.source]))]
+    found = [network for network in find_feed_forward(site.graph) if any(map(is_image, axes_of(network.source, site.axes)))]
     if len(found) != 1:
         raise Refused(
             f"{site.plan.path}: captured on its own, the module runs {len(found)} feed-forward networks over image tokens, not one"
@@ -138,7 +142,7 @@ def _only_network(site: SiteGraph) -> FeedForward:
 def _check_layout(site: SiteGraph, attention: Attention) -> None:
     expected = _runs([s.kind is TokenKind.IMAGE for s in site.plan.query_layout.segments])
     for node in (attention.query, attention.key, attention.value):
-        if _runs([is_image((segment,)) for segment in site.axes[node][-2]]) != expected:
+        if _runs([is_image((segment,)) for segment in axes_of(node, site.axes)[-2]]) != expected:
             raise Refused(
                 f"{site.plan.path}: {node.name} has its tokens in another order than the whole model's graph; "
                 "give example inputs in which all sizes differ",
@@ -155,14 +159,15 @@ def _runs(flags: list[bool]) -> list[bool]:
 
 def _attention_places(site: SiteGraph, attention: Attention) -> Iterator[tuple[Place, fx.Node | Refusal]]:
     """Yield, for the query, key and value, the tensor that enters its Linear and the one that leaves it, or why there is none."""
-    for name, node in zip(_OPERANDS, (attention.query, attention.key, attention.value), strict=True):
+    for (before, after), node in zip(_OPERANDS.values(), (attention.query, attention.key, attention.value), strict=True):
         try:
             linear = image_linear(node, site)
-            before, after = operand(linear, 0), _anchor(linear, node, site.axes)
         except Refused as refused:
-            before = after = refused.refusal
-        yield _place(f"before_{name}"), before
-        yield _place(f"after_{name}"), after
+            yield before, refused.refusal
+            yield after, refused.refusal
+        else:
+            yield before, operand(linear, 0)
+            yield after, _anchor(linear, node, site.axes)
 
 
 def _network_places(site: SiteGraph, network: FeedForward) -> Iterator[tuple[Place, fx.Node | Refusal]]:
@@ -171,11 +176,6 @@ def _network_places(site: SiteGraph, network: FeedForward) -> Iterator[tuple[Pla
     one = len(network.hidden) == 1
     yield "after_hidden", network.hidden[0] if one else refusal(f"{path}: its hidden channels come from two Linears", network.hidden[1])
     yield "before_output", operand(network.output, 0)
-
-
-def _place(name: str) -> Place:
-    assert name in get_args(Place)
-    return name
 
 
 def image_linear(node: fx.Node, site: SiteGraph) -> fx.Node:
@@ -192,7 +192,7 @@ def image_linear(node: fx.Node, site: SiteGraph) -> fx.Node:
     found = [at for at in upstream(node, enter=lambda at: not is_linear(at) and has_image(at)) if is_linear(at) and has_image(at)]
     if len(found) != 1:
         raise Refused(f"{site.plan.path}: {node.name} comes from {len(found)} Linears of image tokens, not one", node)
-    tokens = site.axes[operand(found[0], 0)]
+    tokens = axes_of(operand(found[0], 0), site.axes)
     if len(tokens) != 3 or not is_image(tokens[1]):
         raise Refused(f"{site.plan.path}: {found[0].name} is not a Linear over (batch, tokens, channels)", found[0])
     return found[0]
@@ -207,12 +207,12 @@ def _anchor(linear: fx.Node, last: fx.Node, axes: Mapping[fx.Node, Value]) -> fx
         if len(users) != 1 or op_name(users[0]) not in VIEW_OPS:
             return best
         node = users[0]
-        if isinstance(axes.get(node), tuple) and _numel(node) < _numel(best) and _batch_first(axes[node]):
+        if isinstance(found := axes.get(node), tuple) and _numel(node) < _numel(best) and _batch_first(found):
             best = node
 
 
 def _channels(node: fx.Node, axes: Mapping[fx.Node, Value]) -> int:
-    shape, dim = shape_of(node) or (), _token_dim(axes[node])
+    shape, dim = shape_of(node) or (), _token_dim(axes_of(node, axes))
     return int(torch.tensor([hint(s) for d, s in enumerate(shape) if d not in (0, dim)]).prod())
 
 
@@ -300,7 +300,9 @@ def normalize_site(site: SiteGraph) -> int:
 
 def core_nodes(site: SiteGraph) -> list[fx.Node]:
     """List the nodes that must not disappear in the call of a submodule."""
-    return [site.core.node] if isinstance(site.core, Attention) else [*site.core.hidden, site.core.output]
+    if isinstance(site.core, Attention):
+        return [site.core.node]
+    return [*site.core.hidden, site.core.output] if site.core is not None else []
 
 
 def insert_taps(site: SiteGraph) -> int:
@@ -312,8 +314,8 @@ def insert_taps(site: SiteGraph) -> int:
     names = _tap_names(site)
     if isinstance(site.core, Attention):
         with site.graph.inserting_before(site.core.node):
-            for name, node in zip(_OPERANDS, (site.core.query, site.core.key, site.core.value), strict=True):
-                own = [taps[where][1] for where in (_place(f"before_{name}"), _place(f"after_{name}")) if where in taps]
+            for (name, places), node in zip(_OPERANDS.items(), (site.core.query, site.core.key, site.core.value), strict=True):
+                own = [taps[where][1] for where in places if where in taps]
                 site.operands[name] = _tapped(site, node, own, names)
     else:
         network = site.core
@@ -354,12 +356,13 @@ def _call_tap(site: SiteGraph, tap: Tap, names: Mapping[int, str], place: fx.Nod
         place: the tensor as it was, whose axes are known.
         source: the tensor that takes its place.
     """
-    shape, dim, graph = shape_of(place) or (), _token_dim(site.axes[place]), site.graph
+    shape, axes, graph = shape_of(place) or (), axes_of(place, site.axes), site.graph
+    dim = _token_dim(axes)
     inner = [hint(s) for d, s in enumerate(shape) if d not in (0, dim)]
     tokens = source
     if flat := (len(shape) != 3 or dim != 1):
         tokens = graph.call_function(torch.flatten, (graph.call_function(torch.movedim, (source, dim, 1)), 2))
-    tapped = _on_image_tokens(site, tap, names, tokens, image_place(site.axes[place][dim]))
+    tapped = _on_image_tokens(site, tap, names, tokens, image_place(axes[dim]))
     if flat:
         tapped = graph.call_function(torch.movedim, (graph.call_function(torch.unflatten, (tapped, 2, inner)), 1, dim))
     tapped.meta = dict(place.meta)
@@ -436,7 +439,7 @@ def _row(site: SiteGraph, mask: fx.Node | None) -> fx.Node | None:
 def _sampled(site: SiteGraph, mask: fx.Node | None, stride: tuple[int, ...]) -> fx.Node | None:
     if mask is None:
         return None
-    axes = site.axes[mask.meta.get("row_of", mask)]
+    axes = axes_of(mask.meta.get("row_of", mask), site.axes)
     if axis_size(axes[-1]) == 1:
         return mask
     if not is_image(axes[-1]):

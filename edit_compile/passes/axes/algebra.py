@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from edit_compile.torch_internals import size_expression, size_hint
+
 
 @dataclass(frozen=True)
 class AxisSegment:
@@ -60,12 +62,12 @@ def axes_of(node: fx.Node, axes: Mapping[fx.Node, Value]) -> Axes:
 
 def hint(size: Any) -> int:
     """Return the example's value of a size."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return size_hint(size) if isinstance(size, torch.SymInt) else int(size)
 
 
 def expression(size: Any) -> str:
     """Return a size as an expression in the sizes of the inputs."""
-    return str(size.node.expr) if isinstance(size, torch.SymInt) else str(int(size))
+    return size_expression(size) if isinstance(size, torch.SymInt) else str(int(size))
 
 
 def axis_size(axis: Axis) -> int:
