@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edit_compile.passes.graph_walk import number, operand, remove_dead
+from edit_compile.passes.graph_walk import argument, number, operand, remove_dead
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+MATMULS = (aten.matmul.default, aten.bmm.default)
 _NEUTRAL = (aten.dropout.default, aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.type_as.default)
 LOWEST_MASK = -1e4  # what scores are filled with to leave a key out: this, or lower
 
@@ -48,7 +48,7 @@ class _Scores:
 
 def _rewrite(softmax: fx.Node) -> bool:
     """Replace a softmax and the products around it with one node; says whether it could."""
-    if number(softmax, 1) not in (-1, _value(softmax).ndim - 1):
+    if number(softmax, 1, "dim") not in (-1, _value(softmax).ndim - 1):
         return False
     product, scores = _weighted_sum(softmax), _read_scores(softmax.args[0])
     if product is None or scores is None:
@@ -68,19 +68,19 @@ def _weighted_sum(softmax: fx.Node) -> fx.Node | None:
     weights = softmax
     while len(weights.users) == 1:
         user = next(iter(weights.users))
-        if user.args[0] is not weights:
+        if argument(user, 0, "self") is not weights:
             return None
         if user.target not in _NEUTRAL:
-            return user if user.target in _PRODUCTS else None
+            return user if user.target in MATMULS else None
         weights = user
     return None
 
 
 def _read_scores(found: fx.node.Argument) -> _Scores | None:
-    """Read scores back to their product; None where there is something else than a scale, then a mask, and casts."""
+    """Read scores back to their product; None where something other than a scale, then a mask, and casts is in between."""
     if not isinstance(found, fx.Node):
         return None
-    if found.target in _PRODUCTS:
+    if found.target in MATMULS:
         return _Scores(operand(found, 0), operand(found, 1))
     if found.target in _NEUTRAL:
         return _read_scores(found.args[0])

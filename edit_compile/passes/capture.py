@@ -51,6 +51,7 @@ class Capture:
 
     @property
     def graph(self) -> fx.Graph:
+        """Return the program's graph."""
         graph: fx.Graph = self.program.graph_module.graph
         return graph
 

@@ -14,7 +14,7 @@ from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import shape_of
 
-MAX_ID_COLUMNS = 4  # of a position: (row, column), with a frame or a text index, or both, before them
+MAX_ID_COLUMNS = 4  # more numbers than this per token are features, not a position
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TokenMap:
         return tuple(dim.size for dim in dims) if dims else (sum(segment.size for segment in self._image_segments(axis)),)
 
     def _image_dims(self, axis: Axis) -> list[AxisSegment]:
-        """The two or more dimensions whose product is the axis' only image segment, if they are of the image alone."""
+        """Find the two or more dimensions whose product is the axis' only image segment, if they are of the image alone."""
         found = self._image_segments(axis)
         dims = found[0].composed_of if len(found) == 1 else ()
         if len(dims) < 2 or any(len(dim) != 1 or self.kind(dim[0]) is not TokenKind.IMAGE for dim in dims):

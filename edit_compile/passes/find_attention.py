@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from edit_compile.passes.canonicalize import SDPA
-from edit_compile.passes.graph_walk import module_path, operand, upstream
+from edit_compile.passes.canonicalize import MATMULS, SDPA
+from edit_compile.passes.graph_walk import argument, module_path, operand, optional_operand, upstream
 
 aten = torch.ops.aten
 LINEARS = (aten.linear.default, aten.addmm.default)
-_MATMULS = (aten.matmul.default, aten.bmm.default)
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,11 @@ class Attention:
 
     @property
     def mask(self) -> fx.Node | None:
-        mask = self.node.args[3] if len(self.node.args) > 3 else self.node.kwargs.get("attn_mask")
-        return mask if isinstance(mask, fx.Node) else None
+        return optional_operand(self.node, 3, "attn_mask")
 
     @property
     def causal(self) -> bool:
-        return bool(self.node.args[5] if len(self.node.args) > 5 else self.node.kwargs.get("is_causal"))
+        return bool(argument(self.node, 5, "is_causal"))
 
     @property
     def symbolic_scale(self) -> bool:
@@ -58,7 +56,7 @@ class Attention:
 
     @property
     def _scale(self) -> Any:
-        return self.node.args[6] if len(self.node.args) > 6 else self.node.kwargs.get("scale")
+        return argument(self.node, 6, "scale")
 
 
 def find_attention(graph: fx.Graph) -> list[Attention]:
@@ -103,5 +101,5 @@ def common_path(paths: list[str]) -> str:
 def contractions(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield every matrix product and its right operand: linear attention sums its keys and values over tokens in one."""
     for node in graph.nodes:
-        if node.target in _MATMULS and len(node.all_input_nodes) == 2:
+        if node.target in MATMULS and len(node.all_input_nodes) == 2:
             yield node, operand(node, 1)

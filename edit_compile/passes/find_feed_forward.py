@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from edit_compile.passes.find_attention import is_linear
 from edit_compile.passes.graph_walk import op_name, operand, upstream
+from edit_compile.passes.op_traits import is_pointwise
 
 _LINEAR_OPS = frozenset(["add", "sub", "mul", "div", "neg", "clone", "dropout", "to", "_to_copy", "type_as"])
 _VIEWS = frozenset(["chunk", "split", "split_with_sizes", "getitem", "slice", "unbind", "contiguous", "detach", "alias", "view", "reshape"])
@@ -66,15 +66,11 @@ def _token_wise(node: fx.Node) -> bool:
     """Whether a node treats tokens and channels one by one, or is a collapsed activation; parameters and constants pass."""
     if node.op in ("placeholder", "get_attr"):
         return node.op == "get_attr"
-    return node.op == "call_module" or op_name(node) in _VIEWS or op_name(node) in _LINEAR_OPS or _pointwise(node)
-
-
-def _pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return node.op == "call_module" or op_name(node) in _VIEWS or op_name(node) in _LINEAR_OPS or is_pointwise(node)
 
 
 def _nonlinear(node: fx.Node) -> bool:
-    return node.op == "call_module" or (_pointwise(node) and op_name(node) not in _LINEAR_OPS)
+    return node.op == "call_module" or (is_pointwise(node) and op_name(node) not in _LINEAR_OPS)
 
 
 def _called_path(nodes: list[fx.Node]) -> str:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def native_attention() -> Iterator[None]:
-    """Inside, diffusers' models use torch's own attention, whose node capture knows; the caller's choice is restored after."""
+    """Have diffusers' models use torch's own attention inside, whose node capture knows; the caller's choice is restored after."""
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    if dispatch is None or not hasattr(dispatch, "_AttentionBackendRegistry"):
+    if dispatch is None or not hasattr(dispatch, "attention_backend"):
         yield
         return
     with dispatch.attention_backend(dispatch.AttentionBackendName.NATIVE):

@@ -1,4 +1,4 @@
-"""Whether two modules would run the same graph: everything about them but the values of their tensors."""
+"""Tell whether two modules would run the same graph: everything about them except the values of their tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"edit_path"}  # wh
 
 
 def structural_hash(module: nn.Module) -> tuple[Any, ...]:
-    """Classes, attributes, and the shapes of tensors, of the module and all below it."""
+    """Return a key that equal structures share: classes, attributes and the shapes of tensors, of the module and all below it."""
     tensors = tuple((name, tuple(t.shape)) for name, t in [*module.named_parameters(), *module.named_buffers()])
     return tensors, tuple((path, _key(sub)) for path, sub in module.named_modules())
 

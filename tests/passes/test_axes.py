@@ -60,9 +60,9 @@ def check(graph):
     assert [axis_size(axis) for axis in axes] == list(shape)
     for dim, axis in enumerate(axes):
         start = 0
-        for piece in axis:
-            assert set(runs_over(graph, dim, start, start + piece.size)) <= piece.all_sources
-            start += piece.size
+        for segment in axis:
+            assert set(runs_over(graph, dim, start, start + segment.size)) <= segment.all_sources
+            start += segment.size
     return axes
 
 
@@ -108,7 +108,7 @@ def test_every_dimension_an_axis_runs_over_is_named(data):
 
 @given(shapes.filter(lambda s: len(s) > 1), st.data())
 @settings(max_examples=60, deadline=None)
-def test_joined_inputs_stay_apart_until_they_are_mixed(shape, data):
+def test_joined_inputs_stay_apart_until_they_are_entangled(shape, data):
     built = Built(torch.int64)
     dim = data.draw(st.integers(0, len(shape) - 1))
     other = [data.draw(sizes) if d == dim else s for d, s in enumerate(shape)]
@@ -116,7 +116,7 @@ def test_joined_inputs_stay_apart_until_they_are_mixed(shape, data):
     order = data.draw(st.permutations(parts))
     x = built(aten.cat.default, order, dim)
     (axes,) = axes_of(built.output(x))
-    assert [piece.sources for piece in axes[dim]] == [{f"{part.name}{dim}"} for part in order]
+    assert [segment.sources for segment in axes[dim]] == [{f"{part.name}{dim}"} for part in order]
     assert all({s[0] for s in axis[0].sources} == {"x", "y"} for d, axis in enumerate(axes) if d != dim)
 
 
@@ -150,10 +150,10 @@ def test_a_reshape_of_nothing():
     assert [axis_size(a) for a in reshape_axes((new_axis(0, "x0"),), [4, 0, 2])] == [4, 0, 2]
 
 
-pieces = st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["image", "text", ""])), min_size=1, max_size=4)
+segments = st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["image", "text", ""])), min_size=1, max_size=4)
 
 
-@given(pieces, st.data())
+@given(segments, st.data())
 @settings(max_examples=100, deadline=None)
 def test_cutting_agrees_with_cutting_the_positions(parts, data):
     axis = tuple(AxisSegment(size, f"s{i}", frozenset({source} - {""})) for i, (size, source) in enumerate(parts))
@@ -163,8 +163,8 @@ def test_cutting_agrees_with_cutting_the_positions(parts, data):
     assert [next(iter(p.sources), "") for p in result for _ in range(p.size)] == positions[start:stop]
 
 
-def test_a_piece_cut_through_has_a_known_length_only_if_all_are_numbers():
-    """A length seen in the example is no constant: the number of text tokens changes from call to call."""
+def test_a_segment_cut_through_has_a_known_length_only_if_all_are_numbers():
+    """A length seen in the example is not a constant: the number of text tokens changes from call to call."""
     axis = (
         AxisSegment(4, "4", frozenset({"registers"})),
         AxisSegment(7, "t", frozenset({"text"})),
@@ -191,13 +191,13 @@ RESAMPLED = {
 
 
 @pytest.mark.parametrize("way", RESAMPLED)
-def test_resampled_pictures_stay_pictures(way):
+def test_resampled_images_stay_images(way):
     built = Built()
     (axes,) = axes_of(built.output(RESAMPLED[way](built, built.input("x", 2, 4, 6, 10))))
     assert [axis[0].all_sources for axis in axes[2:]] == [{"x2"}, {"x3"}]
 
 
-def test_patches_by_unfold_stay_pictures():
+def test_patches_by_unfold_stay_images():
     built = Built()
     x = built.input("x", 2, 4, 6, 10)
     tokens = built(aten.im2col.default, x, [2, 2], [1, 1], [0, 0], [2, 2])
@@ -217,13 +217,29 @@ REORDERED = {
 
 
 @pytest.mark.parametrize("way", REORDERED)
-def test_reordered_tokens_are_still_the_pictures_but_no_grid(way):
+def test_reordered_tokens_are_still_the_images_but_have_no_grid(way):
     built = Built(torch.int64)
     x = built.input("x", 2, 3, 4, 5)
     (axes,) = axes_of(built.output(REORDERED[way](built, built(aten.reshape.default, x, [2, 12, 5]))))
     assert axes[1][0].all_sources == {"x1", "x2"}
     assert not axes[1][0].composed_of
     assert axes[2][0].sources == {"x3"}
+
+
+def test_a_roll_without_dimensions_rolls_the_flattened_tensor():
+    built = Built()
+    (axes,) = axes_of(built.output(built(aten.roll.default, built.input("x", 2, 3), [1])))
+    assert [axis[0].all_sources for axis in axes] == [{"x0", "x1"}, {"x0", "x1"}]
+
+
+def test_a_submodule_is_not_read_by_its_name():
+    """A submodule's path may be an operator's name."""
+    built = Built()
+    x = built.input("x", 2, 3, 5)
+    call = built.graph.call_module("transpose", (x,))
+    call.meta["val"] = x.meta["val"].new_empty(2, 3, 7)
+    (axes,) = axes_of(built.output(call))
+    assert [axis[0].sources for axis in axes] == [{"x0"}, {"x1"}, frozenset()]
 
 
 def test_products():

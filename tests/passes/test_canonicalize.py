@@ -151,7 +151,7 @@ def test_scores_and_output_with_several_users():
     assert targets(graph).count("matmul") == 1  # the scores' own, for their other user
 
 
-def test_weights_that_nobody_reads_are_no_user():
+def test_weights_that_nobody_reads_do_not_count():
     """torch's own MultiheadAttention averages its weights over heads, whether the caller wants them or not."""
     built = Built()
     q, k, v = inputs(built)
@@ -214,7 +214,7 @@ def twice(built, weights, v):
 
 
 @pytest.mark.parametrize("case", LEFT_ALONE)
-def test_what_is_no_plain_attention_stays(case):
+def test_what_is_not_plain_attention_stays(case):
     built = Built()
     q, k, v = inputs(built)
     graph = built.output(LEFT_ALONE[case](built, scores_of(built, q, k), v))

@@ -1,4 +1,4 @@
-"""classify_tokens: what carries the output is IMAGE, other inputs are TEXT, parameters are OTHER; and the picture's grid."""
+"""classify_tokens: what carries the output is IMAGE, other inputs are TEXT, parameters are OTHER; and the image's grid."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ H, W, C = 5, 7, 8
 N, T = H * W, 11
 
 
-def picture(built, name="x", height=H, width=W):
-    """A picture's tokens: (B, C, h, w) to (B, h*w, C)."""
+def image_tokens(built, name="x", height=H, width=W):
+    """An image's tokens: (B, C, h, w) to (B, h*w, C)."""
     x = built.input(name, 2, C, height, width)
     return built(aten.transpose.int, built(aten.flatten.using_ints, x, 2), 1, 2)
 
 
 def answer(built, tokens, height=H, width=W):
-    """Tokens back to a picture, through the last Linear."""
+    """Tokens back to an image, through the last Linear."""
     return built(aten.view.default, built(aten.transpose.int, built.linear(tokens, "out", C), 1, 2), [2, C, height, width])
 
 
@@ -45,7 +45,7 @@ def test_joined_tokens_in_any_order(order):
     """x the image, t and u two texts, c and r class and register tokens."""
     built = Built()
     make = {
-        "x": lambda: picture(built),
+        "x": lambda: image_tokens(built),
         "t": lambda: text(built),
         "u": lambda: text(built, "u", 3),
         "c": lambda: built(aten.expand.default, built.parameter("cls", 1, 1, C), [2, -1, -1]),
@@ -63,8 +63,8 @@ def test_joined_tokens_in_any_order(order):
 
 def test_neighbours_of_one_kind_are_one_segment_of_known_length():
     """The number of class and register tokens is known, so where the image begins follows from it."""
-    pieces = (AxisSegment(1, "1"), AxisSegment(4, "4"), AxisSegment(N, "h*w", frozenset({"x"})))
-    found, sizes = TokenMap({}, frozenset({"x"})).layout(pieces)
+    segments = (AxisSegment(1, "1"), AxisSegment(4, "4"), AxisSegment(N, "h*w", frozenset({"x"})))
+    found, sizes = TokenMap({}, frozenset({"x"})).layout(segments)
     assert [s.length for s in found.segments] == ["5", "h*w"]
     assert sizes == (5, N)
     texts = (AxisSegment(3, "t", frozenset({"t"})), AxisSegment(2, "2", frozenset({"t"})))
@@ -74,7 +74,7 @@ def test_neighbours_of_one_kind_are_one_segment_of_known_length():
 def test_neither_names_nor_order_of_inputs_matter():
     built = Built()
     image_like = text(built, "image_latents")
-    tokens = picture(built, "prompt")
+    tokens = image_tokens(built, "prompt")
     joint = built(aten.cat.default, [image_like, tokens], 1)
     out = answer(built, built(aten.slice.Tensor, joint, 1, T, T + N))
     assert layout(built, joint, out)[0] == [("text", T), ("image", N)]
@@ -83,7 +83,7 @@ def test_neither_names_nor_order_of_inputs_matter():
 @pytest.mark.parametrize("cut", [aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default])
 def test_equal_sizes_are_told_apart_by_where_they_come_from(cut):
     built = Built()
-    joint = built(aten.cat.default, [text(built, "t", N), picture(built)], 1)
+    joint = built(aten.cat.default, [text(built, "t", N), image_tokens(built)], 1)
     parts = built(cut, joint, {aten.chunk.default: 2, aten.split.Tensor: N, aten.split_with_sizes.default: [N, N]}[cut], 1)
     first, second = (built(operator.getitem, parts, i) for i in range(2))
     built.output(answer(built, second), built(aten.sum.default, first))
@@ -93,7 +93,7 @@ def test_equal_sizes_are_told_apart_by_where_they_come_from(cut):
 
 def test_kinds_survive_blocks():
     built = Built()
-    joint = built(aten.cat.default, [picture(built), text(built)], 1)
+    joint = built(aten.cat.default, [image_tokens(built), text(built)], 1)
     y = joint
     for block in ("blocks.0", "blocks.1"):
         y = built(aten.add.Tensor, y, attend(built, y, block))
@@ -102,22 +102,22 @@ def test_kinds_survive_blocks():
     assert layout(built, y, out) == ([("image", N), ("text", T)], (str(H), str(W)))
 
 
-def test_two_inputs_that_both_become_the_output_are_both_pictures():
+def test_two_inputs_that_both_become_the_output_are_both_images():
     """Image tokens split over two inputs: neither has a grid for both."""
     built = Built()
-    joint = built(aten.cat.default, [picture(built, "upper", 2, W), picture(built, "lower", 3, W)], 1)
+    joint = built(aten.cat.default, [image_tokens(built, "upper", 2, W), image_tokens(built, "lower", 3, W)], 1)
     assert layout(built, joint, answer(built, joint)) == ([("image", N)], None)
 
 
-def test_a_picture_that_only_conditions_is_no_image():
-    """Its tokens are joined, but the output has the noisy picture's positions alone."""
+def test_an_image_that_only_conditions_is_not_the_image():
+    """Its tokens are joined, but the output has the noisy image's positions alone."""
     built = Built()
-    joint = built(aten.cat.default, [picture(built), picture(built, "reference", 2, 3)], 1)
+    joint = built(aten.cat.default, [image_tokens(built), image_tokens(built, "reference", 2, 3)], 1)
     out = answer(built, built(aten.slice.Tensor, joint, 1, 0, N))
     assert layout(built, joint, out)[0] == [("image", N), ("text", 6)]
 
 
-def test_a_picture_joined_along_channels_is_part_of_the_image():
+def test_an_image_joined_along_channels_is_part_of_the_image():
     built = Built()
     x, mask = built.input("x", 2, C - 1, H, W), built.input("mask", 2, 1, H, W)
     both = built(aten.cat.default, [x, mask], 1)
@@ -126,10 +126,10 @@ def test_a_picture_joined_along_channels_is_part_of_the_image():
     assert classify_tokens(built.capture()).image_inputs == {"x", "mask"}
 
 
-def test_without_positions_in_the_output_the_input_of_most_dimensions_is_the_picture():
+def test_without_positions_in_the_output_the_input_of_most_dimensions_is_the_image():
     """A classifier's output has none."""
     built = Built()
-    tokens = picture(built)
+    tokens = image_tokens(built)
     joint = built(aten.cat.default, [tokens, text(built)], 1)
     logits = built.linear(built(aten.mean.dim, joint, [1]), "head", 10)
     assert layout(built, joint, logits)[0] == [("image", N), ("text", T)]

@@ -20,15 +20,15 @@ B, H, W, C = 2, 5, 7, 8
 N, T, R = H * W, 11, 4  # tokens of the image, of text, of registers
 SHORT = 3 * 4  # ceil(5/2) * ceil(7/2)
 
-IMAGE_PIECE, TEXT_PIECE = AxisSegment(N, "h*w", frozenset({IMAGE})), AxisSegment(T, "t", frozenset({"others"}))
+IMAGE_SEGMENT, TEXT_SEGMENT = AxisSegment(N, "h*w", frozenset({IMAGE})), AxisSegment(T, "t", frozenset({"others"}))
 REGISTERS = AxisSegment(R, str(R), frozenset({"others"}))
 KNOWN_TEXT = AxisSegment(T, str(T), frozenset({"others"}))
 LAYOUTS = {
-    "image": (IMAGE_PIECE,),
-    "image, text": (IMAGE_PIECE, TEXT_PIECE),
-    "registers, image, text": (REGISTERS, IMAGE_PIECE, TEXT_PIECE),
+    "image": (IMAGE_SEGMENT,),
+    "image, text": (IMAGE_SEGMENT, TEXT_SEGMENT),
+    "registers, image, text": (REGISTERS, IMAGE_SEGMENT, TEXT_SEGMENT),
 }
-KNOWN = {"image, text": (IMAGE_PIECE, KNOWN_TEXT), "registers, image, text": (REGISTERS, IMAGE_PIECE, KNOWN_TEXT)}
+KNOWN = {"image, text": (IMAGE_SEGMENT, KNOWN_TEXT), "registers, image, text": (REGISTERS, IMAGE_SEGMENT, KNOWN_TEXT)}
 
 
 def sample(x, dim, front=0):
@@ -38,9 +38,9 @@ def sample(x, dim, front=0):
     return x.index_select(dim, torch.tensor([*range(front), *places, *behind]))
 
 
-def both(pieces, make, *inputs):
+def both(segments, make, *inputs):
     """`make(x)` at full length, its branch on x thinned, and the former sampled along a dimension; x is (B, tokens, C)."""
-    length = axis_size(pieces)
+    length = axis_size(segments)
     built = Built()
     x, short = built.input("x", B, length, C), built.input("short", B, length - N + SHORT, C)
     others = [built.input(f"table{i}", *shape) for i, shape in enumerate(inputs)]
@@ -48,12 +48,12 @@ def both(pieces, make, *inputs):
     y = make(built, x, *others)
     graph = built.graph
     axes = flow_axes(
-        graph, lambda n: tuple(pieces if s == length else (AxisSegment(s, str(s)),) for s in shape_of(n)) if n is not short else None
+        graph, lambda n: tuple(segments if s == length else (AxisSegment(s, str(s)),) for s in shape_of(n)) if n is not short else None
     )
     compressed = BranchCloner(graph, axes, grid, {x: short}, (2, 2)).clone(y)
     graph.output((y, compressed))
     graph.lint()
-    front = R if REGISTERS in pieces else 0
+    front = R if REGISTERS in segments else 0
     values = [torch.randn(B, length, C, dtype=torch.float64), *(torch.randn(shape, dtype=torch.float64) for shape in inputs)]
     runner = fx.Interpreter(fx.GraphModule({}, graph))
     full, got = runner.run(values[0], sample(values[0], 1, front), *values[1:], torch.empty(H, W))
@@ -157,4 +157,4 @@ def test_a_node_used_twice_is_emitted_once_and_the_original_stays():
 def test_the_images_place_is_known_by_numbers_only(layout, expected):
     assert image_place(LAYOUTS[layout]) == expected
     assert is_image(LAYOUTS[layout])
-    assert not is_image((TEXT_PIECE,))
+    assert not is_image((TEXT_SEGMENT,))

@@ -40,6 +40,7 @@ class AxisSegment:
 
     @property
     def all_sources(self) -> frozenset[str]:
+        """Return the sources of the segment and of all that it is composed of."""
         return reduce(operator.or_, (segment.all_sources for axis in self.composed_of for segment in axis), self.sources)
 
 

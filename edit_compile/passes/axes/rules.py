@@ -253,12 +253,12 @@ def _unfold(call: Call) -> Axes:
 
 
 def _reordered(call: Call) -> Axes:
-    """Keep an axis' sources, in another order: flip, gather, index_select."""
+    """Keep the sources, in another order: flip, gather, index_select."""
     return _entangled_along(call, call.dims(1))
 
 
 def _rolled(call: Call) -> Axes:
-    """Do so for roll, whose shifts come first; without dimensions it rolls the flattened tensor."""
+    """Keep the sources, in another order: roll. Without dimensions it rolls the flattened tensor."""
     if argument(call.node, 2, "dims"):
         return _entangled_along(call, call.dims(2, "dims"))
     return tuple(entangled(size, *call.first) for size in call.shape)
