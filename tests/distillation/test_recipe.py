@@ -100,7 +100,13 @@ def test_what_is_wrong_is_named_with_its_line(file, old, new, line, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is not a recipe"), ("- 1", "is not a recipe"), ("a: [", "is not valid YAML"), ("model: demo/mm-dit", "stages: Field required")],
+    [
+        ("", "is not a recipe"),
+        ("- 1", "is not a recipe"),
+        ("a: [", "is not valid YAML"),
+        ("seed: 2001-13-45", "cannot be read: month must be"),
+        ("model: demo/mm-dit", "stages: Field required"),
+    ],
 )
 def test_what_is_no_recipe_says_so(file, text, message):
     with pytest.raises(ec.RecipeError, match=message):

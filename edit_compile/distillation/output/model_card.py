@@ -54,7 +54,11 @@ def model_card(
 def _errors(before: ValidationResult, after: ValidationResult) -> str:
     rows = [("all", before.total, after.total)]
     rows += [(f"{a.low:.0f} to {a.high:.0f}", b.error, a.error) for b, a in zip(before.bins, after.bins, strict=True)]
-    return _table(("timesteps", "converted", "distilled"), [(name, f"{b:.4f}", f"{a:.4f}") for name, b, a in rows])
+    return _table(("timesteps", "converted", "distilled"), [(name, _error(b), _error(a)) for name, b, a in rows])
+
+
+def _error(error: float) -> str:
+    return f"{error:.4f}" if error >= 0.001 else f"{error:.1e}"
 
 
 def _speeds(speeds: Sequence[Speed]) -> str:

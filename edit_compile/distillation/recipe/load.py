@@ -64,10 +64,10 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         text = path.read_text()
         node = yaml.compose(text, yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:  # what is not UTF-8, and dates that do not exist, are ValueErrors
+        raise RecipeError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} is not a recipe: it must be a mapping of keys to values")
     lines: dict[Key, str] = {}

@@ -118,4 +118,4 @@ def test_what_was_skipped_is_counted_and_named_at_the_end(tmp_path, caplog):
     assert json.loads((tmp_path / "unreadable.json").read_text()) == source.skipped
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {row["unreadable"] for row in rows} == {1}
-    assert f"1 sample could not be read, named in {tmp_path / 'unreadable.json'}" in caplog.text
+    assert f"1 sample could not be read: see {tmp_path / 'unreadable.json'}" in caplog.text
