@@ -102,6 +102,9 @@ def _check_fits(model: nn.Module, plan: Plan, passes: Passes) -> None:
     missing = [site.path for site in plan.rewritten if site.path not in paths]
     if missing:
         raise PlanError(f"the plan's sites {missing[:3]} are not in this {plan.model}")
+    for site in plan.rewritten:
+        if len(site.query_sizes) != len(site.query_layout.segments) or len(site.key_sizes) != len(site.key_layout.segments):
+            raise PlanError(f"the plan's site {site.path} does not say how long each segment of its tokens is")
     made_with = dict.fromkeys(record.name for record in plan.passes if record.graph != "model")
     known = {run.__name__ for run in passes.site}
     unknown = [name for name in made_with if name not in known]

@@ -318,9 +318,11 @@ def test_a_corrupt_index_is_an_error_or_harmless(folder, base, data):
     start = data.draw(st.integers(0, len(whole) - 1))
     stop = min(len(whole), start + data.draw(st.integers(0, 40)))
     path.write_bytes(whole[:start] + data.draw(st.binary(max_size=5)) + whole[stop:])
-    with contextlib.suppress(ec.EditCompileError):
-        ec.load(folder, base)
-    path.write_bytes(whole)
+    try:
+        with contextlib.suppress(ec.EditCompileError):
+            ec.load(folder, base)
+    finally:
+        path.write_bytes(whole)
 
 
 def test_no_checkpoint(tmp_path):
