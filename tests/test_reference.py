@@ -48,7 +48,7 @@ def converted(config: dict[str, Any], *, padded: bool = False, shake: bool = Tru
     (site,) = plan.sites
     chosen = site.model_copy(update={"options": {**site.options, **config}})
     student = ec.linearize(model, plan=plan.model_copy(update={"sites": (chosen,)}))
-    own = SimpleNamespace(**ec.plan_of(student).sites[0].options)
+    own = SimpleNamespace(**{"text_keys": "full", **ec.plan_of(student).sites[0].options})
     return Converted(toy.shaken(student, seed=1, amount=0.2) if shake else student, own, joint, rotary, padded)
 
 

@@ -11,12 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from edit_compile.ir.plan_data import PlanData, SitePlan
 from edit_compile.ir.symbol_names import SymbolNames, readable_names
-
-if TYPE_CHECKING:
-    from edit_compile.ir.plan import Plan, SitePlan
 
 _GAP = "  "
 _NARROWEST = 8  # characters of a column that is folded
@@ -49,12 +47,12 @@ class Row:
     rewritten: bool
 
 
-def listed(plan: Plan) -> list[SitePlan]:
+def listed(plan: PlanData) -> list[SitePlan]:
     """Return the sites that a user wants to see: attention, and feed-forward networks that are rewritten or were refused."""
     return [site for site in plan.sites if site.kind == "attention" or site.rewritten or site.refusal is not None]
 
 
-def rows(plan: Plan, names: SymbolNames | None = None) -> list[Row]:
+def rows(plan: PlanData, names: SymbolNames | None = None) -> list[Row]:
     """Fold a plan's listed sites into rows."""
     names = names or readable_names(plan)
     sites = listed(plan)
@@ -70,7 +68,7 @@ def rows(plan: Plan, names: SymbolNames | None = None) -> list[Row]:
     ]
 
 
-def headline(plan: Plan) -> str:
+def headline(plan: PlanData) -> str:
     """Count what is rewritten: `SD3Transformer2DModel: 37 of 37 attention sites rewritten`."""
     counts = []
     for kind, name in (("attention", "attention sites"), ("feed_forward", "feed-forward networks")):
@@ -81,19 +79,19 @@ def headline(plan: Plan) -> str:
     return f"{plan.model}: {', '.join(counts)} rewritten"
 
 
-def render(plan: Plan) -> str:
+def render(plan: PlanData) -> str:
     """Return the table as plain text, as wide as it needs to be."""
     return "\n".join("".join(text for text, _ in line).rstrip() for line in _lines(plan, None))
 
 
-def markup(plan: Plan, width: int) -> str:
+def markup(plan: PlanData, width: int) -> str:
     """Return the table in rich's markup, in lines of at most `width` characters."""
     return "\n".join(
         "".join(f"[{style}]{_escape(text)}[/]" if style and text else _escape(text) for text, style in line) for line in _lines(plan, width)
     )
 
 
-def html(plan: Plan) -> str:
+def html(plan: PlanData) -> str:
     """Return the table as HTML, for notebooks."""
     names = readable_names(plan)
 
@@ -142,7 +140,7 @@ def _tokens(site: SitePlan, names: SymbolNames) -> str:
     return names.layout(site.query_layout) + keys
 
 
-def _lines(plan: Plan, width: int | None) -> Iterator[list[Span]]:
+def _lines(plan: PlanData, width: int | None) -> Iterator[list[Span]]:
     """The lines of the table. Reasons have a column where it fits, and stand below the table where it does not."""
     names = readable_names(plan)
     found = rows(plan, names)
@@ -162,7 +160,7 @@ def _locations(found: Iterable[Row]) -> list[str]:
     return [f"{row.path}: refused at {row.where}" for row in found if row.where]
 
 
-def _footnotes(plan: Plan, names: SymbolNames) -> list[str]:
+def _footnotes(plan: PlanData, names: SymbolNames) -> list[str]:
     notes = ["; ".join(f"{name}: {meaning}" for name, meaning in names.meanings.items())] if names.meanings else []
     return [*notes, _GIVE_GRID] if plan.grid.kind == "given" and plan.rewritten else notes
 

@@ -6,12 +6,9 @@ import ast
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from edit_compile.ir.plan_data import PlanData, SitePlan
 from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
-
-if TYPE_CHECKING:
-    from edit_compile.ir.plan import Plan, SitePlan
 
 AXES = {2: ("h", "w"), 3: ("f", "h", "w")}  # video has frames before rows and columns
 MEANINGS = {"f": "frames", "h": "rows of image tokens", "w": "columns of image tokens"}
@@ -75,7 +72,7 @@ def _canonical(expression: str) -> str:
     return expression if tree is None else ast.unparse(tree)
 
 
-def readable_names(plan: Plan) -> SymbolNames:
+def readable_names(plan: PlanData) -> SymbolNames:
     """Name the sizes in a plan: h and w for the grid (f for frames), t for text tokens, n and r for image and other tokens.
 
     The model's own grid is named first; sites on another grid get h2, w2 and so on.
@@ -94,7 +91,7 @@ def readable_names(plan: Plan) -> SymbolNames:
     return names
 
 
-def _name_grid(names: SymbolNames, grid: Grid, plan: Plan) -> None:
+def _name_grid(names: SymbolNames, grid: Grid, plan: PlanData) -> None:
     own = [names.add(size, name, _meaning(name, size, plan)) for name, size in zip(AXES[len(grid.sizes)], grid.sizes, strict=True)]
     if any(name.isdigit() for name in own):
         return
@@ -103,7 +100,7 @@ def _name_grid(names: SymbolNames, grid: Grid, plan: Plan) -> None:
         names.by_expression.setdefault(product, "*".join(own))
 
 
-def _meaning(name: str, expression: str, plan: Plan) -> str:
+def _meaning(name: str, expression: str, plan: PlanData) -> str:
     """Say what a grid's name stands for: rows of image tokens, hidden_states.shape[2] // 2."""
     symbols = {} if plan.grid.kind == "ids" else plan.grid.symbols
     shapes = {symbol: f"{argument}.shape[{dim}]" for symbol, (argument, dim) in symbols.items()}
