@@ -108,7 +108,7 @@ class QKV(NamedTuple):
             M < L where a tap thins the image tokens.
         mask: boolean or additive, broadcastable to (B, H, 1, M), or to (B, H, L, M) if it differs from query to query; None
             for no mask.
-        original: the model's own operands, as without taps; None unless the design has `needs_original`.
+        original: the same query with the model's own key, value and mask, as without taps; None unless the design has `needs_original`.
     """
 
     query: Tensor

@@ -402,9 +402,9 @@ def _replace_attention(site: SiteGraph, attention: Attention) -> None:
     with graph.inserting_before(attention.node):
         mask = _row(site, attention.mask)
         short = _sampled(site, mask, stride) if stride else mask
-        own = (attention.query, attention.key, attention.value, mask)
-        original = graph.call_function(QKV, own) if site.chosen.needs_original else None
         operands = tuple(site.operands[name] for name in _OPERANDS)
+        own = (operands[0], attention.key, attention.value, mask)  # the model's own query would be computed for nothing
+        original = graph.call_function(QKV, own) if site.chosen.needs_original else None
         x = graph.call_function(QKV, (*operands, short, original))
         kinds, lengths = _layout(site)
         tokens = graph.call_function(tokens_of, (site.operands["query"], 2, site.grid, kinds, lengths))

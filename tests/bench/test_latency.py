@@ -46,9 +46,7 @@ def test_calls_take_turns_after_a_warm_up(clock):
 def test_teacher_and_student_are_run_as_such():
     student = ec.linearize(toy.Toy(blocks=1).eval(), example_inputs=toy.inputs())
     modes = []
-    student.blocks[0].attn.register_forward_pre_hook(
-        lambda module, args: modes.append((student.edit_runtime.teaching, torch.is_grad_enabled()))
-    )
+    student.blocks[0].attn.register_forward_pre_hook(lambda site, args: modes.append((site.edit_teacher_is_on(), torch.is_grad_enabled())))
     rows = compare_speed(student, [(8, 12), (16, 12)], inputs_for=lambda h, w: toy.inputs(1, h, w), runs=1, warmup=1)
     assert [(row.height, row.width) for row in rows] == [(8, 12), (16, 12)]
     assert modes == [(True, False), (False, False)] * 4
