@@ -47,6 +47,7 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     """
     contract, name = InputContract(inspect.signature(type(module).forward), arguments), type(module).__name__
     _nest_outputs(graph, captured, name)
+    _read_sizes_by_method(graph)
     code = graph.python_code("self")
     run = code.src.replace("def forward(", "def _run(", 1)
     defaults = {name: p.default for name, p in contract.signature.parameters.items()}
@@ -55,6 +56,14 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     forward: Callable[..., Any] = scope["forward"]
     vars(forward)["__signature__"] = contract.signature
     return forward
+
+
+def _read_sizes_by_method(graph: fx.Graph) -> None:
+    """Read sizes with `Tensor.size`, which `torch.func.vmap` knows; it has no rule for the operator that export notes."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_method("size", node.args))
+        graph.erase_node(node)
 
 
 def _nest_outputs(graph: fx.Graph, captured: Capture, name: str) -> None:

@@ -75,6 +75,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) ->
         digest = sha256(temporary / "tensors")
         index = Index(tensors=f"edit_compile-{digest[:12]}.safetensors", sha256=digest, **entries)
         (temporary / "index").write_text(index.model_dump_json())
+        (temporary / "tensors").chmod((temporary / "index").stat().st_mode)  # safetensors lets nobody else read its files
         for file, final in (("tensors", index.tensors), ("index", INDEX)):
             flush(temporary / file)
             os.replace(temporary / file, folder / final)

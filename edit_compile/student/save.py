@@ -88,12 +88,21 @@ def _check_values(student: nn.Module, tensors: dict[str, Tensor]) -> None:
     offloaded = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if offloaded:
         raise CheckpointError(f"{offloaded} has no values (meta device); undo offloading first, pipe.remove_all_hooks() for a pipeline")
+    if any(_is_on_disk(module) for module in student.modules()):
+        raise CheckpointError("the weights are offloaded to disk: save before enabling group offloading, or without offload_to_disk_path")
     unsaved = [n for n, p in student.named_parameters() if p.requires_grad and n not in tensors]
     if unsaved:
         raise CheckpointError(
             f"{unsaved[0]}{f' and {len(unsaved) - 1} more' if len(unsaved) > 1 else ''} can be trained, but shares its memory with the "
             "original model, which training would change too; call edit_compile.unshare(student) before training, or freeze it"
         )
+
+
+def _is_on_disk(module: nn.Module) -> bool:
+    """Ask diffusers' group offloading, whose parameters hold anything while their values are in a file."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
 
 
 def _name_of(base: str | Path | None) -> str | None:
