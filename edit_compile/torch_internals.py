@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # torch.compile follows `ContextVar.get`
@@ -82,8 +82,3 @@ def size_expression(size: torch.SymInt) -> str:
 def writes_into_operand(target: object) -> bool:
     """Say whether an operator of a graph writes into one of its operands."""
     return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Say whether `module.compile()` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
