@@ -15,7 +15,7 @@ from edit_compile.api import plan_and_convert, plan_of, repeated_blocks, teacher
 from edit_compile.bench.flops import count_flops
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import GridError, PlanError
-from edit_compile.passes.capture import meta_inputs, meta_copy
+from edit_compile.passes.capture import meta_copy, meta_inputs
 from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.grid import grid
 from edit_compile.student.site import converted_sites
