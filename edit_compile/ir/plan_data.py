@@ -27,7 +27,7 @@ class Refusal(_Data):
     Attributes:
         reason: in words.
         node: the operation that stands in the way, as the graph names it.
-        source: the line of the model's source that it comes from, `file.py:12 (code)`.
+        source: the line of the model's source that it comes from, `package/file.py:12 (code)`.
     """
 
     reason: str

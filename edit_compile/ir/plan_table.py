@@ -119,8 +119,7 @@ def _where(site: SitePlan, *, exact: bool = True) -> str:
     if site.refusal is None:
         return ""
     node = site.refusal.node if exact or site.refusal.node is None else re.sub(r"_\d+$", "", site.refusal.node)
-    source = re.sub(r"^\S*/site-packages/", "", site.refusal.source or "")
-    return ", ".join(part for part in (node, source) if part)
+    return ", ".join(part for part in (node, site.refusal.source) if part)
 
 
 def _folded_path(sites: Sequence[SitePlan]) -> str:

@@ -27,6 +27,7 @@ from torch.export.graph_signature import InputKind
 
 from edit_compile.errors import CaptureError
 from edit_compile.ir.plan import Refusal
+from edit_compile.passes.graph_walk import path_in_package
 from edit_compile.passes.native_attention import native_attention
 from edit_compile.torch_internals import TORCH_FOLDER, drop_size_checks, writes_into_operand
 
@@ -212,4 +213,4 @@ def _explanation(module: nn.Module, error: Exception) -> str:
 
 def _innermost_user_frame(error: Exception) -> str | None:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH_FOLDER, _OWN_FOLDER))]
-    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else None
+    return f"{path_in_package(frames[-1].filename)}:{frames[-1].lineno} ({frames[-1].line})" if frames else None

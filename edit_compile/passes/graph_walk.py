@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx
 
 from edit_compile.torch_internals import ROOT_CALL, TORCH_FOLDER, writes_into_operand
 
+_SITE_PACKAGES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
 _FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+)[^\n]*(?:\n\s*(?!File ")(?P<code>\S[^\n]*))?')
 
 # ------------------------------------------------------------------ arguments
@@ -104,9 +106,21 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str | None:
-    """Return the line of the model's source that a node comes from, `file.py:12 (code)`; None if there is no trace of it."""
+    """Return the line of the model's source that a node comes from, `package/file.py:12 (code)`; None if there is no trace of it."""
     frames = [found for found in _FRAME.finditer(node.meta.get("stack_trace") or "") if not found["file"].startswith(TORCH_FOLDER)]
-    return f"{frames[-1]['file']}:{frames[-1]['line']} ({frames[-1]['code'] or '?'})" if frames else None
+    return f"{path_in_package(frames[-1]['file'])}:{frames[-1]['line']} ({frames[-1]['code'] or '?'})" if frames else None
+
+
+def path_in_package(file: str) -> str:
+    """Return a source file's path from its package's folder on, or its name alone: the folders of this machine mean nothing elsewhere."""
+    *_, installed = _SITE_PACKAGES.split(file)
+    path = Path(installed)
+    if installed != file:
+        return path.as_posix()
+    top = path.parent
+    while top != top.parent and (top / "__init__.py").is_file():
+        top = top.parent
+    return path.relative_to(top).as_posix()
 
 
 # ------------------------------------------------------------------ walks

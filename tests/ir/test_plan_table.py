@@ -143,13 +143,13 @@ def test_options_are_shown_where_they_differ():
 def test_refusals_name_the_operation_and_the_models_line():
     def refused(block):
         refusal = Refusal(
-            reason="a mask of queries", node=f"softmax_{block}", source="/venv/lib/site-packages/model.py:12 (x[i].softmax(-1))"
+            reason="a mask of queries", node=f"softmax_{block}", source="package/model.py:12 (x[i].softmax(-1))"
         )
         return site(f"blocks.{block}.attn", "keep", refusal.reason, refusal=refusal)
 
     for width in (60, 160):
         text = " ".join(shown(plan(*map(refused, range(3))), width).split())
-        assert "blocks.{0..2}.attn: refused at softmax_0, model.py:12 (x[i].softmax(-1))" in text
+        assert "blocks.{0..2}.attn: refused at softmax_0, package/model.py:12 (x[i].softmax(-1))" in text
     assert "refused" not in str(plan(*BLOCKS))
 
 

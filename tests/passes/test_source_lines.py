@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import edit_compile as ec
-from edit_compile.passes.graph_walk import source_line
+from edit_compile.passes.graph_walk import path_in_package, source_line
 
 CHANNELS, HEADS = 16, 2
 
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
 
 def line_of(kind: type[nn.Module], code: str) -> str:
     lines, first = inspect.getsourcelines(kind)
-    return f"{Path(__file__)}:{first + next(i for i, line in enumerate(lines) if code in line)} ({code})"
+    return f"{Path(__file__).name}:{first + next(i for i, line in enumerate(lines) if code in line)} ({code})"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,7 @@ def line_of(kind: type[nn.Module], code: str) -> str:
 )
 def test_a_refusal_shows_the_operation_and_its_line(kind, node, code):
     (site,) = (plan := ec.plan(Denoiser(kind), example_inputs={"image": torch.zeros(2, 3, 5, 7)}))
+    assert str(Path(__file__).parent) not in plan.to_json()
     assert (site.action, site.refusal.node, site.refusal.source) == ("keep", node, line_of(kind, code))
     assert f"refused at {node}, {line_of(kind, code)}" in str(plan)
 
@@ -94,7 +95,31 @@ def test_the_innermost_frame_outside_torch_counts():
     """A folder that happens to be named torch is not torch's."""
     inner = (f"{torch.__path__[0]}/nn/functional.py", "9", "    return torch.relu(x)\n")
     outer, own = ("/home/me/torch/model.py", "3", "    y = block(x)\n"), ("/home/me/torch/block.py", "7", "    F.relu(x)\n")
-    assert source_line(traced(outer, own, inner)) == "/home/me/torch/block.py:7 (F.relu(x))"
-    assert source_line(traced(("/tmp/a.py", "3", ""), ("/tmp/b.py", "5", ""))) == "/tmp/b.py:5 (?)"
+    assert source_line(traced(outer, own, inner)) == "block.py:7 (F.relu(x))"
+    assert source_line(traced(("/tmp/a.py", "3", ""), ("/tmp/b.py", "5", ""))) == "b.py:5 (?)"
     assert source_line(traced(inner)) is None
     assert source_line(fx.Graph().placeholder("x")) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("/home/me/.venv/lib/python3.11/site-packages/diffusers/models/attention.py", "diffusers/models/attention.py"),
+        ("/usr/lib/python3/dist-packages/diffusers/models/attention.py", "diffusers/models/attention.py"),
+        ("/srv/site-packages/old/site-packages/mine.py", "mine.py"),
+        ("/tmp/ipykernel_7/12.py", "12.py"),
+        ("<string>", "<string>"),
+        ("block.py", "block.py"),
+    ],
+)
+def test_a_source_file_is_named_without_the_folders_of_the_machine(file, expected):
+    assert path_in_package(file) == expected
+
+
+def test_a_file_of_a_package_that_is_not_installed_is_named_from_the_package_on(tmp_path):
+    inner = tmp_path / "checkout" / "mine" / "models"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").touch()
+    assert path_in_package(str(inner / "block.py")) == "mine/models/block.py"
+    assert path_in_package(str(inner.parent.parent / "script.py")) == "script.py"
