@@ -12,7 +12,7 @@ from edit_compile.passes.graph_walk import argument, numbers, op_name
 
 VIEW_OPS = frozenset(
     """view reshape _unsafe_view flatten unflatten permute transpose t unsqueeze squeeze select unbind getitem chunk split
-    split_with_sizes contiguous clone slice movedim alias detach""".split()  # noqa: SIM905
+    split_with_sizes contiguous clone slice movedim moveaxis swapaxes swapdims mT alias detach""".split()  # noqa: SIM905
 )
 _STRUCTURAL = VIEW_OPS | frozenset(
     """cat stack expand repeat repeat_interleave to _to_copy type_as copy slice_scatter dropout sym_size view_as_complex

@@ -59,6 +59,17 @@ def added_product(built, x):
     return g(aten.bmm.default, g(aten.tanh.default, scores), x)
 
 
+def matrix_transpose(built, x):
+    g = at(built)
+    return g(aten.matmul.default, g(aten.softmax.int, g(aten.matmul.default, x, g(aten.mT.default, x)), -1), x)
+
+
+def distances(built, x):
+    """Weights of an operation that the algebra of axes has no rule for."""
+    g = at(built)
+    return g(aten.matmul.default, g(aten.exp.default, g(aten.neg.default, g(aten.cdist.default, x, x))), x)
+
+
 def einsum(built, x):
     g = at(built)
     return g(aten.einsum.default, "bij,bjc->bic", [g(aten.einsum.default, "b i c, b j c -> b i j", [x, x]), x])
@@ -98,6 +109,8 @@ def test_what_is_linear_in_image_tokens_is_fine(make):
         (softmax_by_hand, "softmax attention"),
         (product, "bmm"),
         (added_product, "baddbmm"),
+        (matrix_transpose, "softmax attention"),
+        (distances, "matmul"),
         (einsum, "einsum"),
         (kernel, "softmax attention"),
     ],

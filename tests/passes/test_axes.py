@@ -267,10 +267,13 @@ def test_broadcasting_finds_the_dimension_that_has_the_size():
         (aten.mean.dim, ([1], True), ["x0", None, "x2"]),
         (aten.select.int, (1, 0), ["x0", "x2"]),
         (aten.transpose.int, (1, -1), ["x0", "x2", "x1"]),
+        (aten.mT.default, (), ["x0", "x2", "x1"]),
+        (aten.movedim.int, (0, -1), ["x1", "x2", "x0"]),
+        (aten.moveaxis.intlist, ([2, 0], [0, 1]), ["x2", "x0", "x1"]),
         (aten.unsqueeze.default, (-1,), ["x0", "x1", "x2", None]),
         (aten.expand.default, ([7, -1, -1, -1],), [None, "x0", "x1", "x2"]),
     ],
-    ids=["mean", "mean keepdim", "select", "transpose", "unsqueeze", "expand"],
+    ids=["mean", "mean keepdim", "select", "transpose", "mT", "movedim", "moveaxis", "unsqueeze", "expand"],
 )
 def test_dimensions_that_go_come_and_move(target, args, expected):
     built = Built()

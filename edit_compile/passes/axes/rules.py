@@ -72,13 +72,21 @@ Rule = Callable[[Call], Axes]
 
 
 def same_positions(call: Call) -> Axes:
-    """Align dimensions from the right, size 1 broadcasts: pointwise operations and whatever else keeps shapes."""
+    """Align dimensions from the right, size 1 broadcasts: pointwise operations and whatever else keeps shapes.
+
+    A dimension that no operand has at this place, of an operation without a rule, comes from the operands' others of its size.
+    """
     result = []
     for from_right in range(len(call.shape), 0, -1):
         size = call.shape[-from_right]
         candidates = [t[-from_right] for t in call.tensors if len(t) >= from_right and axis_size(t[-from_right]) == hint(size)]
-        result.append(reduce(unify, candidates) if candidates else new_axis(size))
+        result.append(reduce(unify, candidates) if candidates else _of_that_size(call, size))
     return tuple(result)
+
+
+def _of_that_size(call: Call, size: Any) -> Axis:
+    same = [axis for axes in call.tensors for axis in axes if axis_size(axis) == hint(size) != 1]
+    return entangled(size, *same) if same else new_axis(size)
 
 
 def _first_tensor(call: Call) -> Axes:
@@ -105,6 +113,19 @@ def _transpose(call: Call) -> Axes:
     a, b = (number(call.node, 1, "dim0"), number(call.node, 2, "dim1")) if len(call.node.args) > 1 else (0, 1)
     axes[a], axes[b] = axes[b], axes[a]
     return tuple(axes)
+
+
+def _matrix_transpose(call: Call) -> Axes:
+    """Swap the last two dimensions: mT, mH, adjoint; T of a matrix."""
+    return (*call.first[:-2], *reversed(call.first[-2:]))
+
+
+def _movedim(call: Call) -> Axes:
+    rank = len(call.shape)
+    sources, targets = ([dim % rank for dim in numbers(call.node, index)] for index in (1, 2))
+    moved = dict(zip(targets, sources, strict=True))
+    rest = iter(dim for dim in range(rank) if dim not in sources)
+    return tuple(call.first[moved[dim] if dim in moved else next(rest)] for dim in range(rank))
 
 
 def _unsqueeze(call: Call) -> Axes:
@@ -303,7 +324,9 @@ def _index(call: Call) -> Axes:
 _RULES: dict[Rule, str] = {
     _reshape: "view reshape _unsafe_view flatten unflatten _reshape_alias",
     _permute: "permute",
-    _transpose: "transpose t swapaxes",
+    _transpose: "transpose t swapaxes swapdims",
+    _matrix_transpose: "mT mH adjoint matrix_H",
+    _movedim: "movedim moveaxis",
     _unsqueeze: "unsqueeze",
     _squeeze: "squeeze",
     _without_dim: "select unbind",
