@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from edit_compile.designs import AUTO, AUTOMATIC, KEEP, find_design
 from edit_compile.designs.base import Design
@@ -36,15 +36,16 @@ class _Data(Frozen):
 class Rule(_Data):
     """Sites whose path matches a glob get a design.
 
-    Attributes:
-        paths: the glob, over module paths.
-        design: a design's name, or "keep".
-        options: of the design.
+    Raises:
+        ConfigError: there is no such design, or it has no such option.
     """
 
     paths: str = "*"
+    """The glob, over module paths."""
     design: str
+    """A design's name, or "keep"."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Of the design."""
 
     def __init__(self, paths: str = "*", design: str | None = None, options: Mapping[str, Any] | None = None, **unknown: Any) -> None:
         named = {} if design is None else {"design": design}
@@ -75,22 +76,22 @@ class LinearizeConfig(_Data):
         LinearizeConfig(design="edit", reduction=4)
         LinearizeConfig(rules=[Rule("*.attn", "mm-edit", {"eta": "ratio"}), Rule("*.attn2", "edit")])
 
-    Attributes:
-        design: a design's name; "auto" takes whichever of the shipped ones fits a site.
-        include, exclude: globs over module paths; a site is converted if it matches some of the first and none of the second.
-        rules: instead of `design` and its options.
-        options: of the design, each design's own; also given as keyword arguments. With "auto" an option goes to every
-            design that has it.
-
     Raises:
         ConfigError: an option or design is not known, or has an impossible value.
     """
 
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})  # the designs' options, which `options` gathers
+
     design: str = AUTO
+    """A design's name, or "keep"; "auto" takes the first of the shipped ones that fits a site."""
     include: tuple[str, ...] = ("*",)
+    """Globs over module paths; a site is converted if it matches one of them."""
     exclude: tuple[str, ...] = ()
+    """Globs over module paths; a site that matches one of them is left unchanged."""
     rules: tuple[Rule, ...] = ()
+    """Which design goes where, instead of `design` and its options; the first that matches a site and takes it wins."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Of the design, each design's own; also given as keys beside it. With "auto" an option goes to every design that has it."""
 
     @model_validator(mode="before")
     @classmethod

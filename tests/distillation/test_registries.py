@@ -15,6 +15,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import DataConfig, Recipe, distill, load_recipe, registry
 from edit_compile.distillation.data import data_kinds, register_data
 from edit_compile.distillation.data.registry import DATA
+from edit_compile.distillation.recipe.load import find_recipe, shipped_recipes
 from edit_compile.distillation.train.losses import LOSSES, Comparison, loss_names, register_loss
 
 
@@ -117,10 +118,22 @@ def test_the_json_schema_has_every_kind_and_describes_every_key(installed):
     kinds = {section["properties"]["kind"]["const"]: section for section in schema["properties"]["data"]["oneOf"]}
     assert {"shapes", "images", "dataset", "webdataset", "prompts", "cached", "random", "toy"} == kinds.keys()
     assert kinds["toy"]["properties"]["shift"]["description"] == "Added to every image."
-    own = ("Buckets", "LayerwiseFit", "OptimizerConfig", "SampleGrids", "Stage", "ValidationConfig")
+    own = ("Buckets", "LayerwiseFit", "LinearizeConfig", "OptimizerConfig", "Rule", "SampleGrids", "Stage", "ValidationConfig")
     for section in (schema, *kinds.values(), *(schema["$defs"][name] for name in own)):
         for name, field in section["properties"].items():
-            assert "description" in field or name == "kind", name
+            assert "description" in field, name
+
+
+def test_the_json_schema_takes_what_recipes_contain():
+    """An editor that checks YAML by the schema must not mark what loads: designs' options beside `design`, one side of a square."""
+    definitions = Recipe.model_json_schema()["$defs"]
+    assert definitions["LinearizeConfig"]["additionalProperties"] is True
+    one_side, both_sides = definitions["Stage"]["properties"]["resolution"]["anyOf"]
+    assert one_side["type"] == "integer"
+    assert both_sides["type"] == "array"
+    for name in shipped_recipes():
+        content = yaml.safe_load(find_recipe(name).read_text())
+        assert all(isinstance(phase.get("lr", 0.0), float) for phase in (*content["stages"], content["layerwise"])), name
 
 
 def test_a_name_that_is_taken_is_refused():

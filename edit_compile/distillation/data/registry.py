@@ -76,7 +76,10 @@ class _ByKind:
         return core_schema.no_info_before_validator_function(_parse, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"oneOf": [handler(DATA.get(kind).__pydantic_core_schema__) for kind in DATA.names()]}
+        sections = [handler(DATA.get(kind).__pydantic_core_schema__) for kind in DATA.names()]
+        for section in sections:
+            section["properties"]["kind"].setdefault("description", DataConfig.model_fields["kind"].description)
+        return {"oneOf": sections}
 
 
 def _parse(value: Any) -> Any:

@@ -22,7 +22,9 @@ def _square(value: object) -> object:
     return (value, value) if isinstance(value, int) else value
 
 
-Resolution = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_square)]
+Resolution = Annotated[
+    tuple[PositiveInt, PositiveInt], BeforeValidator(_square, json_schema_input_type=PositiveInt | tuple[PositiveInt, PositiveInt])
+]
 
 
 def _known_loss(name: str) -> str:
@@ -78,7 +80,7 @@ class Stage(TrainingPhase):
 
 
 class LayerwiseFit(TrainingPhase):
-    """The layer-wise fit before the stages: each site learns its teacher's output on the teacher's own activations."""
+    """The layerwise fit before the stages: each site learns its teacher's output on the teacher's own activations."""
 
     lr: PositiveFloat = 1e-3
     """The highest learning rate."""
@@ -140,11 +142,11 @@ class Recipe(Frozen):
     prediction: Literal["auto", "rectified-flow", "epsilon", "v-prediction"] = "auto"
     """What the model predicts; "auto" reads it from the scheduler's config."""
     timesteps: Literal["uniform", "logit-normal"] = "uniform"
-    """How training draws timesteps over the scheduler's range."""
+    """How training samples timesteps over the scheduler's range."""
     data: AnyData = ShapesData()
     """What to train on; `kind` selects one of the kinds of data."""
     layerwise: LayerwiseFit | None = None
-    """The layer-wise fit before the stages; null for none."""
+    """The layerwise fit before the stages; null for none."""
     stages: tuple[Stage, ...] = Field(min_length=1)
     """End-to-end training, one stage after the other."""
     optimizer: OptimizerConfig = OptimizerConfig()
