@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from edit_compile.config import LinearizeConfig, Rule
     from edit_compile.designs import register
     from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
+    from edit_compile.distillation.data.registry import DataConfig, register_data
     from edit_compile.distillation.recipe.schema import Recipe
     from edit_compile.distillation.run import distill
+    from edit_compile.distillation.train.losses import register_loss
     from edit_compile.errors import (
         AuditError,
         CaptureError,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from edit_compile.ir.plan import Plan, Refusal, SitePlan
     from edit_compile.ir.site import Site
     from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
+    from edit_compile.passes.pipeline import Passes
     from edit_compile.report.compare_samples import sample
     from edit_compile.student.checkpoint import load, load_pipeline, save
     from edit_compile.student.handle import conversion_of, plan_of
@@ -55,8 +58,10 @@ _HOMES = {  # the same imports, for `__getattr__`
     "config": ("LinearizeConfig", "Rule"),
     "designs": ("register",),
     "designs.base": ("QKV", "Design", "Tap", "Tokens", "Verdict"),
+    "distillation.data.registry": ("DataConfig", "register_data"),
     "distillation.recipe.schema": ("Recipe",),
     "distillation.run": ("distill",),
+    "distillation.train.losses": ("register_loss",),
     "errors": (
         "AuditError",
         "CaptureError",
@@ -75,6 +80,7 @@ _HOMES = {  # the same imports, for `__getattr__`
     "ir.plan": ("Plan", "Refusal", "SitePlan"),
     "ir.site": ("Site",),
     "ir.tokens": ("Grid", "Segment", "TokenKind", "TokenLayout"),
+    "passes.pipeline": ("Passes",),
     "report.compare_samples": ("sample",),
     "student.checkpoint": ("load", "load_pipeline", "save"),
     "student.handle": ("conversion_of", "plan_of"),
@@ -88,6 +94,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "DataConfig",
     "Design",
     "DistillError",
     "EditCompileError",
@@ -97,6 +104,7 @@ __all__ = [
     "LinearizeConfig",
     "ModelNotFoundError",
     "NoExampleInputsError",
+    "Passes",
     "Plan",
     "PlanError",
     "Recipe",
@@ -127,6 +135,8 @@ __all__ = [
     "plan_of",
     "record",
     "register",
+    "register_data",
+    "register_loss",
     "sample",
     "save",
     "teacher",

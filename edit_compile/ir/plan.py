@@ -39,12 +39,18 @@ class Plan(PlanData):
     def __len__(self) -> int:
         return len(self.sites)
 
-    def __getitem__(self, path: str) -> SitePlan:
-        """Find the first site at a path.
+    def __contains__(self, site: object) -> bool:
+        return site in self.sites or any(each.path == site for each in self.sites)
+
+    def __getitem__(self, path: str | int) -> SitePlan:
+        """Find the first site at a path, or the site of a number in order of execution.
 
         Raises:
-            KeyError: there is none; lists the nearest paths.
+            KeyError: there is none at the path; lists the nearest ones.
+            IndexError: there are not that many.
         """
+        if isinstance(path, int):
+            return self.sites[path]
         found = next((site for site in self.sites if site.path == path), None)
         if found is None:
             near = get_close_matches(path, [site.path for site in self.sites], 3, 0)

@@ -31,6 +31,10 @@ def test_a_plan_is_a_sequence_of_sites():
     assert len(made) == 2
     assert [each.path for each in made] == ["blocks.0.attn", "head"]
     assert made["head"].action == "keep"
+    assert made[-1] == made["head"]
+    assert "head" in made
+    assert made["head"] in made
+    assert "blocks.1.attn" not in made
     with pytest.raises(KeyError, match=r"no site at 'blocks.1.attn'; near it: blocks\.0\.attn, head"):
         made["blocks.1.attn"]
 
