@@ -27,19 +27,23 @@ DesignClass = TypeVar("DesignClass", bound="type[Design]")
 
 
 def register(design: DesignClass) -> DesignClass:
-    """Add a design; also a class decorator.
+    """Add a design; also a class decorator. Registered again, as when a notebook's cell is run twice, it replaces its predecessor.
 
     Raises:
-        ConfigError: it is not a `Design` with a name, or the name is taken.
+        ConfigError: it is not a `Design` with a name, or the name is another design's.
     """
     from edit_compile.designs.base import Design
 
     if not (isinstance(design, type) and issubclass(design, Design) and isinstance(getattr(design, "name", None), str)):
         raise ConfigError(f"{design!r} cannot be registered: a design is a subclass of edit_compile.Design with a name")
-    if design.name in (AUTO, KEEP, *design_names()):
+    if design.name in (AUTO, KEEP, *design_names()) and _home(_registered.get(design.name)) != _home(design):
         raise ConfigError(f"a design named {design.name!r} exists already; choose another name")
     _registered[design.name] = design
     return design
+
+
+def _home(design: type[Design] | None) -> tuple[str, str] | None:
+    return (design.__module__, design.__qualname__) if design is not None else None
 
 
 def unregister(name: str) -> None:
