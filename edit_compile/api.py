@@ -16,11 +16,12 @@ from edit_compile.config import LinearizeConfig
 from edit_compile.errors import AuditError, ConfigError, PlanError
 from edit_compile.ir import input_spec
 from edit_compile.ir.plan import Plan, SizesOfInputs
-from edit_compile.passes.audit import Audit, allowed_at, example_grid
+from edit_compile.passes.audit import Audit, allowed_at
 from edit_compile.passes.audit import audit as audit_graph
 from edit_compile.passes.capture import capture
 from edit_compile.passes.pipeline import Passes
 from edit_compile.passes.planner import CompiledPlan, compile_plan, recompile
+from edit_compile.passes.site_graph import example_grid
 from edit_compile.student.convert import install, require_plain_forwards
 from edit_compile.student.grid import grid
 from edit_compile.student.handle import conversion_of, plan_of, unwrap

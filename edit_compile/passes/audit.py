@@ -17,17 +17,18 @@ from torch import Tensor, fx
 
 from edit_compile.config import parse_options
 from edit_compile.designs import find_design
-from edit_compile.errors import AuditError
+from edit_compile.errors import AuditError, CaptureError
 from edit_compile.ir.plan import SitePlan
 from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.axes.algebra import Axis, axes_of, axis_size
+from edit_compile.passes.axes.algebra import Axis, axes_of, axis_size, hint
 from edit_compile.passes.axes.propagate import flow_axes
+from edit_compile.passes.build_design import check_output, design_code
 from edit_compile.passes.canonicalize import canonicalize
-from edit_compile.passes.capture import Capture, capture
+from edit_compile.passes.capture import Capture, capture, what_failed
 from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
-from edit_compile.passes.graph_walk import module_path, op_name, operand, operands
+from edit_compile.passes.graph_walk import module_path, op_name, operand, operands, shape_of
 from edit_compile.passes.rewrite import seed_axes
-from edit_compile.passes.site_graph import ADDED, IMAGE, SiteGraph
+from edit_compile.passes.site_graph import ADDED, IMAGE, Refused, SiteGraph, example_grid
 
 _PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum")
 _SOFTMAX_ATTENTION = "scaled_dot_product"  # in the name of every kernel for it
@@ -64,16 +65,18 @@ def audit(captured: Capture, rewritten: Mapping[str, Allows]) -> Audit:
     """
     canonicalize(captured.graph)
     tokens = classify_tokens(captured)
-    seen: dict[str, int] = dict.fromkeys(rewritten, 0)
-    findings = []
+    seen: set[str] = set()
+    products, findings = 0, []
     for node in captured.graph.nodes:
-        site = _site_of(node, seen)
-        if site is None or not _is_product(node):
+        site = _site_of(node, rewritten)
+        if site is None or node.op != "call_function":
             continue
-        seen[site] += 1
-        findings += [f"{site}: {finding}" for finding in _forbidden(node, tokens, rewritten[site])]
-    findings += [f"{site}: no attention was found at it" for site, count in seen.items() if not count]
-    return Audit(len(seen), sum(seen.values()), tuple(findings))
+        seen.add(site)
+        if _is_product(node):
+            products += 1
+            findings += [f"{site}: {finding}" for finding in _forbidden(node, tokens, rewritten[site])]
+    findings += [f"{site}: no attention was found at it" for site in rewritten if site not in seen]
+    return Audit(len(rewritten), products, tuple(findings))
 
 
 def audit_site(site: SiteGraph) -> int:
@@ -81,10 +84,13 @@ def audit_site(site: SiteGraph) -> int:
 
     Raises:
         AuditError: it multiplies image tokens by image tokens, and its design does not allow so many by so many.
-        CaptureError: the rewritten site cannot run.
+        Refused: the rewritten site cannot run, or its design returns something else than attention output.
     """
     grid = example_grid(site.plan)
-    again = capture(_probe(site, grid), site.arguments, cast=False, symbolic=False)
+    again = _captured_again(site, grid)
+    found, wanted = _result_shapes(again.graph), _result_shapes(site.captured.graph)
+    if found != wanted:
+        raise Refused(f"rewritten, the site returns tensors of shapes {found}, not {wanted}")
     canonicalize(again.graph)
     tokens = TokenMap(flow_axes(again.graph, lambda node: seed_axes(node, again, site)), frozenset({IMAGE}))
     design, options = type(site.chosen), site.choice.options
@@ -93,21 +99,32 @@ def audit_site(site: SiteGraph) -> int:
         return design.allows(rows, columns, grid, options)
 
     products = [node for node in again.graph.nodes if _is_product(node)]
-    findings = [finding for node in products for finding in _forbidden(node, tokens, allows)]
-    if not products and site.plan.kind == "attention":
-        findings = ["no attention was found at it"]
+    with design_code(site, "allows"):
+        findings = [finding for node in products for finding in _forbidden(node, tokens, allows)]
+        if not allows(math.prod(grid), math.prod(grid)):
+            findings += _all_by_all(again.graph, tokens, math.prod(grid))
     if findings:
         raise AuditError(f"{site.plan.path}: the design {design.name!r} is not what it says: {findings[0]}, which its `allows` refuses")
     return len(products)
 
 
-def example_grid(plan: SitePlan) -> tuple[int, ...]:
-    """Return a site's grid in the example; where it is unknown, one of as many tokens, as square as it can be."""
-    if plan.grid_sizes:
-        return plan.grid_sizes
-    tokens = plan.query_sizes[[s.kind for s in plan.query_layout.segments].index(TokenKind.IMAGE)]
-    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
-    return height, tokens // height
+def _captured_again(site: SiteGraph, grid: tuple[int, ...]) -> Capture:
+    hook = site.chosen.register_forward_hook(check_output) if site.plan.kind == "attention" else None
+    try:
+        return capture(_probe(site, grid), site.arguments, cast=False, symbolic=False)
+    except CaptureError as error:
+        cause = error.__cause__
+        if isinstance(cause, Refused):
+            raise cause from None
+        assert isinstance(cause, Exception)
+        raise Refused(f"rewritten with the design {site.chosen.name!r} the site cannot run: {what_failed(cause)}") from cause
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _result_shapes(graph: fx.Graph) -> list[list[int]]:
+    return [[hint(size) for size in shape] for node in graph.output_node().all_input_nodes if (shape := shape_of(node)) is not None]
 
 
 def _probe(site: SiteGraph, grid: tuple[int, ...]) -> torch.nn.Module:
@@ -124,7 +141,7 @@ def _probe(site: SiteGraph, grid: tuple[int, ...]) -> torch.nn.Module:
     return probe
 
 
-def _site_of(node: fx.Node, sites: dict[str, int]) -> str | None:
+def _site_of(node: fx.Node, sites: Mapping[str, Allows]) -> str | None:
     path = module_path(node)
     while path and path not in sites:
         path = path.rpartition(".")[0]
@@ -143,6 +160,14 @@ def _forbidden(node: fx.Node, tokens: TokenMap, allows: Allows) -> Iterator[str]
             what = "softmax attention" if _SOFTMAX_ATTENTION in op_name(node) else op_name(node)
             yield f"{what} ({node.name}) multiplies {rows} image tokens by {columns}"
             return
+
+
+def _all_by_all(graph: fx.Graph, tokens: TokenMap, count: int) -> Iterator[str]:
+    """What is quadratic without a matrix product: tensors with two dimensions that hold all image tokens each."""
+    for node in graph.nodes:
+        axes = tokens.axes.get(node)
+        if node.op == "call_function" and isinstance(axes, tuple) and sum(_image_tokens(axis, tokens) >= count for axis in axes) > 1:
+            yield f"{op_name(node)} ({node.name}) pairs {count} image tokens with {count}"
 
 
 def _axes_run_over(node: fx.Node, tokens: TokenMap) -> Iterable[tuple[Axis, Axis]]:

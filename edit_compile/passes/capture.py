@@ -191,7 +191,7 @@ def _quiet() -> Iterator[None]:
     """Silence export inside: it warns and logs about its own internals."""
     logger = logging.getLogger("torch")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL + 1)  # what fails is raised too
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -201,14 +201,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _explanation(module: nn.Module, error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     frame = _innermost_user_frame(error)
     where = f" at {frame}" if frame else ""
     return (
-        f"{type(module).__name__} cannot be captured{where}: {type(error).__name__}: {first} "
+        f"{type(module).__name__} cannot be captured{where}: {type(error).__name__}: {_first_line(error)} "
         "If a value decides the control flow there, make it an attribute fixed at construction; if the inputs are wrong, "
         "pass example_inputs=dict(...) or record them with edit_compile.record(pipe, ...)."
     )
+
+
+def what_failed(error: Exception) -> str:
+    """Describe an exception of somebody else's code in one line: its type, the first line of what it says, and where it was raised."""
+    frame = _innermost_user_frame(error)
+    return f"{type(error).__name__}: {_first_line(error)}" + (f" at {frame}" if frame else "")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _innermost_user_frame(error: Exception) -> str | None:

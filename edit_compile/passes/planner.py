@@ -49,7 +49,7 @@ def compile_plan(model: nn.Module, inputs: Mapping[str, Any], config: LinearizeC
     """
     passes = passes or Passes()
     analysis = Analysis(capture(model, inputs), config)
-    records = run_passes(passes.analysis, analysis, "model", lambda at: len(at.captured.graph.nodes))
+    records = run_passes(passes.analysis, analysis, "model", lambda at: at.captured.graph)
     _require_batch(analysis.captured)
     if not analysis.sites:
         raise PlanError(_nothing_found(model, analysis.captured))

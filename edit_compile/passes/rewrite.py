@@ -1,4 +1,4 @@
-"""The passes that rewrite one site's graph: find its core, build the design, insert its taps, put its attention in place."""
+"""The passes that rewrite one site's graph: find its core, insert the design's taps, put its attention in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import fx
 
 from edit_compile.designs.base import QKV, Tap, tokens_of
 from edit_compile.designs.ops.token_spans import cut_image, on_images, sample_axis
-from edit_compile.errors import ConfigError
 from edit_compile.ir.plan import Refusal
 from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind
@@ -25,7 +24,7 @@ from edit_compile.passes.find_attention import Attention, find_attention, is_lin
 from edit_compile.passes.find_feed_forward import FeedForward, find_feed_forward
 from edit_compile.passes.graph_walk import between, op_name, operand, remove_dead, shape_of, upstream
 from edit_compile.passes.normalize import normalize
-from edit_compile.passes.op_traits import VIEW_OPS, first_token_mixing_node
+from edit_compile.passes.op_traits import VIEW_OPS
 from edit_compile.passes.site_graph import ADDED, IMAGE, Refused, SiteGraph, image_place, is_image, refusal
 
 aten = torch.ops.aten
@@ -228,60 +227,6 @@ def _batch_first(axes: Axes) -> bool:
     return len(axes) >= 3 and not is_image(axes[0]) and any(is_image(axis) for axis in axes)
 
 
-# ------------------------------------------------------------------ the design
-
-
-def build_design(site: SiteGraph) -> int:
-    """Ask the chosen design whether it takes the site, and make its module on the meta device; counts its taps.
-
-    Raises:
-        Refused: it does not, or it wants a tap at a place that this site does not have.
-    """
-    design, options = site.choice.design, site.choice.options
-    assert design is not None
-    verdict = design.accepts(site.facts, options)
-    if not verdict.ok:
-        raise Refused(verdict.reason, site.core.node if isinstance(site.core, Attention) else None)
-    try:
-        with torch.device("meta"):
-            site.design = design(site.facts, options)
-    except (ConfigError, KeyError) as error:
-        missing = f"{site.facts.missing.get(str(error.args[0]), error)}" if isinstance(error, KeyError) else str(error)
-        raise Refused(missing) from error
-    taps = site.design.taps()
-    for tap in taps:
-        _check_tap(tap, site)
-    if len({tap.where for tap in taps}) < len(taps) or len(set(_thinning(taps).values())) > 1:
-        raise Refused(f"the design {design.name!r} has two taps at one place, or thins keys and values differently")
-    return len(taps)
-
-
-def _check_tap(tap: Tap, site: SiteGraph) -> None:
-    found = site.places.get(tap.where)
-    if not isinstance(found, fx.Node):
-        raise Refused(found.reason if found is not None else f"a site of kind {site.plan.kind} has no place {tap.where!r}")
-    if not tap.stride:
-        return
-    if not tap.where.endswith(("_key", "_value")):
-        raise Refused(f"the tap {tap.where!r} thins tokens: only keys and values can be thinned")
-    attention = _attention_of(site)
-    last = attention.key if tap.where.endswith("_key") else attention.value
-    mixing = first_token_mixing_node(between(image_linear(last, site), last), site.axes, is_image)
-    if mixing is not None:
-        raise Refused(f"{site.plan.path}: {mixing.target} ({mixing.name}) mixes image tokens between projection and attention", mixing)
-
-
-def _thinning(taps: tuple[Tap, ...]) -> dict[str, tuple[int, ...]]:
-    """The strides of key and value, by operand."""
-    strides = dict.fromkeys(("key", "value"), ())
-    return strides | {tap.where.partition("_")[2]: tap.stride for tap in taps if tap.stride}
-
-
-def _attention_of(site: SiteGraph) -> Attention:
-    assert isinstance(site.core, Attention), "a feed-forward network has no keys"
-    return site.core
-
-
 # ------------------------------------------------------------------ the rewrite
 
 
@@ -310,18 +255,18 @@ def insert_taps(site: SiteGraph) -> int:
     last = [node for node in site.graph.nodes if node.op == "placeholder"][-1]
     with site.graph.inserting_after(last):
         site.grid = site.graph.placeholder("edit_grid")
-    taps = {tap.where: (number, tap) for number, tap in enumerate(site.chosen.taps())}
+    taps = {tap.where: tap for tap in site.taps}
     names = _tap_names(site)
     if isinstance(site.core, Attention):
         with site.graph.inserting_before(site.core.node):
             for (name, places), node in zip(_OPERANDS.items(), (site.core.query, site.core.key, site.core.value), strict=True):
-                own = [taps[where][1] for where in places if where in taps]
+                own = [taps[where] for where in places if where in taps]
                 site.operands[name] = _tapped(site, node, own, names)
     else:
         network = site.core
         assert network is not None
         with site.graph.inserting_before(network.output):
-            own = [taps[where][1] for where in ("before_hidden", "after_hidden", "before_output") if where in taps]
+            own = [taps[where] for where in ("before_hidden", "after_hidden", "before_output") if where in taps]
             site.operands["output"] = _tapped(site, operand(network.output, 0), own, names)
     return len(taps)
 
@@ -398,7 +343,7 @@ def replace_core(site: SiteGraph) -> int:
 
 
 def _replace_attention(site: SiteGraph, attention: Attention) -> None:
-    graph, stride = site.graph, _thinning(site.chosen.taps())["key"]
+    graph, stride = site.graph, next((tap.stride for tap in site.taps if tap.stride), ())
     with graph.inserting_before(attention.node):
         mask = _row(site, attention.mask)
         short = _sampled(site, mask, stride) if stride else mask

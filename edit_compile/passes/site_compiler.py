@@ -105,7 +105,7 @@ class SiteCompiler:
             site = None
             try:
                 site = self._site_graph(module, arguments, candidate.plan, choice)
-                self.records += run_passes(self.passes.site, site, candidate.plan.path, lambda at: len(at.graph.nodes))
+                self.records += run_passes(self.passes.site, site, candidate.plan.path, lambda at: at.graph)
             except (Refused, CaptureError, ConfigError, PlanError) as error:
                 reason = error.refusal if isinstance(error, Refused) else Refusal(reason=str(error))
                 judged = site is not None and site.site is not None and site.design is None
@@ -113,7 +113,7 @@ class SiteCompiler:
                 continue
             assert site.forward is not None
             forward = SiteForward(site.forward, choice.design, site.facts, choice.options)
-            return _Compiled((choice, choice.design.accepts(site.facts, choice.options).reason, forward), ())
+            return _Compiled((choice, site.verdict, forward), ())
         return _Compiled(None, tuple(failures or verdicts))
 
     def _site_graph(self, module: nn.Module, arguments: dict[str, Any], plan: SitePlan, choice: Choice) -> SiteGraph:

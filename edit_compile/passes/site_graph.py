@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from torch import fx, nn
 
 from edit_compile.config import Choice
-from edit_compile.designs.base import Design
+from edit_compile.designs.base import Design, Tap
 from edit_compile.errors import RewriteError
 from edit_compile.ir.plan import Refusal, SitePlan
 from edit_compile.ir.site import Place, Site
+from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.axes.algebra import Axis, Value
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.find_attention import Attention
@@ -50,7 +52,8 @@ class SiteGraph:
         axes: what its tensors' dimensions are made of.
         core: the attention or the feed-forward network.
         site: the facts for the design.
-        design: its module, on the meta device.
+        verdict: why the design takes the site, in its words.
+        design: its module, on the meta device; `taps` are those that it gave.
         operands: what `core`'s operands have become behind the taps, by name.
         forward: the generated method.
     """
@@ -66,7 +69,9 @@ class SiteGraph:
     core: Attention | FeedForward | None = None
     places: dict[Place, fx.Node | Refusal] = field(default_factory=dict)
     site: Site | None = None
+    verdict: str = ""
     design: Design | None = None
+    taps: tuple[Tap, ...] = ()
     operands: dict[str, fx.Node] = field(default_factory=dict)
     forward: Callable[..., Any] | None = None
 
@@ -82,6 +87,15 @@ class SiteGraph:
 
 
 SitePass = Callable[[SiteGraph], int]  # returns a count of what it is named for
+
+
+def example_grid(plan: SitePlan) -> tuple[int, ...]:
+    """Return a site's grid in the example; where it is unknown, one of as many tokens, as square as it can be."""
+    if plan.grid_sizes:
+        return plan.grid_sizes
+    tokens = plan.query_sizes[[s.kind for s in plan.query_layout.segments].index(TokenKind.IMAGE)]
+    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
+    return height, tokens // height
 
 
 def is_image(axis: Axis) -> bool:

@@ -15,8 +15,9 @@ A pass that changes the graph for inference goes before `generate_method`: `Pass
 from __future__ import annotations
 
 from edit_compile.passes.audit import audit_site
+from edit_compile.passes.build_design import build_design
 from edit_compile.passes.codegen import generate_forward
-from edit_compile.passes.rewrite import build_design, canonicalize_site, insert_taps, locate_core, normalize_site, replace_core
+from edit_compile.passes.rewrite import canonicalize_site, insert_taps, locate_core, normalize_site, replace_core
 from edit_compile.passes.site_graph import SiteGraph, SitePass
 
 

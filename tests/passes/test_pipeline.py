@@ -72,6 +72,49 @@ def test_a_pass_of_your_own_runs_where_it_is_put_and_is_recorded():
     assert recompile(model, plan, passes).plan == plan
 
 
+def forgets_to_count(site):
+    pass
+
+
+def fails(site):
+    raise ValueError("no\nmore")
+
+
+def uses_before_it_is_made(site):
+    output = site.graph.output_node()
+    with site.graph.inserting_before(output):
+        late = site.graph.call_function(torch.neg, output.args[0])
+    output.prev.prev.args = (late,)
+    return 1
+
+
+def drops_tokens(site):
+    output = site.graph.output_node()
+    with site.graph.inserting_before(output):
+        output.args = ((site.graph.call_function(torch.narrow, (output.args[0][0], 1, 0, 3)),),)
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("run", "before", "message"),
+    [
+        (forgets_to_count, "generate_method", r"^the pass 'forgets_to_count' returns None on blocks\.0\.attn; a pass returns a count"),
+        (forgets_to_count, "decide_sites", "^the pass 'forgets_to_count' returns None on model; "),
+        (fails, "generate_method", r"^the pass 'fails' fails on blocks\.0\.attn: ValueError: no at .*test_pipeline\.py:\d+ \([^\n]*$"),
+        (uses_before_it_is_made, "generate_method", r"^the pass 'uses_before_it_is_made' fails on blocks\.0\.attn: RuntimeError: "),
+        (drops_tokens, "generate_method", r"rewritten, the site returns tensors of shapes \[\[2, 3, 24\]\], not \[\[2, 35, 24\]\]"),
+    ],
+)
+def test_a_pass_of_your_own_that_breaks_something_is_named(run, before, message):
+    with pytest.raises(ec.EditCompileError, match=message):
+        ec.linearize(toy.Toy(blocks=1), example_inputs=toy.inputs(), passes=Passes().insert(run, before=before))
+
+
+def test_a_pass_has_a_name():
+    with pytest.raises(ec.ConfigError, match="a pass is a function with a name, which the plan records, not 3"):
+        Passes().insert(3, before="audit_site")
+
+
 @pytest.mark.parametrize(("before", "message"), [("nowhere", "no pass 'nowhere'; there are: canonicalize_model, .*audit_site")])
 def test_a_place_that_is_not_there_is_refused(before, message):
     with pytest.raises(ec.ConfigError, match=message):

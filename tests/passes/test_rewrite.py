@@ -12,9 +12,10 @@ from edit_compile.designs.base import Design, Tap, Verdict
 from edit_compile.errors import RewriteError
 from edit_compile.ir.plan import SitePlan
 from edit_compile.ir.tokens import TokenLayout
+from edit_compile.passes.build_design import build_design
 from edit_compile.passes.canonicalize import SDPA
 from edit_compile.passes.capture import capture
-from edit_compile.passes.rewrite import build_design, canonicalize_site, insert_taps, locate_core, normalize_site, replace_core
+from edit_compile.passes.rewrite import canonicalize_site, insert_taps, locate_core, normalize_site, replace_core
 from edit_compile.passes.site_graph import Refused, SiteGraph
 
 B, H, W, C, HEADS = 2, 5, 7, 8, 2
