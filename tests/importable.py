@@ -1,6 +1,6 @@
 """Imports every module of the package as the first one, each in a process of its own; prints those that fail, with the reason.
 
-The processes are forked from one that has imported nothing of the package but what many of its modules need: torch, numpy, pydantic.
+The processes are forked from one that has imported nothing of the package, but the libraries that many of its modules need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy  # noqa: F401
 import pydantic  # noqa: F401
-import torch  # noqa: F401
 
 PACKAGE = Path(__file__).parent.parent / "edit_compile"
 

@@ -87,7 +87,7 @@ def test_save_and_load_pipeline(pipe, student, options, tmp_path):
     expected = draw(student, options, *SIZES[0])
     ec.save(converted, tmp_path / "student")
     assert np.array_equal(draw(quiet(ec.load_pipeline(tmp_path / "student")), options, *SIZES[0]), expected)
-    with pytest.raises(ec.CheckpointError, match="is no pipeline that can be loaded"):
+    with pytest.raises(ec.CheckpointError, match="cannot be loaded as a pipeline"):
         ec.load_pipeline(tmp_path / "student", base=tmp_path / "nowhere")
 
 

@@ -109,7 +109,7 @@ class Runtime:
 
     @contextmanager
     def stating(self, statement: Statement) -> Iterator[None]:
-        """Inside, a statement holds for this context's calls: its own thread and asyncio task, and tasks begun inside.
+        """Make a statement hold inside, for this context's calls: its own thread and asyncio task, and tasks begun inside.
 
         Blocks may be left in any order: each takes back its own statement, wherever it is left.
         """
@@ -171,6 +171,10 @@ class Runtime:
         if frame is None or torch.compiler.is_compiling():
             return frame
         return frame if getattr(self.local, "backward", NO_BACKWARD) in (NO_BACKWARD, backward_id()) else None
+
+    def recomputes(self) -> bool:
+        """Tell whether the frame of this thread was put back for a backward pass."""
+        return getattr(self.local, "backward", NO_BACKWARD) != NO_BACKWARD
 
     def _measured(self, stated: Tensor | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """torch.compile may meet this in two ways: traced with the model, it belongs to the graph; called on its own, after a graph
@@ -248,8 +252,11 @@ class RestoreForRecompute:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         frame = self.runtime.frame()
-        if frame is not None:
-            self.runtime.restore_for_recompute(output, frame)
+        if frame is None:
+            return
+        if frame.outputs is not None and self.runtime.recomputes():
+            frame.outputs.newest = None  # kept in the forward already
+        self.runtime.restore_for_recompute(output, frame)
 
 
 def _put_back(here: dict[str, Any], before: dict[str, Any]) -> None:

@@ -73,10 +73,10 @@ def test_what_a_step_costs_is_measured_at_any_size(tmp_path, monkeypatch, capsys
     changes = [
         f"model={config_of('sd3.5-medium', tmp_path)}",
         "data={kind: random}",
-        "stages.0.resolution=[32, 48]",
-        "stages.0.global_batch_size=1",
+        "stages.0.resolution=[96, 144]",
+        "stages.0.global_batch_size=16",
     ]
-    changes += ["stages.0.micro_batch_size=1", "compile=false", "validation.batch_size=1", "trackers=[]"]
+    changes += ["stages.0.micro_batch_size=16", "compile=false", "validation.batch_size=1", "trackers=[]"]
     arguments = [part for change in changes for part in ("--set", change)]
     output = tmp_path / "results" / "step.md"
     monkeypatch.setattr(sys, "argv", ["training_step.py", "sd3.5-medium", "--steps", "2", *arguments, "-o", str(output)])
