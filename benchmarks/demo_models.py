@@ -22,7 +22,7 @@ def main() -> None:
     lines = [
         f"# Demo teachers: objects drawn as described, {PROMPTS} held-out captions, {STEPS} steps",
         "",
-        "| model | parameters | objects | colour and place | shape |",
+        "| model | parameters | objects | colour and position | shape |",
         "|---|---|---|---|---|",
     ]
     for source in models.SOURCES:

@@ -28,7 +28,7 @@ from edit_compile.demo.prompt_adherence import PromptAdherence, prompt_adherence
 from edit_compile.distillation import distill, load_recipe
 
 PROMPTS = 200
-COLUMNS = "seeds | error before | error after: median (min to max) | colour and place | shape | seconds |"
+COLUMNS = "seeds | error before | error after: median (min to max) | colour and position | shape | seconds |"
 TIMED, TURNS = 12, 3  # steps of a short run, and how many of them
 
 

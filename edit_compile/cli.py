@@ -138,7 +138,7 @@ def _import(name: str) -> None:
     """Import a module, or a file under its own name, once.
 
     Raises:
-        ConfigError: it cannot be imported, for whatever reason.
+        ConfigError: it cannot be imported.
     """
     path = Path(name)
     try:
@@ -157,7 +157,7 @@ def _import(name: str) -> None:
 @main.command()
 @_errors_in_one_line
 @_conversion_options
-@click.option("--size", "sizes", multiple=True, type=_Size(), help="PX or HEIGHTxWIDTH to count FLOPs at; repeatable; default: usual ones")
+@click.option("--size", "sizes", multiple=True, type=_Size(), help="PX or HEIGHTxWIDTH to count FLOPs at; repeatable; default: usual sizes")
 @click.option("--text", type=click.IntRange(min=1), help="number of text tokens to count with; default: the pipeline's")
 def inspect(model: str, config: LinearizeConfig, as_json: bool, sizes: tuple[tuple[int, int], ...], text: int | None) -> None:
     """Show what would be done to a model, site by site, and why; what it adds and saves. Needs no weights."""
@@ -224,7 +224,7 @@ def _check_folder(folder: Path) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, required=True, help="what to draw; repeatable, a row for each")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="what the images show; repeatable, a row for each")
 @click.option("--height", type=click.IntRange(min=1), help="in pixels; default: the model's")
 @click.option("--width", type=click.IntRange(min=1), help="in pixels; default: the model's")
 @click.option("--steps", type=click.IntRange(min=1), help="sampling steps; default: the pipeline's")
@@ -241,12 +241,14 @@ def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Pat
 
     image_format(output)
     sample_both(folder, prompts, base=base, **options).save(output)
-    click.echo(f"{len(prompts)} prompts, teacher | student, in {output}", err=True)
+    click.echo(f"teacher and student for {len(prompts)} prompt{'s' * (len(prompts) > 1)}, saved to {output}", err=True)
 
 
 @main.command()
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, such as stages.0.steps=500; repeatable")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, for example stages.0.steps=500; repeatable"
+)
 @click.option("--dry-run", is_flag=True, help="print the recipe, the plan, and FLOPs, memory and time of each phase, without training")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the student; default: runs/ and the recipe's name")
 @click.option("--push-to-hub", metavar="REPO", help="upload the finished folder to this hub repository")
@@ -287,11 +289,11 @@ def distill(
 
 @main.command()
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, as in data.path=images; repeatable")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, for example data.path=images; repeatable")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the cache")
 @click.option("--samples", type=click.IntRange(min=1), help="maximum number of samples; default: all")
 @click.option("--shard-size", type=click.IntRange(min=1), default=128, show_default=True, help="samples in each file")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="samples encoded or drawn at once")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="samples encoded or sampled at once")
 @click.option("--verify", is_flag=True, help="read a finished cache completely and compare the checksums")
 @click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
 @_errors_in_one_line

@@ -1,4 +1,4 @@
-"""Files that must survive a kill: seen to the disk, and told apart by their content."""
+"""Files that survive a crash: written atomically, flushed to disk, and told apart by their content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def flush(path: Path) -> None:
-    """See a file to the disk; a folder too, where the system allows that."""
+    """fsync a file, or a directory where the system supports that."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -22,7 +22,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file to write. In the end it is at `path`, at once and on the disk; after an error, nothing has changed."""
+    """Yield a temporary file to write. At the end it replaces `path` atomically, flushed to disk; after an error, nothing has changed."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -39,6 +39,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content."""
+    """Hash a file's content with SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

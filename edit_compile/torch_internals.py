@@ -56,7 +56,7 @@ def lerp_all_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
 
 @contextmanager
 def recompile_limit(graphs: int) -> Iterator[None]:
-    """Inside, torch.compile may keep so many graphs of one function."""
+    """Let torch.compile keep up to `graphs` graphs of one function inside."""
     import torch._dynamo
 
     with torch._dynamo.config.patch(recompile_limit=graphs):

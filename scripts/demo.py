@@ -30,13 +30,13 @@ console = Console()
 
 
 def run(*arguments: str) -> None:
-    """One command, shown and run as a user would."""
+    """Show a command, and run it as a user would."""
     console.print(f"\n[bold]$ edit-compile {' '.join(arguments)}[/]")
     command_line(list(arguments), standalone_mode=False)
 
 
-def one_picture(model: nn.Module, height: int, width: int) -> dict[str, Any]:
-    """The arguments of one denoising step of a picture of height x width pixels."""
+def denoising_inputs(model: nn.Module, height: int, width: int) -> dict[str, Any]:
+    """Return the arguments of one denoising step of an image of height x width pixels."""
     condition = models.conditions(model, [shapes.caption(held_out_scenes(1)[0])])
     return {"hidden_states": torch.randn(1, 3, height, width), "timestep": torch.full((1,), 500.0), "return_dict": False, **condition}
 
@@ -57,17 +57,17 @@ def main() -> None:
 
     errors = json.loads((out / "distilled" / "result.json").read_text())["held_out_error"]
     found = {name: prompt_adherence(model, PROMPTS) for name, model in columns.items()}
-    table = Table(title=f"Held-out error, and objects drawn as described in {PROMPTS} held-out captions", title_justify="left")
-    for heading in ("model", "relative output error", "colour and place", "shape"):
+    table = Table(title=f"Validation error, and objects drawn as described in {PROMPTS} held-out captions", title_justify="left")
+    for heading in ("model", "relative output error", "colour and position", "shape"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     relative = {"teacher": 0.0, "untrained": errors["before"]["total"], "distilled": errors["after"]["total"]}
     for name, share in found.items():
         table.add_row(name, f"{relative[name]:.4f}", f"{share.colour_and_place:.1%}", f"{share.shape:.1%}")
     console.print(table)
     student = columns["distilled"]
-    speed = ec.compare_speed(student, [(side, side) for side in SIDES], inputs_for=functools.partial(one_picture, student))
+    speed = ec.compare_speed(student, [(side, side) for side in SIDES], inputs_for=functools.partial(denoising_inputs, student))
     console.print(speed_table(speed))
-    console.print(f"The pictures: {out / 'grid.png'}. The distilled model: edit_compile.load('{out / 'distilled'}')")
+    console.print(f"Images: {out / 'grid.png'}. Distilled model: edit_compile.load('{out / 'distilled'}')")
 
 
 if __name__ == "__main__":

@@ -206,11 +206,11 @@ def test_sample_draws_teacher_and_student_side_by_side(run, converted, tmp_path)
     ("options", "message"),
     [
         (("--prompt", "a red elephant"), "do not know ['elephant']"),
-        (("--prompt", PROMPT, "--height", "33"), "33 x 32 px: the demo models draw images whose sides are multiples of 2"),
-        (("--prompt", PROMPT, "--dtype", "bfloat16"), "the demo models draw in float32, not in bfloat16"),
+        (("--prompt", PROMPT, "--height", "33"), "33 x 32 px: the demo models sample images whose sides are multiples of 2"),
+        (("--prompt", PROMPT, "--dtype", "bfloat16"), "the demo models sample in float32, not in bfloat16"),
     ],
 )
-def test_sample_says_what_it_cannot_draw(run, converted, tmp_path, options, message):
+def test_sample_says_what_it_cannot_sample(run, converted, tmp_path, options, message):
     result = run("sample", converted[0], *options, "-o", tmp_path / "grid.png")
     assert result.exit_code == 1
     assert message in result.stderr
@@ -222,7 +222,7 @@ def test_sample_says_what_it_cannot_draw(run, converted, tmp_path, options, mess
     [
         (("inspect", "--model", "demo/none"), 1, "error: no demo model 'none'; there are: mm-dit"),
         (("convert", "--model", "arch/dit-xl-2", "-o", "x"), 1, "is structure only, without weights"),
-        (("inspect", "--model", "demo/mm-dit", "--include", "nowhere"), 1, "error: 'nowhere' matches no attention; there are:"),
+        (("inspect", "--model", "demo/mm-dit", "--include", "nowhere"), 1, "error: 'nowhere' matches no site; there are:"),
         (("inspect", "demo/mm-dit", "--set", "eta=best"), 1, "error: eta='best': input should be 'ratio', 'exact' or 'calibrated'"),
         (("inspect", "demo/mm-dit", "--set", "reducton=2"), 1, "error: unknown option 'reducton': did you mean 'reduction'?"),
         (("inspect", "demo/mm-dit", "--set", "reduction"), 1, "error: --set 'reduction': write KEY=VALUE"),

@@ -143,7 +143,7 @@ def _cost(structure: nn.Module, height: int, width: int, text: int | None) -> Co
 def break_even_tokens(costs: Sequence[Cost]) -> int | None:
     """Find the number of image tokens at which teacher and student need the same FLOPs.
 
-    What is saved is a N^2 - b N: the quadratic part goes, a linear one comes, and the rest of the model stays. Two counts
+    What is saved is a N^2 - b N: a linear part replaces the quadratic one, and the rest of the model stays. Two counts
     give a and b. With arXiv 2503.16726's softmax 4 N^2 C and convolutions 20 C^2 N / reduction, they meet near N = 5 C / reduction.
     """
     counted = {cost.image: cost.saved / cost.image for cost in costs}

@@ -72,7 +72,7 @@ def compare_speed(
 
     Raises:
         NoExampleInputsError: sizes or inputs_for are not given, and the model's family has no adapter.
-        GridError: the model cannot draw a size.
+        GridError: the model cannot take a size.
     """
     model = transformer_of(student)
     if compiled:

@@ -16,7 +16,7 @@ _BATCH = 50
 
 @dataclass(frozen=True)
 class PromptAdherence:
-    """Shares in [0, 1] of `objects` described objects: with the right colour and place, and with the right shape as well."""
+    """Shares in [0, 1] of `objects` described objects: with the right colour and position, and with the right shape as well."""
 
     objects: int
     colour_and_place: float

@@ -170,7 +170,7 @@ class Design(nn.Module, ABC):
 
     @classmethod
     def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:
-        """Say whether one matrix product may pair so many image tokens with so many: the audit asks. Default: never quadratic."""
+        """Say whether one matrix product may pair `rows` image tokens with `columns`: the audit asks. Default: never quadratic."""
         return min(rows, columns) <= 1
 
 

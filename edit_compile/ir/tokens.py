@@ -27,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The ordered segments along one token axis, such as `[image h*w, text t]`."""
+    """The ordered segments along one token axis: `[image h*w, text t]`."""
 
     segments: tuple[Segment, ...]
 

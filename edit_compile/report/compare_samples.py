@@ -23,7 +23,7 @@ from edit_compile.student.checkpoint import base_of, load, load_pipeline
 
 MULTIPLE = 2  # the demo models' patch
 
-Draw = Callable[[str, int], np.ndarray]  # an image (height, width, 3) in [0, 1] from a prompt and a seed
+SampleOne = Callable[[str, int], np.ndarray]  # an image (height, width, 3) in [0, 1] from a prompt and a seed
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def sample(student: Any, prompts: str | Sequence[str], *, base: str | Path | Non
 
     Args:
         student: a checkpoint's folder, a pipeline with a converted transformer, or a converted demo model.
-        prompts: what to draw.
+        prompts: what the images show, one prompt for each row.
         base: the folder or hub id of the base pipeline; default: as the checkpoint says.
         options: of `SampleOptions`: height, width, steps, guidance, seed, dtype.
 
     Raises:
         CheckpointError: the checkpoint or its base cannot be loaded.
-        ConfigError: no prompt, an unknown option, or a size that the model cannot draw.
+        ConfigError: no prompt, an unknown option, or a size that the model cannot sample.
     """
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not prompts:
@@ -88,16 +88,16 @@ def sample(student: Any, prompts: str | Sequence[str], *, base: str | Path | Non
     except TypeError:
         unknown = sorted(options.keys() - SampleOptions.__dataclass_fields__.keys())
         raise ConfigError(f"unknown options {unknown}; there are: {', '.join(SampleOptions.__dataclass_fields__)}") from None
-    model, draw = _sampler(student, base, chosen)
+    model, sample_one = _sampler(student, base, chosen)
     pairs = []
     for number, prompt in enumerate(prompts):
-        after = draw(prompt, chosen.seed + number)
+        after = sample_one(prompt, chosen.seed + number)
         with teacher(model):
-            pairs.append((draw(prompt, chosen.seed + number), after))
+            pairs.append((sample_one(prompt, chosen.seed + number), after))
     return Samples(prompts, *map(tuple, zip(*pairs, strict=True)))
 
 
-def _sampler(student: Any, base: str | Path | None, options: SampleOptions) -> tuple[Any, Draw]:
+def _sampler(student: Any, base: str | Path | None, options: SampleOptions) -> tuple[Any, SampleOne]:
     if isinstance(student, str | Path):
         source = base or base_of(student)
         if source in demo.SOURCES:
@@ -112,15 +112,15 @@ def _sampler(student: Any, base: str | Path | None, options: SampleOptions) -> t
     raise ConfigError(f"a {type(student).__name__} cannot sample by itself: give a pipeline with it, or the folder it was saved to")
 
 
-def _demo_sampler(load_student: Callable[[], nn.Module], options: SampleOptions) -> tuple[nn.Module, Draw]:
+def _demo_sampler(load_student: Callable[[], nn.Module], options: SampleOptions) -> tuple[nn.Module, SampleOne]:
     height, width = options.height or shapes.IMAGE_SIZE, options.width or shapes.IMAGE_SIZE
     if height % MULTIPLE or width % MULTIPLE:
-        raise ConfigError(f"{height} x {width} px: the demo models draw images whose sides are multiples of {MULTIPLE}")
+        raise ConfigError(f"{height} x {width} px: the demo models sample images whose sides are multiples of {MULTIPLE}")
     if options.dtype != "float32":
-        raise ConfigError(f"the demo models draw in float32, not in {options.dtype}")
+        raise ConfigError(f"the demo models sample in float32, not in {options.dtype}")
     student, chosen = load_student(), _given(steps=options.steps, guidance=options.guidance)
 
-    def draw(prompt: str, seed: int) -> np.ndarray:
+    def sample_one(prompt: str, seed: int) -> np.ndarray:
         try:
             images = demo.sample(student, [prompt], seed=seed, height=height, width=width, **chosen)
         except ValueError as error:
@@ -128,15 +128,15 @@ def _demo_sampler(load_student: Callable[[], nn.Module], options: SampleOptions)
         pixels: np.ndarray = images[0].permute(1, 2, 0).numpy()
         return pixels
 
-    return student, draw
+    return student, sample_one
 
 
-def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, Draw]:
+def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, SampleOne]:
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ConfigError(f"{type(pipe).__name__} takes no prompts; sample from it as usual, and from its teacher inside ec.teacher(pipe)")
     chosen = _given(height=options.height, width=options.width, num_inference_steps=options.steps, guidance_scale=options.guidance)
 
-    def draw(prompt: str, seed: int) -> np.ndarray:
+    def sample_one(prompt: str, seed: int) -> np.ndarray:
         try:
             images = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **chosen).images
         except ValueError as error:
@@ -144,7 +144,7 @@ def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, Draw]:
         pixels: np.ndarray = images[0]
         return pixels
 
-    return pipe, draw
+    return pipe, sample_one
 
 
 def _given(**options: Any) -> dict[str, Any]:

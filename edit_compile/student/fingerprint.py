@@ -19,7 +19,7 @@ _LARGEST = 1e30  # in place of infinity, which JSON does not have
 
 
 class TensorPrint(BaseModel):
-    """A tensor's shape and a few of its values, none if it had none (meta device) or they are no floating-point numbers."""
+    """A tensor's shape and a few of its values; without values for meta tensors and those that are not floating-point."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,7 +31,7 @@ Fingerprint = dict[str, TensorPrint]
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> Fingerprint:
-    """The fingerprint of a state dict."""
+    """Take the fingerprint of a state dict."""
     return {name: TensorPrint(shape=tuple(tensor.shape), values=_samples(tensor)) for name, tensor in state.items()}
 
 
@@ -45,7 +45,7 @@ def _samples(tensor: Tensor) -> tuple[float, ...]:
 
 
 def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
-    """In words, how another model's fingerprint differs; None if it is the same model's."""
+    """Say in words how another model's fingerprint differs; None if it is the same model's."""
     for problem, names in (("it lacks", expected.keys() - found.keys()), ("only it has", found.keys() - expected.keys())):
         if names:
             return f"{problem} {min(names)}"

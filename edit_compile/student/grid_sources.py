@@ -54,7 +54,7 @@ def grid_source(plan: Plan) -> GridSource:
 
 
 class _FromShapes:
-    """Evaluates size expressions such as s20//2, s20 being a dimension of an input."""
+    """Evaluates size expressions like s20//2, with s20 a dimension of an input."""
 
     untraceable_reason = None
 

@@ -66,8 +66,8 @@ class Generated(nn.Module):
     """Mixed into the classes that conversion makes: of the model, and of every site.
 
     The objects keep their place, their attributes and the names of their weights, and stay instances of what they were, as
-    with `nn.utils.parametrize` and FSDP2's `fully_shard`: whatever looks for a class, loads a state dict or names weights by
-    their path goes on working. A module wrapped around the original would rename them all.
+    with `nn.utils.parametrize` and FSDP2's `fully_shard`: code that looks for a class, loads a state dict or names weights by
+    their path keeps working. A module wrapped around the original would rename them all.
     """
 
     edit_conversion: Conversion
@@ -79,7 +79,7 @@ class Generated(nn.Module):
 
 
 class ConvertedModel(Generated):
-    """A converted model, whatever else it is."""
+    """A converted model: a base of its generated class, beside the class it had."""
 
 
 def unwrap(model: Any) -> ConvertedModel:

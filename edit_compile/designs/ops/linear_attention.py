@@ -30,7 +30,7 @@ def linear_attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> tuple[Te
 
 
 def log_weights(k_BHMD: Tensor, mask: Tensor | None) -> Tensor:
-    """Keys under a mask by key, (..., 1, M). What a mask adds to a logit multiplies a key of linear attention."""
+    """Weight keys by a mask by key, (..., 1, M): what it adds to a logit, as a logarithm, multiplies a key of linear attention."""
     if mask is None:
         return k_BHMD
     weights = mask if mask.dtype == torch.bool else mask.exp()
@@ -38,13 +38,13 @@ def log_weights(k_BHMD: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def matching_heads(q_BHND: Tensor, k_BGMD: Tensor) -> Tensor:
-    """Keys or values with a head for every query head: each of G groups serves H / G heads (grouped-query attention)."""
+    """Repeat keys or values so that every query head has one: each of G groups serves H / G heads (grouped-query attention)."""
     heads, groups = q_BHND.shape[1], k_BGMD.shape[1]
     return k_BGMD if heads == groups else k_BGMD.repeat_interleave(heads // groups, 1)
 
 
 def attention_with_normaliser(q_BHND: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32."""
+    """Compute softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32."""
     scores_BHNP = (q_BHND * scale) @ k_BHPD.transpose(-1, -2)
     if mask is not None:
         scores_BHNP = scores_BHNP.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores_BHNP + mask

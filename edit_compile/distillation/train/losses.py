@@ -48,7 +48,7 @@ class Comparison:
 
     @cached_property
     def site_errors(self) -> dict[str, Tensor]:
-        """Every converted site's output against its teacher's, relative to the energy of the teacher's; a mean over the batch."""
+        """Compare every converted site's output with its teacher's, relative to the energy of the teacher's; a mean over the batch."""
         return {path: relative_error(self.features[path], expected).mean() for path, expected in self.teacher_features.items()}
 
 

@@ -5,7 +5,7 @@
     empty.safetensors            the tensors of the empty caption
     unfinished.jsonl             instead of the index while the cache is being made: its header, then a line for each finished shard
 
-A shard is written beside its place, flushed and moved there, then its line is added: a cache whose making is killed at any
+A shard is written beside its place, flushed and moved there, then its line is added: a cache whose encoding is killed at any
 point continues from its last finished shard.
 """
 
