@@ -66,6 +66,10 @@ class Rule(_Data):
             if self.options:
                 raise ConfigError(f"design={KEEP!r} has no options")
             return Choice(self.paths, None, None)
+        if self.design == AUTO:
+            raise ConfigError(
+                f"design={AUTO!r} is not for rules: give a rule for each of {', '.join(AUTOMATIC)}, the first that takes a site wins"
+            )
         design = find_design(self.design)
         return Choice(self.paths, design, _parsed(design, self.options))
 
@@ -121,7 +125,7 @@ class LinearizeConfig(_Data):
         if self.design == KEEP:
             raise ConfigError(f"design={KEEP!r} converts nothing; use it in a rule")
         designs = [find_design(name) for name in (AUTOMATIC if self.design == AUTO else (self.design,))]
-        _check_names(self.options, designs)
+        _check_names(self.options, designs, beside=tuple(LinearizeConfig.model_fields))
         own = ({name: value for name, value in self.options.items() if name in design.Options.model_fields} for design in designs)
         return tuple(Choice("*", design, _parsed(design, options)) for design, options in zip(designs, own, strict=True))
 
@@ -141,23 +145,28 @@ def _parsed(design: type[Design], options: Mapping[str, Any]) -> Any:
         return design.Options(**options)
     except ValidationError as error:
         raise ConfigError("; ".join(_in_words(problem, design.Options) for problem in error.errors())) from None
+    except Exception as error:  # whatever a validator of somebody else's raises
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"the options of the design {design.name!r} cannot be checked: {type(error).__name__}: {problem}") from error
 
 
-def _check_names(options: Iterable[str], designs: list[type[Design]]) -> None:
+def _check_names(options: Iterable[str], designs: list[type[Design]], beside: tuple[str, ...] = ()) -> None:
     known = list(dict.fromkeys(name for design in designs for name in design.Options.model_fields))
     for name in options:
         if name not in known:
-            raise ConfigError(_unknown(name, [*LinearizeConfig.model_fields, *known]))
+            raise ConfigError(_unknown(name, [*beside, *known]))
 
 
 def _unknown(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, 1)
-    return f"unknown option {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}there are: {', '.join(known)}"
+    return f"unknown option {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}there are: {', '.join(known) or 'none'}"
 
 
 def _in_words(problem: Any, model: type[Frozen]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return _unknown(name, list(model.model_fields))
-    message = problem["msg"].removeprefix("Value error, ")
+    message = " ".join(problem["msg"].removeprefix("Value error, ").split())
+    if problem["type"] == "missing":
+        return f"{name} is missing: it has no default"
     return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}" if name else message

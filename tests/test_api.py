@@ -233,7 +233,7 @@ def test_no_attention_shows_what_was_looked_at():
 
 
 def test_globs_that_match_nothing_list_the_sites(model, example):
-    with pytest.raises(ec.PlanError, match=r"'nowhere' matches no attention; there are: blocks\.0\.attn"):
+    with pytest.raises(ec.PlanError, match=r"'nowhere' matches no site; there are: blocks\.0\.attn"):
         ec.plan(model, ec.LinearizeConfig(include=("nowhere",)), example)
 
 

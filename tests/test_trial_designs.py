@@ -218,6 +218,16 @@ def test_a_rule_for_attention_and_one_for_feed_forward_networks():
     assert plan["blocks.0.attn"].options == {"side": 3}
 
 
+def test_rules_of_both_kinds_over_the_same_paths():
+    keep_first = [ec.Rule("blocks.0.ff", "keep"), ec.Rule("*", "mix-ffn"), ec.Rule("*", "window")]
+    plan = ec.plan(toy.Toy(), ec.LinearizeConfig(rules=keep_first), toy.inputs())
+    actions = {site.path: site.action for site in plan}
+    assert actions.pop("blocks.0.ff", "keep") == "keep"
+    assert actions == {"blocks.0.attn": "window", "blocks.1.attn": "window", "blocks.1.ff": "mix-ffn"}
+    wrong_kind = ec.plan(toy.Toy(blocks=1), ec.LinearizeConfig(rules=[ec.Rule("*.attn", "mix-ffn")]), toy.inputs())
+    assert wrong_kind["blocks.0.attn"].reason == "the design 'mix-ffn' is for sites of kind feed_forward, this one is of kind attention"
+
+
 class Liar(Window):
     """A window softmax that claims less than it does."""
 

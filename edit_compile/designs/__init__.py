@@ -30,12 +30,13 @@ def register(design: DesignClass) -> DesignClass:
     """Add a design; also a class decorator. Registered again, as when a notebook's cell is run twice, it replaces its predecessor.
 
     Raises:
-        ConfigError: it is not a `Design` with a name, or the name is another design's.
+        ConfigError: it is not a `Design` with a name, its options are not `Design.Options`, or the name is another design's.
     """
     from edit_compile.designs.base import Design
 
     if not (isinstance(design, type) and issubclass(design, Design) and isinstance(getattr(design, "name", None), str)):
         raise ConfigError(f"{design!r} cannot be registered: a design is a subclass of edit_compile.Design with a name")
+    _check_options(design)
     if design.name in (AUTO, KEEP, *design_names()) and _home(_registered.get(design.name)) != _home(design):
         raise ConfigError(f"a design named {design.name!r} exists already; choose another name")
     _registered[design.name] = design
@@ -44,6 +45,13 @@ def register(design: DesignClass) -> DesignClass:
 
 def _home(design: type[Design] | None) -> tuple[str, str] | None:
     return (design.__module__, design.__qualname__) if design is not None else None
+
+
+def _check_options(design: type[Design]) -> None:
+    from edit_compile.frozen import Frozen
+
+    if not (isinstance(design.Options, type) and issubclass(design.Options, Frozen)):
+        raise ConfigError(f"the Options of the design {design.name!r} are not a subclass of edit_compile.Design.Options")
 
 
 def unregister(name: str) -> None:
@@ -90,4 +98,5 @@ def _load(name: str) -> type[Design]:
 
     if not (isinstance(design, type) and issubclass(design, Design)):
         raise ConfigError(f"the entry point {name!r} of group {GROUP} is {entry.value}, which is not a Design")
+    _check_options(design)
     return design

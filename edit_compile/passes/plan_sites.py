@@ -42,18 +42,20 @@ def plan_sites(
     """
     choices = config.choices()
     found = [_of_attention(facts, tokens, config, choices) for facts in _attention_facts(attentions, tokens)]
+    others: list[str] = []  # the paths of networks that no rule converts
     if any(choice.design is not None and choice.design.kind == "feed_forward" for choice in choices):
+        others = [network.path for network in networks if network.path]
         found += [c for network in networks if (c := _of_network(network, tokens, config, choices)) is not None]
     found += [Candidate(plan) for plan in _unread_sites(graph, tokens)]
     found += [Candidate(plan) for plan in _linear_sites(graph, tokens, {candidate.plan.path for candidate in found})]
-    _check_globs([candidate.plan.path for candidate in found], config)
+    _check_globs([*(candidate.plan.path for candidate in found), *others], config)
     return found
 
 
 def _check_globs(paths: Sequence[str], config: LinearizeConfig) -> None:
     for glob in (*config.include, *config.exclude, *(rule.paths for rule in config.rules)):
         if paths and not any(fnmatchcase(path, glob) for path in paths):
-            raise PlanError(f"{glob!r} matches no attention; there are: {', '.join(dict.fromkeys(paths))}")
+            raise PlanError(f"{glob!r} matches no site; there are: {', '.join(dict.fromkeys(paths))}")
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,17 @@ def _chosen(plan: SitePlan, config: LinearizeConfig, choices: Sequence[Choice]) 
         return Candidate(plan.kept("left out by include and exclude"))
     own = [c for c in choices if fnmatchcase(plan.path, c.paths) and (c.design is None or c.design.kind == plan.kind)]
     if not own:
-        return Candidate(plan.kept("no rule names it"))
+        return Candidate(plan.kept(_not_named(plan, choices)))
     if own[0].design is None:
         return Candidate(plan.kept(f"kept by the rule for {own[0].paths!r}"))
     return Candidate(plan, tuple(own))
+
+
+def _not_named(plan: SitePlan, choices: Sequence[Choice]) -> str:
+    other = next((c.design for c in choices if fnmatchcase(plan.path, c.paths) and c.design is not None), None)
+    if other is None:
+        return "no rule names it"
+    return f"the design {other.name!r} is for sites of kind {other.kind}, this one is of kind {plan.kind}"
 
 
 # ------------------------------------------------------------------ what no design can do anything about

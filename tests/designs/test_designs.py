@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from pydantic import field_validator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -195,13 +196,56 @@ def test_impossible_configurations_are_refused(case):
         ({"design": "edt"}, "unknown design 'edt'"),
         ({"design": "edit", "options": {"eta": "ratio"}}, "unknown option 'eta'"),
         ({"design": "keep", "options": {"reduction": 2}}, "design='keep' has no options"),
-        ({}, "design"),
+        ({"design": "edit", "options": {"reductoin": 2}}, r"did you mean 'reduction'\? there are: reduction, query, key, value, identity$"),
+        ({"design": "auto"}, "design='auto' is not for rules: give a rule for each of mm-edit, edit"),
+        ({}, "^design is missing: it has no default$"),
         ({"design": "edit", "path": "*"}, r"unknown option 'path': did you mean 'paths'\?"),
     ],
 )
 def test_impossible_rules_are_refused(rule, message):
     with pytest.raises(ConfigError, match=message):
         Rule(**rule)
+
+
+class Picky(Nothing):
+    """A design whose options have a validator of each sort."""
+
+    name = "picky"
+
+    class Options(Design.Options):
+        odd: int
+
+        @field_validator("odd")
+        @classmethod
+        def _odd(cls, value):
+            if value == 0:
+                raise RuntimeError("zero\nis special")
+            if value % 2 == 0:
+                raise ValueError("must be\nodd")
+            return value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "^odd is missing: it has no default$"),
+        ({"odd": 2}, "^odd=2: must be odd$"),
+        ({"odd": 0}, "^the options of the design 'picky' cannot be checked: RuntimeError: zero is special$"),
+    ],
+)
+def test_what_validators_of_others_say_is_one_line(options, message):
+    register(Picky)
+    try:
+        for make in (lambda: LinearizeConfig(design="picky", **options), lambda: Rule("*", "picky", options)):
+            with pytest.raises(ConfigError, match=message):
+                make()
+    finally:
+        unregister("picky")
+
+
+def test_options_of_another_sort_are_refused_at_once():
+    with pytest.raises(ConfigError, match=r"the Options of the design 'plain' are not a subclass of edit_compile\.Design\.Options"):
+        register(type("Plain", (Nothing,), {"name": "plain", "Options": dict}))
 
 
 @pytest.mark.parametrize(

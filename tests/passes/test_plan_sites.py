@@ -296,7 +296,7 @@ def test_globs_select_sites(include, exclude, rewritten):
 
 @pytest.mark.parametrize("options", [{"include": ("nowhere",)}, {"exclude": ("nowhere",)}, {"include": ("*", "BLOCKS.*", "nowhere")}])
 def test_a_glob_that_matches_nothing_is_an_error_that_lists_the_sites(options):
-    with pytest.raises(PlanError, match=r"'(nowhere|BLOCKS\.\*)' matches no attention; there are: blocks\.0\.joint, blocks\.1\.image"):
+    with pytest.raises(PlanError, match=r"'(nowhere|BLOCKS\.\*)' matches no site; there are: blocks\.0\.joint, blocks\.1\.image"):
         two_sites(**options)
 
 
