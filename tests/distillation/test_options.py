@@ -83,6 +83,7 @@ def test_recomputed_blocks_are_compiled_too_and_once(monkeypatch):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 def test_compiled_blocks_learn_the_same_and_more_of_them_need_no_more_graphs(tmp_path, monkeypatch, plain):
     monkeypatch.setattr(distributed, "compile_blocks", functools.partial(ec.compile, backend="eager"))
@@ -116,7 +117,7 @@ def test_half_precision_does_not_round_what_is_trained():
     assert {p.dtype for site in converted_sites(model).values() for p in site.edit_teacher.parameters()} == {torch.bfloat16}
 
 
-def test_a_warm_start_before_training_all_stays_within_the_sites(tmp_path):
+def test_a_layerwise_fit_before_training_all_stays_within_the_sites(tmp_path):
     model = toy_distill.student()
     before = copy.deepcopy(model.state_dict())
     changed = {}

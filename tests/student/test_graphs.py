@@ -70,6 +70,7 @@ def test_blocks_compiled_one_by_one(any_pair):
     check(student, inputs, outputs)
 
 
+@pytest.mark.slow
 def test_flux_compiled_whole_with_its_grid_stated():
     teacher, student, inputs = pair("flux")
     before, _ = graphs(lambda i: torch.compile(teacher, **OPTIONS)(**inputs[i]))
