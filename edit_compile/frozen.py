@@ -13,7 +13,7 @@ class Frozen(BaseModel):
     A string below a field is the field's description, in the source as in the JSON schema.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -67,3 +67,8 @@ def test_what_is_no_plan_is_refused(text, message):
 def test_another_version_is_named():
     with pytest.raises(ec.PlanError, match="version 7, this release reads version 2"):
         ec.Plan.from_json(plan(site("a", "keep")).model_copy(update={"version": 7}).to_json())
+
+
+def test_options_that_json_has_no_number_for_come_back():
+    made = plan(site("a", "edit").model_copy(update={"options": {"clip": float("inf")}}))
+    assert ec.Plan.from_json(made.to_json()) == made
