@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 
-def picture(number, height=24, width=24):
+def image(number, height=24, width=24):
     """Smooth, its mean colour a function of the number."""
     rows, columns = np.mgrid[:height, :width]
     colour = np.array([37 * number % 200, 91 * number % 200, 53 * number % 200])
@@ -21,7 +21,7 @@ def picture(number, height=24, width=24):
 
 def png(number, height=24, width=24):
     content = io.BytesIO()
-    picture(number, height, width).save(content, "PNG")
+    image(number, height, width).save(content, "PNG")
     return content.getvalue()
 
 
@@ -31,7 +31,7 @@ def folder_of(path, sizes, captions=True):
     for number, (height, width) in enumerate(sizes):
         (path / f"{number:03d}.png").write_bytes(png(number, height, width))
         if captions:
-            (path / f"{number:03d}.txt").write_text(f"picture {number}")
+            (path / f"{number:03d}.txt").write_text(f"image {number}")
     return path
 
 
@@ -50,7 +50,7 @@ def as_json(**fields):
 
 
 class Letters:
-    """An encoder: pictures at half their size, captions by their letters, a mask over them."""
+    """An encoder: images at half their size, captions by their letters, a mask over them."""
 
     granularity = 4
     length = 16
@@ -67,8 +67,8 @@ class Letters:
             mask[row, : len(caption)] = 1
         return {"encoder_hidden_states": codes, "encoder_attention_mask": mask}
 
-    def encode_images(self, pictures):
-        return torch.nn.functional.avg_pool2d(pictures, 2)
+    def encode_images(self, images):
+        return torch.nn.functional.avg_pool2d(images, 2)
 
     def decode(self, latents):
         return torch.nn.functional.interpolate(latents / 2 + 0.5, scale_factor=2)

@@ -105,7 +105,7 @@ def test_recomputing_takes_time_for_memory():
     assert recomputed.bytes < plain.bytes
 
 
-def test_a_warm_start_costs_no_backward_through_the_model():
+def test_a_layerwise_fit_costs_no_backward_through_the_model():
     warm, stage = tried("sd3.5-medium", layerwise={"steps": 3, "global_batch_size": 4, "micro_batch_size": 2})[1].phases
     assert (warm.name, warm.height, warm.width) == ("layerwise fit", 64, 96)
     assert warm.flops < 0.8 * stage.flops

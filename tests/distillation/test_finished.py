@@ -38,7 +38,7 @@ def result(tmp_path_factory):
     return distill(toy_distill.recipe(**OPTIONS), folder, student=toy_distill.student(), **common)
 
 
-def test_pictures_are_drawn_on_the_way_and_at_the_end(result):
+def test_images_are_sampled_on_the_way_and_at_the_end(result):
     names = sorted(path.name for path in (result.folder / "samples").iterdir())
     assert names == [f"{total:08d}.png" for total in (3, 6, 9, 12)]
     first, last = (np.asarray(Image.open(result.folder / "samples" / name)) for name in (names[0], names[-1]))
@@ -85,10 +85,10 @@ def test_speed_is_measured_at_every_stage(result):
 def test_split_undoes_mixing(prediction):
     alphas = torch.linspace(0.999, 0.01, 1000) if prediction != "rectified-flow" else None
     schedule, generator = NoiseSchedule(prediction, alphas), torch.Generator().manual_seed(0)
-    picture, noise = torch.randn(2, 4, 3, 5, 5, generator=generator)
+    image, noise = torch.randn(2, 4, 3, 5, 5, generator=generator)
     times = torch.tensor([1.0, 300.0, 700.0, 990.0])
-    x, target = schedule.add_noise(picture, noise, times)
-    for found, expected in zip(schedule.predict_x0_and_noise(x, target, times), (picture, noise), strict=True):
+    x, target = schedule.add_noise(image, noise, times)
+    for found, expected in zip(schedule.predict_x0_and_noise(x, target, times), (image, noise), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -142,7 +142,7 @@ class Unseen(toy_distill.ToySource):
         raise torch.OutOfMemoryError("out of memory\nmore")
 
 
-def test_a_picture_that_fails_does_not_cost_the_student(tmp_path, caplog, monkeypatch):
+def test_an_image_that_fails_does_not_cost_the_student(tmp_path, caplog, monkeypatch):
     def fail(context):
         raise RuntimeError("no time")
 
@@ -161,10 +161,10 @@ def test_what_would_end_a_later_stage_ends_the_run_at_once(tmp_path):
     class Small(toy_distill.ToySource):
         def check(self, height, width):
             if height > 12:
-                raise ec.DistillError(f"no pictures of {height} pixels")
+                raise ec.DistillError(f"no images of {height} pixels")
 
     common = {"denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow"), "source": Small()}
-    with pytest.raises(ec.DistillError, match=r"^stage 1: no pictures of 16 pixels"):
+    with pytest.raises(ec.DistillError, match=r"^stage 1: no images of 16 pixels"):
         distill(toy_distill.recipe(**OPTIONS), tmp_path, student=toy_distill.student(), **common)
     assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -58,7 +58,7 @@ def test_what_the_model_cannot_divide_is_refused(height, buckets, message):
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
-def test_a_picture_goes_to_its_nearest_ratio(height, width):
+def test_an_image_goes_to_its_nearest_ratio(height, width):
     shapes = bucket_shapes(1024, 1024, 16, Buckets())
     h, w = nearest_shape((height, width), shapes)
     distances = [abs(math.log(a / b) - math.log(height / width)) for a, b in shapes]
@@ -66,7 +66,7 @@ def test_a_picture_goes_to_its_nearest_ratio(height, width):
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.integers(1, 40))
-def test_fitted_pictures_have_their_shape(height, width, h, w):
+def test_fitted_images_have_their_shape(height, width, h, w):
     assert fitted(Image.new("RGB", (width, height)), (h, w)).size == (w, h)
 
 

@@ -34,13 +34,13 @@ class Killed(BaseException):
 
 @pytest.fixture
 def folder(tmp_path):
-    return data_files.folder_of(tmp_path / "pictures", SIZES)
+    return data_files.folder_of(tmp_path / "images", SIZES)
 
 
-def make(pictures, cache, *, progress=lambda written, skipped: None, made_from=None, samples=None):
+def make(images, cache, *, progress=lambda written, skipped: None, made_from=None, samples=None):
     unreadable = {}
-    corpus = ImageFolder(pictures, None, unreadable)
-    producer = ImageProducer(lambda start: records_from(corpus, start), data_files.Letters(), BUCKETS, 2, unreadable)
+    dataset = ImageFolder(images, None, unreadable)
+    producer = ImageProducer(lambda start: records_from(dataset, start), data_files.Letters(), BUCKETS, 2, unreadable)
     head = {"model": "PixArtTransformer2DModel", "made_from": made_from or {"data": "folder"}, "resolutions": RESOLUTIONS}
     return write_cache(cache, producer, head, shard_size=4, samples=samples, progress=progress)
 
@@ -82,7 +82,7 @@ def test_padding_is_trimmed(folder, tmp_path):
     assert batch.conditions["encoder_hidden_states"].shape[1] == max(map(len, batch.captions)) < data_files.Letters.length
 
 
-def test_a_killed_making_goes_on_and_ends_the_same(folder, tmp_path):
+def test_a_killed_encoding_resumes_and_ends_the_same(folder, tmp_path):
     expected = make(folder, tmp_path / "whole")
 
     def killed(written, skipped):
@@ -140,7 +140,7 @@ def test_a_limit_of_samples_holds_over_a_kill(folder, tmp_path):
 
 
 def test_what_cannot_be_read_is_named_in_the_cache(folder, tmp_path):
-    (folder / "001.png").write_bytes(b"no picture")
+    (folder / "001.png").write_bytes(b"not an image")
     (folder / "002.txt").unlink()
     (folder / "metadata.jsonl").write_text("{")
     index = make(folder, tmp_path / "cache")

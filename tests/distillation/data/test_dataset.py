@@ -27,7 +27,7 @@ def parquet(tmp_path_factory):
         numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         rows = {
             "image": [{"bytes": data_files.png(n, *SIZES[n % 3]), "path": None} for n in numbers],
-            "caption": [f"picture {n}" for n in numbers],
+            "caption": [f"image {n}" for n in numbers],
         }
         features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
         datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{shard}.parquet")
@@ -50,31 +50,31 @@ def streamed(folder, seed=0, held_out=6, **options):
 
 
 def numbers_of(batch):
-    return [int(caption.removeprefix("picture ")) for caption in batch.captions]
+    return [int(caption.removeprefix("image ")) for caption in batch.captions]
 
 
-def test_rows_are_pictures_with_captions(parquet):
+def test_rows_are_images_with_captions(parquet):
     rows = data_of(parquet).records({})
     assert len(rows) == PER_SHARD * SHARDS
-    assert rows.record(50).caption == "picture 50"
-    assert image_of(rows.record(50)).tobytes() == data_files.picture(50, *SIZES[2]).tobytes()
+    assert rows.record(50).caption == "image 50"
+    assert image_of(rows.record(50)).tobytes() == data_files.image(50, *SIZES[2]).tobytes()
     batch = MapStyleSource(EncodedImages(rows, data_files.Letters(), None), 0).batch(BatchRequest(0, 4, range(4), 16, 16))
     assert batch.latents.shape == (4, 3, 8, 8)
 
 
 def test_imagefolder_of_datasets(tmp_path):
-    folder = data_files.folder_of(tmp_path / "pictures", [(24, 24)] * 3, captions=False)
-    lines = [data_files.as_json(file_name=f"00{i}.png", text=f"picture {i}").decode() for i in range(3)]
+    folder = data_files.folder_of(tmp_path / "images", [(24, 24)] * 3, captions=False)
+    lines = [data_files.as_json(file_name=f"00{i}.png", text=f"image {i}").decode() for i in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     rows = DatasetData(kind="dataset", path="imagefolder", data_dir=str(folder)).records({})
-    assert sorted(rows.record(i).caption for i in range(3)) == ["picture 0", "picture 1", "picture 2"]
+    assert sorted(rows.record(i).caption for i in range(3)) == ["image 0", "image 1", "image 2"]
 
 
 def test_webdataset_of_datasets_as_a_stream(tmp_path):
-    members = [(f"{n}.{end}", content) for n in range(3) for end, content in (("png", data_files.png(n)), ("txt", f"picture {n}".encode()))]
+    members = [(f"{n}.{end}", content) for n in range(3) for end, content in (("png", data_files.png(n)), ("txt", f"image {n}".encode()))]
     data_files.tar_of(tmp_path / "a.tar", members)
     data = DatasetData(kind="dataset", path="webdataset", data_files=str(tmp_path / "a.tar"), streaming=True)
-    assert [record.caption for _, record in HubStream(data, 0, 0).records(0)] == ["picture 0", "picture 1", "picture 2"]
+    assert [record.caption for _, record in HubStream(data, 0, 0).records(0)] == ["image 0", "image 1", "image 2"]
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
@@ -106,7 +106,7 @@ def test_a_streams_epoch_has_all_but_the_held_out(parquet):
 
 def test_records_of_a_stream_can_be_resumed(parquet):
     stream = HubStream(data_of(parquet, streaming=True), 0, 0)
-    assert [record.caption for _, record in stream.records(70)] == [f"picture {n}" for n in range(70, 120)]
+    assert [record.caption for _, record in stream.records(70)] == [f"image {n}" for n in range(70, 120)]
 
 
 def test_a_shard_that_cannot_be_read_is_named(parquet, tmp_path):

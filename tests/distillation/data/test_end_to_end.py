@@ -29,8 +29,8 @@ CAPTIONS = ["a red circle", "a large blue cross", "a zebra", "a green square", "
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe's file: the demo model on a folder of pictures, one of whose captions it does not know."""
-    folder = data_files.folder_of(tmp_path / "pictures", [(32, 32)] * 6)
+    """A recipe's file: the demo model on a folder of images, one of whose captions it does not know."""
+    folder = data_files.folder_of(tmp_path / "images", [(32, 32)] * 6)
     for number, caption in enumerate(CAPTIONS):
         (folder / f"{number:03d}.txt").write_text(caption)
     path = tmp_path / "recipe.yaml"
@@ -59,14 +59,14 @@ def test_the_command_makes_continues_and_verifies_a_cache(recipe, tmp_path):
     assert "error: 2 of 5 samples in" in verified.stderr
 
 
-def test_a_cache_gives_the_demo_model_what_the_pictures_give(recipe, tmp_path):
+def test_a_cache_gives_the_demo_model_what_the_images_give(recipe, tmp_path):
     make_cache(load_recipe(recipe, ["data.buckets=null"]), tmp_path / "cache")
     data = load_recipe(recipe, ["data={kind: cached, path: " + str(tmp_path / "cache") + ", caption_dropout: 0}"]).data
     model = models.untrained("mm-dit")
     batch = open_source(data, model, 0, base="demo/mm-dit").batch(BatchRequest(0, 2, range(2), 16, 24))
-    for caption, picture in zip(batch.captions, batch.latents, strict=True):
-        expected = data_files.picture(CAPTIONS.index(caption), 32, 32).resize((24, 24)).crop((0, 4, 24, 20))
-        found = ((picture.permute(1, 2, 0) + 1) * 127.5).round()
+    for caption, image in zip(batch.captions, batch.latents, strict=True):
+        expected = data_files.image(CAPTIONS.index(caption), 32, 32).resize((24, 24)).crop((0, 4, 24, 20))
+        found = ((image.permute(1, 2, 0) + 1) * 127.5).round()
         assert (found - torch.from_numpy(np.array(expected))).abs().max() <= 3
     conditions = models.conditions(model, batch.captions)
     for name, value in conditions.items():
@@ -85,7 +85,7 @@ def test_data_that_need_no_cache_say_so(tmp_path):
 def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind, precision):
     pipelines.PIPELINES[name]().save_pretrained(tmp_path / "pipeline")
     if kind == "images":
-        data = {"path": str(data_files.folder_of(tmp_path / "pictures", [(48, 48), (32, 64)] * 4)), "buckets": {"multiple": 16}}
+        data = {"path": str(data_files.folder_of(tmp_path / "images", [(48, 48), (32, 64)] * 4)), "buckets": {"multiple": 16}}
     else:
         (tmp_path / "prompts.txt").write_text("a red cat\na dog\nblue\n")
         data = {"path": str(tmp_path / "prompts.txt"), "steps": 2}
@@ -112,7 +112,7 @@ def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind, precision):
 
 def test_what_was_skipped_is_counted_and_named_at_the_end(tmp_path, caplog):
     source = toy_distill.ToySource()
-    source.skipped = {"a.png": "its picture cannot be read"}
+    source.skipped = {"a.png": "its image cannot be read"}
     recipe, flow = toy_distill.recipe(layerwise=None), NoiseSchedule("rectified-flow")
     distill(recipe, tmp_path, student=toy_distill.student(), source=source, denoise=toy_distill.denoise, schedule=flow)
     assert json.loads((tmp_path / "unreadable.json").read_text()) == source.skipped

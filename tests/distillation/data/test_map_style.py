@@ -1,4 +1,4 @@
-"""Captioned pictures of a folder, through buckets and an encoder."""
+"""Captioned images of a folder, through buckets and an encoder."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def source(path, buckets=None, **options):
 
 
 def caption_numbers(batch):
-    return [int(caption.removeprefix("picture ")) for caption in batch.captions]
+    return [int(caption.removeprefix("image ")) for caption in batch.captions]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return data_files.folder_of(tmp_path / "pictures", SIZES)
+    return data_files.folder_of(tmp_path / "images", SIZES)
 
 
-def test_pictures_and_captions_belong_together(folder):
+def test_images_and_captions_belong_together(folder):
     batch = source(folder).batch(SQUARE)
     assert batch.latents.shape == (4, 3, 8, 8)
     letters = batch.conditions["encoder_hidden_states"][:, :, 0]
     for row, number in enumerate(caption_numbers(batch)):
         colour = torch.tensor([37 * number % 200, 91 * number % 200, 53 * number % 200]) / 127.5 - 1
         assert (batch.latents[row].mean((1, 2)) - colour).abs().max() < 0.45
-        assert "".join(chr(int(code)) for code in letters[row] if code) == f"picture {number}"
+        assert "".join(chr(int(code)) for code in letters[row] if code) == f"image {number}"
 
 
 def test_a_batch_is_of_one_bucket_whichever_process_asks(folder):
@@ -59,11 +59,11 @@ def test_an_answer_depends_on_the_request_alone(folder):
     first = source(folder, Buckets())
     requests = [BatchRequest(4 * step, 4, range(4), 16, 16) for step in range(8)]
     expected = [first.batch(request).latents for request in requests]
-    for request, pictures in reversed(list(zip(requests, expected, strict=True))):
-        assert torch.equal(source(folder, Buckets()).batch(request).latents, pictures)
+    for request, images in reversed(list(zip(requests, expected, strict=True))):
+        assert torch.equal(source(folder, Buckets()).batch(request).latents, images)
 
 
-def test_held_out_pictures_are_never_trained_on(folder):
+def test_held_out_images_are_never_trained_on(folder):
     data = source(folder, Buckets(), held_out=5, caption_dropout=0)
     held_out = {n for i in range(0, 10, 2) for n in caption_numbers(data.batch(BatchRequest(0, 10, range(i, i + 2), 16, 16, "validation")))}
     trained = {n for step in range(40) for n in caption_numbers(data.batch(BatchRequest(4 * step, 4, range(4), 16, 16)))}
@@ -84,8 +84,8 @@ def test_captions_are_emptied_by_position(folder):
 
 
 def test_what_cannot_be_read_is_replaced_and_named(folder):
-    (folder / "003.png").write_bytes(data_files.png(3)[:60])  # the header is whole, the picture is not
-    (folder / "004.png").write_bytes(b"no picture")
+    (folder / "003.png").write_bytes(data_files.png(3)[:60])  # the header is whole, the image is not
+    (folder / "004.png").write_bytes(b"not an image")
     (folder / "005.txt").unlink()
     (folder / "006.txt").write_bytes(b"\xff\xfe\xff")
     (folder / "007.txt").write_text("a caption that is too long for this encoder")
@@ -113,14 +113,14 @@ def test_a_bucket_of_which_nothing_is_left_is_passed_over(folder):
 
 def test_nothing_to_read_says_why(folder):
     for file in folder.glob("*.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"not an image")
     with pytest.raises(ec.DistillError, match=r"none of the 20 samples could be read: .*png: its image cannot be read: cannot identify"):
         source(folder).batch(SQUARE)
 
 
 def test_captions_from_metadata(tmp_path):
     folder = data_files.folder_of(tmp_path, SIZES[:4], captions=False)
-    lines = [json.dumps({"file_name": f"00{i}.png", "text": f"picture {i}"}) for i in range(3)]
+    lines = [json.dumps({"file_name": f"00{i}.png", "text": f"image {i}"}) for i in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join([*lines, "{broken", json.dumps({"file_name": "gone.png", "text": "x"})]))
     data = source(folder, held_out=1, caption_dropout=0)
     trained = {n for step in range(10) for n in caption_numbers(data.batch(BatchRequest(4 * step, 4, range(4), 16, 16)))}
@@ -130,7 +130,7 @@ def test_captions_from_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[], [(24, 24)]])
-def test_too_few_pictures_are_refused(tmp_path, sizes):
+def test_too_few_images_are_refused(tmp_path, sizes):
     folder = data_files.folder_of(tmp_path / "few", sizes)
     with pytest.raises(ec.DistillError, match="has no images" if not sizes else "1 of 1 samples would be held out"):
         source(folder)

@@ -1,4 +1,4 @@
-"""Prompts alone: the teacher draws the pictures."""
+"""Prompts alone: the teacher samples the images."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def test_a_sample_is_drawn_from_its_own_noise_wherever_it_comes(path):
         data = source(path, held_out=1, caption_dropout=0)
         for step in range(20):
             batch = data.batch(BatchRequest(size * step, size, range(size), 16, 16))
-            for caption, picture in zip(batch.captions, batch.latents, strict=True):
-                assert torch.equal(drawn.setdefault(caption, picture), picture)
+            for caption, image in zip(batch.captions, batch.latents, strict=True):
+                assert torch.equal(drawn.setdefault(caption, image), image)
     assert len(drawn) == 7
-    assert len({float(picture.mean()) for picture in drawn.values()}) == 7
+    assert len({float(image.mean()) for image in drawn.values()}) == 7
 
 
 def test_several_samples_of_a_prompt_differ(path):
     data = source(path, samples_per_prompt=3, held_out=1, caption_dropout=0)
-    pictures = [data.dataset.latents([index], (16, 16)) for index in (1, 9, 17)]
+    images = [data.dataset.latents([index], (16, 16)) for index in (1, 9, 17)]
     assert [data.dataset.caption(index) for index in (1, 9, 17)] == ["two dogs"] * 3
-    assert not torch.equal(pictures[0], pictures[1])
-    assert not torch.equal(pictures[1], pictures[2])
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[1], images[2])
 
 
-def test_an_emptied_caption_keeps_the_picture_of_its_prompt(path):
+def test_an_emptied_caption_keeps_the_image_of_its_prompt(path):
     draw = Drawer()
     batch = source(path, draw=draw, caption_dropout=1, held_out=1).batch(BatchRequest(0, 3, range(3), 16, 16))
     assert batch.captions == ("", "", "")

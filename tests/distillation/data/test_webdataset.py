@@ -16,7 +16,7 @@ from edit_compile.distillation.data.sources.webdataset import TarShards
 def members(numbers, caption="txt"):
     for number in numbers:
         yield f"{number:03d}.png", data_files.png(number)
-        text = f"picture {number}"
+        text = f"image {number}"
         yield f"{number:03d}.{caption}", text.encode() if caption == "txt" else data_files.as_json(prompt=text, url="x")
 
 
@@ -28,17 +28,17 @@ def shards(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["*.tar", "{000..002}.tar"])
-def test_pictures_and_captions_of_all_shards(shards, pattern):
-    corpus = TarShards(str(shards / pattern), None, {})
-    assert [corpus.record(i).caption for i in range(len(corpus))] == [f"picture {i}" for i in range(12)]
-    assert all(image_of(corpus.record(i)).tobytes() == data_files.picture(i).tobytes() for i in range(12))
-    assert corpus.name(5) == f"{shards / '001.tar'}:005"
+def test_images_and_captions_of_all_shards(shards, pattern):
+    dataset = TarShards(str(shards / pattern), None, {})
+    assert [dataset.record(i).caption for i in range(len(dataset))] == [f"image {i}" for i in range(12)]
+    assert all(image_of(dataset.record(i)).tobytes() == data_files.image(i).tobytes() for i in range(12))
+    assert dataset.name(5) == f"{shards / '001.tar'}:005"
 
 
 @pytest.mark.parametrize("caption", [None, "json", "json.prompt"])
 def test_captions_in_json(tmp_path, caption):
     data_files.tar_of(tmp_path / "a.tar", members(range(2), "json"))
-    assert TarShards(str(tmp_path / "a.tar"), caption, {}).record(1).caption == "picture 1"
+    assert TarShards(str(tmp_path / "a.tar"), caption, {}).record(1).caption == "image 1"
 
 
 def test_members_of_one_name_in_two_folders_are_two_samples(tmp_path):
@@ -68,15 +68,15 @@ def test_damaged_shards_are_named_and_what_is_left_is_used(shards):
     (shards / "001.tar").write_bytes(whole[: len(whole) // 2 - 5000])
     (shards / "002.tar").write_bytes(b"no tar at all" * 100)
     skipped = {}
-    corpus = TarShards(str(shards / "*.tar"), None, skipped)
-    data = MapStyleSource(EncodedImages(corpus, data_files.Letters(), None), 0, 1, skipped=skipped)
+    dataset = TarShards(str(shards / "*.tar"), None, skipped)
+    data = MapStyleSource(EncodedImages(dataset, data_files.Letters(), None), 0, 1, skipped=skipped)
     trained = {caption for step in range(12) for caption in data.batch(BatchRequest(4 * step, 4, range(4), 16, 16)).captions}
-    assert {f"picture {i}" for i in (0, 1, 3)} <= trained
+    assert {f"image {i}" for i in (0, 1, 3)} <= trained
     assert "cannot be read" in data.skipped[str(shards / "002.tar")]
     assert any(name.startswith(str(shards / "001.tar")) for name in data.skipped)
 
 
-def test_no_shards_and_no_pictures_are_errors(tmp_path):
+def test_no_shards_and_no_images_are_errors(tmp_path):
     with pytest.raises(ec.DistillError, match=r"data.path: no files match .*nowhere-\{0..3\}.tar"):
         TarShards(str(tmp_path / "nowhere-{0..3}.tar"), None, {})
     data_files.tar_of(tmp_path / "a.tar", [("1.txt", b"x")])
