@@ -215,6 +215,12 @@ def compile(student: Model, **options: Any) -> Model:
     Args:
         student: a converted model, or what holds one: a pipeline, DDP, PEFT.
         options: of torch.compile; `dynamic=True` and `fullgraph=True` unless given.
+
+    Returns:
+        What was given.
+
+    Raises:
+        EditCompileError: nothing in it is converted.
     """
     model = unwrap(student)
     for path in repeated_blocks(model):

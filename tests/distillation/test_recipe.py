@@ -114,8 +114,10 @@ def test_what_is_no_recipe_says_so(file, text, message):
 
 
 def test_no_file_lists_the_shipped_ones():
-    with pytest.raises(ec.RecipeError, match=r"neither a file nor one of the shipped ones: .*demo-mm-dit"):
+    with pytest.raises(ec.RecipeError, match=r"neither a file nor one of the shipped ones; there are: .*demo-mm-dit"):
         load_recipe("nowhere")
+    with pytest.raises(ec.RecipeError, match=r"shipped ones; did you mean demo-mm-dit\? there are: demo-dit, "):
+        load_recipe("demo-mmdit")
 
 
 @given(steps=st.integers(1, 10**9), lr=st.floats(1e-9, 1), number=st.integers(0, 0))

@@ -27,14 +27,14 @@ def find_recipe(name: str | Path) -> Path:
     """Find the file of a recipe, given its path or a shipped one's name.
 
     Raises:
-        RecipeError: there is neither; lists the shipped ones.
+        RecipeError: there is neither; lists the shipped ones, the most similar first.
     """
     path = Path(name)
     if path.is_file():
         return path
     if str(name) in shipped_recipes():
         return _SHIPPED / f"{name}.yaml"
-    raise RecipeError(f"no recipe {str(name)!r}: neither a file nor one of the shipped ones: {', '.join(shipped_recipes())}")
+    raise RecipeError(f"no recipe {str(name)!r}: neither a file nor one of the shipped ones; {suggestion(str(name), shipped_recipes())}")
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
