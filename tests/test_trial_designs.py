@@ -228,6 +228,31 @@ def test_rules_of_both_kinds_over_the_same_paths():
     assert wrong_kind["blocks.0.attn"].reason == "the design 'mix-ffn' is for sites of kind feed_forward, this one is of kind attention"
 
 
+class Rolls(toy.ToyAttention):
+    """Every key is its neighbour's: no key can be left out before that."""
+
+    def projected(self, tokens):
+        q, k, v = super().projected(tokens)
+        return q, k.roll(1, 1), v
+
+
+def test_a_refusal_of_equal_sites_names_none_of_them_and_one_of_a_plan_names_its_own():
+    model, inputs = toy.Toy(blocks=2), toy.inputs()
+    plan = ec.plan(model, example_inputs=inputs)
+    for block in model.blocks:
+        block.attn.__class__ = Rolls
+    reasons = {site.reason for site in ec.plan(model, example_inputs=inputs)}
+    assert len(reasons) == 1
+    assert reasons.pop().startswith("aten.roll.default (roll) mixes image tokens between projection and attention")
+    with pytest.raises(ec.RewriteError, match=r"^blocks\.0\.attn: aten\.roll\.default \(roll\) mixes image tokens"):
+        ec.linearize(model, plan=plan)
+
+
+def test_passes_are_passes():
+    with pytest.raises(ec.ConfigError, match=r"passes is a Passes, .*, not a list"):
+        ec.plan(toy.Toy(), example_inputs=toy.inputs(), passes=[])
+
+
 class Liar(Window):
     """A window softmax that claims less than it does."""
 

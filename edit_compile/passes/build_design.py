@@ -15,7 +15,7 @@ from edit_compile.passes.find_attention import Attention
 from edit_compile.passes.graph_walk import between
 from edit_compile.passes.op_traits import first_token_mixing_node
 from edit_compile.passes.rewrite import image_linear
-from edit_compile.passes.site_graph import Refused, SiteGraph, example_grid, is_image
+from edit_compile.passes.site_graph import Declined, Refused, SiteGraph, example_grid, is_image
 
 _EXAMPLE_BATCH = 2
 
@@ -34,7 +34,7 @@ def build_design(site: SiteGraph) -> int:
         raise Refused(f"`accepts` of the design {design.name!r} returns {verdict!r}, not a Verdict(ok, reason)")
     site.verdict = " ".join(verdict.reason.split())
     if not verdict.ok:
-        raise Refused(site.verdict, site.core.node if isinstance(site.core, Attention) else None)
+        raise Declined(site.verdict, site.core.node if isinstance(site.core, Attention) else None)
     with design_code(site, "__init__"), torch.device("meta"):
         built = design(site.facts, options)
         modules = set(built.modules()) - {built}

@@ -12,7 +12,7 @@ from torch import nn
 
 from edit_compile.config import Choice, LinearizeConfig, parse_options
 from edit_compile.designs import find_design
-from edit_compile.errors import GridError, PlanError, RewriteError
+from edit_compile.errors import ConfigError, GridError, PlanError, RewriteError
 from edit_compile.ir import input_spec
 from edit_compile.ir.plan import Given, GridSource, Plan, PositionIds, Refusal, SitePlan, SizesOfInputs
 from edit_compile.ir.size_expressions import evaluator, symbols_in
@@ -47,7 +47,7 @@ def compile_plan(model: nn.Module, inputs: Mapping[str, Any], config: LinearizeC
         PlanError: it has no attention, says what was looked at; or the inputs have batch 1.
         AuditError: a design is not what it says.
     """
-    passes = passes or Passes()
+    passes = _checked(passes)
     analysis = Analysis(capture(model, inputs), config)
     records = run_passes(passes.analysis, analysis, "model", lambda at: at.captured.graph)
     _require_batch(analysis.captured)
@@ -78,15 +78,22 @@ def recompile(model: nn.Module, plan: Plan, passes: Passes | None = None) -> Com
         AuditError: a design is not what it says.
         ConfigError: a design or one of its options is not known.
     """
-    passes = passes or Passes()
+    passes = _checked(passes)
     _check_fits(model, plan, passes)
     compiler = SiteCompiler(model, input_spec.decode(plan.inputs), passes)
     sites, forwards = compile_sites(compiler, [Candidate(site, (_choice(site),)) for site in plan.rewritten])
     for planned, found in zip(plan.rewritten, sites, strict=True):
         if not found.rewritten:
-            raise RewriteError(found.reason)
+            raise RewriteError(f"{planned.path}: {found.reason}")
         _check_grid(planned, plan)
     return CompiledPlan(plan, forwards)
+
+
+def _checked(passes: Passes | None) -> Passes:
+    """Return the passes, the shipped ones for None; raise `ConfigError` for anything else."""
+    if passes is not None and not isinstance(passes, Passes):
+        raise ConfigError(f"passes is a Passes, like Passes().insert(mine, before=...), not a {type(passes).__name__}")
+    return passes or Passes()
 
 
 def _choice(site: SitePlan) -> Choice:

@@ -17,7 +17,7 @@ from edit_compile.ir.site import Site
 from edit_compile.passes.capture import call_arguments, capture
 from edit_compile.passes.pipeline import Passes, run_passes
 from edit_compile.passes.plan_sites import Candidate, decided, refused
-from edit_compile.passes.site_graph import Refused, SiteGraph
+from edit_compile.passes.site_graph import Declined, Refused, SiteGraph
 from edit_compile.passes.structural_hash import structural_hash
 
 
@@ -82,12 +82,12 @@ class SiteCompiler:
         plan = candidate.plan
         module, arguments = self.model.get_submodule(plan.path), self._arguments.get(plan.path)
         if arguments is None or isinstance(arguments, Refusal):
-            never_called = Refusal(reason=f"{plan.path}: the module's own forward is not called")
-            return _Compiled(None, (("", arguments or never_called),))
+            never_called = Refusal(reason="the module's own forward is not called")
+            return _Compiled(None, (("", _for_equal_sites(arguments or never_called, plan.path)),))
         try:
             spec = str(input_spec.encode(arguments))
         except PlanError as error:
-            return _Compiled(None, (("", Refusal(reason=f"{plan.path}: {error}")),))
+            return _Compiled(None, (("", Refusal(reason=str(error))),))
         facts = plan.model_copy(update={"path": "", "index": 0, "grid": None}).model_dump_json()
         grid_dims = len(plan.grid.sizes) if plan.grid is not None else None
         key = (structural_hash(module), spec, facts, grid_dims, str(candidate.choices))
@@ -102,14 +102,13 @@ class SiteCompiler:
         for choice in candidate.choices:
             if choice.design is None:
                 break
-            site = None
             try:
                 site = self._site_graph(module, arguments, candidate.plan, choice)
                 self.records += run_passes(self.passes.site, site, candidate.plan.path, lambda at: at.graph)
             except (Refused, CaptureError, ConfigError, PlanError) as error:
-                reason = error.refusal if isinstance(error, Refused) else Refusal(reason=str(error))
-                judged = site is not None and site.site is not None and site.design is None
-                (verdicts if judged else failures).append((choice.design.name, reason))
+                found = error.refusal if isinstance(error, Refused) else Refusal(reason=str(error))
+                reason = _for_equal_sites(found, candidate.plan.path)
+                (verdicts if isinstance(error, Declined) else failures).append((choice.design.name, reason))
                 continue
             assert site.forward is not None
             forward = SiteForward(site.forward, choice.design, site.facts, choice.options)
@@ -119,6 +118,11 @@ class SiteCompiler:
     def _site_graph(self, module: nn.Module, arguments: dict[str, Any], plan: SitePlan, choice: Choice) -> SiteGraph:
         captured = capture(module, arguments, functional=True, cast=False)
         return SiteGraph(module, arguments, captured, plan, choice, captured.graph)
+
+
+def _for_equal_sites(refusal: Refusal, path: str) -> Refusal:
+    """Take the path of the site that was tried out of a refusal: it holds for all equal ones."""
+    return refusal.model_copy(update={"reason": refusal.reason.removeprefix(f"{path}: ")})
 
 
 def compile_sites(compiler: SiteCompiler, candidates: Sequence[Candidate]) -> tuple[tuple[SitePlan, ...], dict[str, SiteForward]]:

@@ -33,6 +33,10 @@ class Refused(RewriteError):
         self.refusal = refusal(reason, node)
 
 
+class Declined(Refused):
+    """Ends the passes over a site: the design does not take it, by the facts alone."""
+
+
 def refusal(reason: str, node: fx.Node | None = None) -> Refusal:
     """Say why a site cannot be rewritten, and at which node and line."""
     return Refusal(reason=reason, node=node.name if node is not None else None, source=source_line(node) if node is not None else None)

@@ -142,9 +142,7 @@ def test_options_are_shown_where_they_differ():
 
 def test_refusals_name_the_operation_and_the_models_line():
     def refused(block):
-        refusal = Refusal(
-            reason="a mask of queries", node=f"softmax_{block}", source="package/model.py:12 (x[i].softmax(-1))"
-        )
+        refusal = Refusal(reason="a mask of queries", node=f"softmax_{block}", source="package/model.py:12 (x[i].softmax(-1))")
         return site(f"blocks.{block}.attn", "keep", refusal.reason, refusal=refusal)
 
     for width in (60, 160):
