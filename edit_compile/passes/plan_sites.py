@@ -85,6 +85,8 @@ def _of_attention(facts: _Facts, tokens: TokenMap, config: LinearizeConfig, choi
     attention = facts.attention
     plan = _site_plan(attention.path, facts.query_axis, axes_of(attention.key, tokens.axes)[-2], tokens, index=attention.index)
     plan = plan.model_copy(update={"mask": _mask_kind(attention), "causal": attention.causal})
+    if (nothing_to_do := _takes_no_part(facts)) is not None:
+        return Candidate(plan.kept(nothing_to_do))
     reason = next((reason for check in _CHECKS if (reason := check(facts)) is not None), None)
     if reason is not None:
         return Candidate(plan.kept(reason, refusal(reason, attention.node)))
@@ -203,7 +205,6 @@ def _uncomposed(axis: Axis) -> Iterator[AxisSegment]:
 
 
 _CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
-    _takes_no_part,
     _not_self_attention,
     _several_runs,
     _not_in_a_module,
@@ -250,7 +251,7 @@ def _linear_sites(graph: fx.Graph, tokens: TokenMap, others: set[str]) -> Iterat
             continue
         if tokens.layout(axes[-2])[0].has(TokenKind.IMAGE) and axis_size(axes[-2]) > 1:
             seen.add(path)
-            yield _site_plan(path, axes[-2], axes[-2], tokens).kept(reason, refusal(reason, node))
+            yield _site_plan(path, axes[-2], axes[-2], tokens).kept(reason)
 
 
 def _site_plan(path: str, query: Axis, key: Axis, tokens: TokenMap, *, index: int = 0, kind: SiteKind = "attention") -> SitePlan:
