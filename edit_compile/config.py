@@ -71,7 +71,7 @@ class Rule(_Data):
                 f"design={AUTO!r} is not for rules: give a rule for each of {', '.join(AUTOMATIC)}, the first that takes a site wins"
             )
         design = find_design(self.design)
-        return Choice(self.paths, design, _parsed(design, self.options))
+        return Choice(self.paths, design, parse_options(design, self.options))
 
 
 class LinearizeConfig(_Data):
@@ -127,7 +127,7 @@ class LinearizeConfig(_Data):
         designs = [find_design(name) for name in (AUTOMATIC if self.design == AUTO else (self.design,))]
         _check_names(self.options, designs, beside=tuple(LinearizeConfig.model_fields))
         own = ({name: value for name, value in self.options.items() if name in design.Options.model_fields} for design in designs)
-        return tuple(Choice("*", design, _parsed(design, options)) for design, options in zip(designs, own, strict=True))
+        return tuple(Choice("*", design, parse_options(design, options)) for design, options in zip(designs, own, strict=True))
 
 
 def parse_options(design: type[Design], options: Mapping[str, Any]) -> Any:
@@ -136,10 +136,6 @@ def parse_options(design: type[Design], options: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: one is not known or has an impossible value.
     """
-    return _parsed(design, options)
-
-
-def _parsed(design: type[Design], options: Mapping[str, Any]) -> Any:
     _check_names(options, [design])
     try:
         return design.Options(**options)
