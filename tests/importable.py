@@ -14,6 +14,9 @@ from pathlib import Path
 
 import numpy  # noqa: F401
 import pydantic  # noqa: F401
+import torch
+import torch._dynamo
+import torch.export  # noqa: F401
 
 PACKAGE = Path(__file__).parent.parent / "edit_compile"
 
