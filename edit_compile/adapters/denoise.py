@@ -39,8 +39,7 @@ def random_batch(
     """
     family = _family(model)
     made = inputs_for_size(model, height, width, batch=batch, device=device, dtype=dtype)
-    conditions = {name: value for name, value in made.inputs.items() if name not in family.denoise_arguments}
-    return family.latents(made.inputs, made.grid), conditions
+    return family.latents(made.inputs, made.grid), family.conditions(made.inputs)
 
 
 def _family(model: nn.Module) -> DiffusionFamily:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edit_compile.adapters.family import Size, TextToImageFamily, known_classes, lookup_family
 from edit_compile.adapters.hub_access import hub_access
+from edit_compile.adapters.latents import decode, encode
 from edit_compile.adapters.pipelines import dtype_kwarg, load_diffusers_pipeline
 from edit_compile.demo import models as demo
 from edit_compile.demo import text as demo_text
@@ -70,11 +71,7 @@ class PipelineEncoder:
     @torch.no_grad()
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
         """Encode images in [-1, 1] to latents (B, C, h, w) on the CPU, in the model's scale."""
-        vae = self.pipe.vae
-        encoded = vae.encode(images_B3HW.to(vae.device, vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        shift, scale = _shift_and_scale(vae)
-        return cast("Tensor", (latents - shift) * scale).cpu()
+        return encode(self.pipe.vae, images_B3HW).cpu()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) to images in [0, 1], (B, 3, H, W) on the CPU."""
@@ -151,15 +148,9 @@ def make_decoder(base: str | None, device: torch.device, dtype: torch.dtype) -> 
     return lambda latents: _decoded(vae(), latents)
 
 
-def _shift_and_scale(vae: Any) -> tuple[float, float]:
-    """Return what turns the VAE's latents into the model's: (latents - shift) * scale."""
-    return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-
-
 @torch.no_grad()
 def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    shift, scale = _shift_and_scale(vae)
-    return _to_unit_range(vae.decode(latents.to(vae.device, vae.dtype) / scale + shift, return_dict=False)[0].float().cpu())
+    return _to_unit_range(decode(vae, latents).float().cpu())
 
 
 def _to_unit_range(images: Tensor) -> Tensor:

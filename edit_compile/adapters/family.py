@@ -25,6 +25,10 @@ _MODULES = {
     "PixArtTransformer2DModel": "pixart",
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "QwenImageTransformer2DModel": "qwen_image",
+    "ZImageTransformer2DModel": "z_image",
+    "HunyuanImageTransformer2DModel": "hunyuan_image",
     "DiTTransformer2DModel": "dit",
     "VisionTransformer": "timm_vit",
 }
@@ -97,6 +101,10 @@ class DiffusionFamily(Family):
         """Call the model once; returns its prediction (B, C, H, W), without the variance that some predict in further channels."""
         prediction = model(hidden_states=x_BCHW, timestep=timesteps_B, return_dict=False, **conditions)[0]
         return cast("Tensor", prediction)[:, : x_BCHW.shape[1]]
+
+    def conditions(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of `inputs` are conditions, as `denoise` takes them."""
+        return {name: value for name, value in inputs.items() if name not in self.denoise_arguments}
 
     def latents(self, inputs: Mapping[str, Any], grid: Size) -> Tensor:
         """Return the noisy latents (B, C, H, W) of `inputs`, made for a grid of image tokens."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edit_compile.adapters.family import VAE_SCALE, InputSizes, Size, TextToImageFamily
+from edit_compile.adapters.packing import pack, position_ids, unpack
 
 PATCH = 2
 GUIDANCE = 3.5  # what models with distilled guidance are told; the default of FLUX's pipeline
@@ -26,7 +27,7 @@ class Flux(TextToImageFamily):
             "encoder_hidden_states": sizes.floats(sizes.text, model.config.joint_attention_dim),
             "pooled_projections": sizes.floats(model.config.pooled_projection_dim),
             "timestep": sizes.floats(),
-            "img_ids": image_ids(sizes.rows, sizes.columns),
+            "img_ids": position_ids(sizes.rows, sizes.columns, 1, 0),
             "txt_ids": text_ids(sizes.text),
             "return_dict": False,
         }
@@ -38,17 +39,17 @@ class Flux(TextToImageFamily):
     def denoise(self, model: Any, x_BCHW: Tensor, timesteps_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
         rows, columns = (side // PATCH for side in x_BCHW.shape[2:])
         (tokens_BNC,) = model(
-            hidden_states=pack(x_BCHW),
+            hidden_states=pack(x_BCHW, PATCH),
             timestep=timesteps_B / 1000,
-            img_ids=image_ids(rows, columns).to(x_BCHW),
+            img_ids=position_ids(rows, columns, 1, 0).to(x_BCHW),
             txt_ids=text_ids(conditions["encoder_hidden_states"].shape[1]).to(x_BCHW),
             return_dict=False,
             **conditions,
         )
-        return unpack(tokens_BNC, (rows, columns))
+        return unpack(tokens_BNC, (rows, columns), PATCH)
 
     def latents(self, inputs: Mapping[str, Any], grid: Size) -> Tensor:
-        return unpack(inputs["hidden_states"], grid)
+        return unpack(inputs["hidden_states"], grid, PATCH)
 
     def encode_captions(self, pipe: Any, captions: list[str], options: dict[str, Any]) -> dict[str, Tensor]:
         tokens, pooled, _ = pipe.encode_prompt(captions, **options)
@@ -63,25 +64,7 @@ class Flux(TextToImageFamily):
     def unpack_samples(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
         height, width = size
         step = PATCH * pipe.vae_scale_factor
-        return unpack(latents, (height // step, width // step))
-
-
-def pack(x_BCHW: Tensor) -> Tensor:
-    """Cut latents (B, C, 2 rows, 2 columns) into tokens (B, rows * columns, 4 C)."""
-    b, c, h, w = x_BCHW.shape
-    return x_BCHW.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, PATCH**2 * c)
-
-
-def unpack(tokens_BNC: Tensor, grid: Size) -> Tensor:
-    """Undo `pack`, given (rows, columns)."""
-    (b, _, c), (h, w) = tokens_BNC.shape, grid
-    return tokens_BNC.view(b, h, w, c // PATCH**2, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, PATCH * h, PATCH * w)
-
-
-def image_ids(rows: int, columns: int) -> Tensor:
-    """Number the image tokens: (rows * columns, 3) float32 of 0, row and column."""
-    row, column = torch.meshgrid(torch.arange(float(rows)), torch.arange(float(columns)), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
+        return unpack(latents, (height // step, width // step), PATCH)
 
 
 def text_ids(count: int) -> Tensor:
