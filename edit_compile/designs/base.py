@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from edit_compile.designs.ops.token_spans import aligned
 from edit_compile.frozen import Frozen
 from edit_compile.ir.plan import SiteKind
 from edit_compile.ir.site import Place, Site
@@ -37,7 +38,8 @@ class Tap:
         where: the place; `Site.channels` has those of the site.
         module: maps (B, C, *grid) to (B, C, *grid') or, if `form` is "tokens", (B, N, C) to (B, N, C).
         stride: by how much it thins each dimension of the grid, n to ceil(n / stride); () for not at all. The compiler samples
-            whatever is indexed by token and joins the tap's way (RoPE tables, masks) accordingly.
+            whatever is indexed by token and joins the tap's way (RoPE tables, masks) accordingly. Where the graph does not tell
+            the grid's dimensions, the stride is for the last ones: (2, 2) thins rows and columns, of every frame if there are frames.
         form: how the module takes image tokens.
     """
 
@@ -94,7 +96,7 @@ class Tokens(NamedTuple):
 
     def thinned(self, stride: Sequence[int]) -> Tokens:
         """Return the layout behind a tap of that stride, () for none."""
-        grid = tuple((n + s - 1) // s for n, s in zip(self.grid, stride, strict=True)) if stride else self.grid
+        grid = thinned_grid(self.grid, stride)
         lengths = tuple(math.prod(grid) if kind == IMAGE else n for kind, n in zip(self.kinds, self.lengths, strict=True))
         return Tokens(self.kinds, lengths, grid)
 
@@ -172,6 +174,11 @@ class Design(nn.Module, ABC):
     def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:
         """Say whether one matrix product may pair `rows` image tokens with `columns`: the audit asks. Default: never quadratic."""
         return min(rows, columns) <= 1
+
+
+def thinned_grid(grid: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Return the grid behind a tap of that stride, n to ceil(n / stride); () for none."""
+    return tuple((n + s - 1) // s for n, s in zip(grid, aligned(stride, len(grid)), strict=True))
 
 
 def tokens_of(x: Tensor, dim: int, grid: Tensor, kinds: Sequence[str], lengths: Sequence[int | None]) -> Tokens:

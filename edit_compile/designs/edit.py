@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
-from edit_compile.designs.ops.conv_modules import ConvFusion, SpatialCompressor
+from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
+from edit_compile.designs.ops.conv_modules import TEMPORAL_TAPS, ConvFusion, SpatialCompressor, Temporal
 from edit_compile.designs.ops.linear_attention import linear_attention, log_weights, matching_heads
 from edit_compile.designs.ops.site_checks import first_problem
 from edit_compile.frozen import Frozen
@@ -18,11 +18,17 @@ from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind
 
 Projection = Literal["conv-fusion", "compressor", "plain"]
-STRIDE = 2  # of the compressor, each way
+STRIDE = 2  # of the compressor, along rows and columns
+GRID_DIMS = (2, 3)  # images and videos
 
 
 class Edit(Design):
-    """Q = ReLU(Linear(ConvFusion(X))), K and V compressed, y_i = Q_i (sum K_j^T V_j) / (Q_i sum K_j)."""
+    """Q = ReLU(Linear(ConvFusion(X))), K and V compressed, y_i = Q_i (sum K_j^T V_j) / (Q_i sum K_j).
+
+    On the grid (t, h, w) of a video the convolutions are those of an image, frame by frame, and frames meet in the attention;
+    `temporal` lets the convolutions see neighbouring frames too. Where the graph does not tell whether the grid has time, an
+    image counts as a video of one frame.
+    """
 
     name = "edit"
 
@@ -34,6 +40,10 @@ class Edit(Design):
             query: "conv-fusion" (EDiT) or "plain", the model's own projection.
             key, value: "compressor" (EDiT), "conv-fusion" or "plain"; both compressed or neither, so that they stay paired.
             identity: start as close to the teacher as possible: ConvFusion adds nothing, the compressor samples.
+            temporal: what the convolutions see of a video's other frames: "none"; with a depthwise kernel of three frames that
+                starts as the identity, the frame before and the one after ("centred") or the two before ("causal", so that
+                no query, key or value depends on a later frame). Without meaning, and without effect, for images.
+            temporal_stride: by how much the compressor thins a video's frames; 2 needs a temporal kernel.
         """
 
         reduction: PositiveInt = 4
@@ -41,11 +51,17 @@ class Edit(Design):
         key: Projection = "compressor"
         value: Projection = "compressor"
         identity: bool = True
+        temporal: Temporal = "none"
+        temporal_stride: Literal[1, 2] = 1
 
         @model_validator(mode="after")
         def _paired(self) -> Edit.Options:
             if (self.key == "compressor") != (self.value == "compressor"):
                 raise ValueError(f"key={self.key!r} and value={self.value!r}: compress both or neither, keys and values are paired")
+            if self.temporal_stride != 1 and self.temporal == "none":
+                raise ValueError(f"temporal_stride={self.temporal_stride} needs temporal='centred' or 'causal', or frames would be lost")
+            if self.temporal_stride != 1 and not self.compresses:
+                raise ValueError(f"temporal_stride={self.temporal_stride} and key={self.key!r}: only the compressor thins frames")
             return self
 
         @property
@@ -54,13 +70,14 @@ class Edit(Design):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site)
-        if problem is None and not site.keys.only(TokenKind.IMAGE):
+        problem = first_problem(site, GRID_DIMS)
+        if problem is None and not (site.queries.only(TokenKind.IMAGE) and site.keys.only(TokenKind.IMAGE)):
             problem = "it is for attention between image tokens alone"
         return Verdict(problem is None, problem or "attention between image tokens")
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)
+        self.stride = stride(site, options)
         self.query = _module(options.query, "query", site, options)
         self.key = _module(options.key, "key", site, options)
         self.value = _module(options.value, "value", site, options)
@@ -76,7 +93,7 @@ class Edit(Design):
         )
         for before, after, module in places:
             if isinstance(module, SpatialCompressor):
-                yield Tap(after, module, module.stride)
+                yield Tap(after, module, self.stride)
             elif module is not None:
                 yield Tap(before, module)
 
@@ -87,25 +104,48 @@ class Edit(Design):
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        n, m = math.prod(grid), compressed_tokens(grid, options)
+        n, m = math.prod(grid), compressed_tokens(site, grid, options)
         linear = 2 * site.heads * site.head_dim * (m * site.value_dim + n * site.value_dim + n)
-        return linear + sum(_tap_flops(getattr(options, name), name, site, n, m, options) for name in ("query", "key", "value"))
+        return linear + sum(_tap_flops(getattr(options, name), name, site, grid, options) for name in ("query", "key", "value"))
 
 
-def compressed_tokens(grid: Sequence[int], options: Any) -> int:
+def temporal(site: Site, options: Any) -> Temporal:
+    """Return the temporal kernel that a site's convolutions get: none on the grid of an image."""
+    kind: Temporal = options.temporal
+    return kind if site.grid_dims != 2 else "none"
+
+
+def stride(site: Site, options: Any) -> tuple[int, ...]:
+    """Return by how much keys and values are thinned, along the last dimensions of the grid; () for not at all."""
+    if not options.compresses:
+        return ()
+    if site.grid_dims == 2 or (site.grid_dims is None and options.temporal_stride == 1):
+        return STRIDE, STRIDE
+    return options.temporal_stride, STRIDE, STRIDE
+
+
+def compressed_tokens(site: Site, grid: Sequence[int], options: Any) -> int:
     """Count the keys that stand for the image tokens of a grid."""
-    return math.prod(-(-n // STRIDE) for n in grid) if options.compresses else math.prod(grid)
+    return math.prod(thinned_grid(grid, stride(site, options)))
 
 
 def _module(kind: Projection, name: str, site: Site, options: Any) -> nn.Module | None:
+    frames, identity = temporal(site, options), options.identity
     if kind == "conv-fusion":
-        return ConvFusion(site.channels[f"before_{name}"], options.reduction, identity=options.identity)
-    return SpatialCompressor(site.channels[f"after_{name}"], stride=STRIDE, identity=options.identity) if kind == "compressor" else None
+        return ConvFusion(site.channels[f"before_{name}"], options.reduction, temporal=frames, identity=identity)
+    if kind == "plain":
+        return None
+    step = options.temporal_stride if frames != "none" else 1
+    return SpatialCompressor(site.channels[f"after_{name}"], stride=STRIDE, temporal=frames, temporal_stride=step, identity=identity)
 
 
-def _tap_flops(kind: Projection, name: str, site: Site, n: int, m: int, options: Any) -> int:
-    """20 C^2 N / reduction of ConvFusion, 18 C M of the compressor."""
+def _tap_flops(kind: Projection, name: str, site: Site, grid: Sequence[int], options: Any) -> int:
+    """20 C^2 N / reduction of ConvFusion, 18 C M of the compressor, M with all frames; 6 for each channel that leaves a temporal kernel."""
+    kernel = 2 * TEMPORAL_TAPS if temporal(site, options) != "none" else 0
     if kind == "conv-fusion":
         c = site.channels[f"before_{name}"]
-        return 20 * n * c * (c // int(options.reduction))
-    return 18 * m * site.channels[f"after_{name}"] if kind == "compressor" else 0
+        return math.prod(grid) * (c // int(options.reduction)) * (20 * c + kernel)
+    if kind == "plain":
+        return 0
+    in_space = math.prod(thinned_grid(grid, (STRIDE, STRIDE)))
+    return site.channels[f"after_{name}"] * (18 * in_space + kernel * compressed_tokens(site, grid, options))

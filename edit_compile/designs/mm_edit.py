@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Tokens, Verdict
-from edit_compile.designs.edit import STRIDE, Edit, compressed_tokens
+from edit_compile.designs.edit import GRID_DIMS, Edit, compressed_tokens
 from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
 from edit_compile.designs.ops.site_checks import first_problem
 from edit_compile.ir.site import Site
@@ -45,7 +45,7 @@ class MMEdit(Edit):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site)
+        problem = first_problem(site, GRID_DIMS)
         if problem is None and site.keys.only(TokenKind.IMAGE):
             problem = "it is for joint attention of image tokens and others"
         return Verdict(problem is None, problem or "image tokens and others attend jointly")
@@ -53,7 +53,6 @@ class MMEdit(Edit):
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)
         self.eta, self.scale = options.eta, site.softmax_scale
-        self.stride = (STRIDE, STRIDE) if options.compresses else ()
         self.needs_original = options.compresses and options.text_keys == "full"
         self.log_weight = nn.Parameter(torch.full((site.heads, 1, 1), START_LOG_WEIGHT)) if self.eta == "calibrated" else None
 
@@ -95,7 +94,7 @@ class MMEdit(Edit):
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        n, m = math.prod(grid), compressed_tokens(grid, options)
+        n, m = math.prod(grid), compressed_tokens(site, grid, options)
         seen = (n if options.text_keys == "full" else m) + others
         softmax = 2 * site.heads * (site.head_dim + site.value_dim) * others * (n + seen)
         return super().flops(site, grid, others, options) + softmax

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
-from edit_compile.designs.base import Design, Tap, Verdict
+from edit_compile.designs.base import Design, Tap, Verdict, thinned_grid
 from edit_compile.errors import ConfigError
 from edit_compile.passes.capture import PROBE_DTYPE, meta_copy, what_failed
 from edit_compile.passes.find_attention import Attention
@@ -86,7 +86,8 @@ def _check_tap(tap: Tap, modules: set[nn.Module], site: SiteGraph) -> None:
 def _check_stride(tap: Tap, site: SiteGraph) -> None:
     grid = example_grid(site.plan)
     steps = tap.stride if isinstance(tap.stride, tuple) else ()
-    if len(steps) != len(grid) or not all(isinstance(step, int) and step > 0 for step in steps):
+    fits = len(steps) == len(grid) or (site.plan.grid is None and len(steps) in (2, 3))
+    if not fits or not all(isinstance(step, int) and step > 0 for step in steps):
         raise Refused(f"the tap {tap.where!r} has stride={tap.stride!r}; it is a step of 1 or more for each of {len(grid)} dimensions")
     if not tap.where.endswith(("_key", "_value")):
         raise Refused(f"the tap {tap.where!r} thins tokens: only keys and values can be thinned")
@@ -101,7 +102,7 @@ def _check_stride(tap: Tap, site: SiteGraph) -> None:
 def _check_result(tap: Tap, site: SiteGraph) -> None:
     """Call a tap's module as the rewritten site does, in the example's grid, and refuse a result of another shape than it says."""
     grid, channels = example_grid(site.plan), site.facts.channels[tap.where]
-    thinned = tuple(-(-size // step) for size, step in zip(grid, tap.stride or (1,) * len(grid), strict=True))
+    thinned = thinned_grid(grid, tap.stride)
     given, wanted = (_EXAMPLE_BATCH, channels, *grid), (_EXAMPLE_BATCH, channels, *thinned)
     if tap.form == "tokens":
         given, wanted = ((_EXAMPLE_BATCH, torch.Size(sizes).numel(), channels) for sizes in (grid, thinned))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -81,13 +80,6 @@ def test_a_design_judges_the_facts(name, facts, reason):
     verdict = design.accepts(site(**facts), design.Options())
     assert verdict.ok is (reason is None)
     assert reason is None or verdict.reason == reason
-
-
-def test_video_is_refused_by_the_designs_that_do_not_compress_time():
-    for name, layout in LAYOUTS.items():
-        verdict = find_design(name).accepts(replace(site(layout), grid_dims=3), find_design(name).Options())
-        assert not verdict.ok
-        assert verdict.reason.startswith("video: the grid has time")
 
 
 def test_by_default_no_product_of_image_tokens_by_image_tokens_is_allowed():
@@ -196,7 +188,10 @@ def test_impossible_configurations_are_refused(case):
         ({"design": "edt"}, "unknown design 'edt'"),
         ({"design": "edit", "options": {"eta": "ratio"}}, "unknown option 'eta'"),
         ({"design": "keep", "options": {"reduction": 2}}, "design='keep' has no options"),
-        ({"design": "edit", "options": {"reductoin": 2}}, r"did you mean 'reduction'\? there are: reduction, query, key, value, identity$"),
+        (
+            {"design": "edit", "options": {"reductoin": 2}},
+            r"did you mean 'reduction'\? there are: reduction, query, key, value, identity, temporal, temporal_stride$",
+        ),
         ({"design": "auto"}, "design='auto' is not for rules: give a rule for each of mm-edit, edit"),
         ({}, "^design is missing: it has no default$"),
         ({"design": "edit", "path": "*"}, r"unknown option 'path': did you mean 'paths'\?"),

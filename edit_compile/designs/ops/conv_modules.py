@@ -1,16 +1,25 @@
 """The trainable modules that EDiT adds: ConvFusion before the query's Linear, the compressor after the key's and value's.
 
-Both map images (B, C, h, w), as taps do.
+They map images (B, C, h, w) and videos (B, C, t, h, w), as taps do. In a video every frame is an image of its own, the
+group norm's statistics included; what frames exchange, they exchange in a `TemporalKernel`. So a frame's result depends on
+no other frame without one, on none after it with a causal one, and never on the length of the clip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError
 
 MAX_GROUPS = 32
+TEMPORAL_TAPS = 3  # frames that a temporal kernel sees
+
+Temporal = Literal["none", "centred", "causal"]
 
 
 def group_count(channels: int) -> int:
@@ -18,19 +27,62 @@ def group_count(channels: int) -> int:
     return next(g for g in range(min(MAX_GROUPS, channels), 0, -1) if channels % g == 0)
 
 
+def per_frame(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a module that maps images (B, C, h, w) on an image, or on every frame of a video (B, C, t, h, w)."""
+    if x.ndim == 4:
+        return module(x)
+    frames = module(x.transpose(1, 2).flatten(0, 1))
+    return torch.unflatten(frames, 0, (-1, x.shape[2])).transpose(1, 2)
+
+
+class TemporalKernel(nn.Conv2d):
+    """A depthwise convolution over time, (B, C, t, h, w) to (B, C, ceil(t / stride), h, w); an image is a video of one frame.
+
+    Of three taps, the middle one is a frame's own if it is centred, the last one if it is causal, which sees no later frame.
+    With `identity` that tap starts at one and the others at zero.
+
+    Raises:
+        ConfigError: `temporal` is "none", for which there is no kernel.
+    """
+
+    def __init__(self, channels: int, temporal: Temporal, *, stride: int = 1, identity: bool = True) -> None:
+        if temporal == "none":
+            raise ConfigError("temporal='none' has no kernel")
+        # Rows are frames and columns their positions, so that it is a convolution in two dimensions, which all backends run well.
+        super().__init__(channels, channels, (TEMPORAL_TAPS, 1), stride=(stride, 1), groups=channels)
+        before = (TEMPORAL_TAPS - 1) // 2 if temporal == "centred" else TEMPORAL_TAPS - 1
+        self.frames_around = (before, TEMPORAL_TAPS - 1 - before)
+        if identity:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+            with torch.no_grad():
+                self.weight[:, :, before] = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return self.forward(x.unsqueeze(2)).squeeze(2)
+        padded = F.pad(x.flatten(3), (0, 0, *self.frames_around))
+        return torch.unflatten(super().forward(padded), 3, x.shape[3:])
+
+
+def _temporal(channels: int, temporal: Temporal, *, stride: int = 1, identity: bool) -> TemporalKernel | None:
+    return TemporalKernel(channels, temporal, stride=stride, identity=identity) if temporal != "none" else None
+
+
 class ConvFusion(nn.Module):
     """X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X)))) (EDiT, arXiv 2503.16726): local context for the query.
 
     The 3x3 reduces the channels `reduction` times, the 1x1 restores them; with `identity` it starts at zero, so
-    that an untrained query equals the teacher's.
+    that an untrained query equals the teacher's. A temporal kernel follows the 3x3, on the reduced channels.
     """
 
-    def __init__(self, channels: int, reduction: int, *, identity: bool = True) -> None:
+    def __init__(self, channels: int, reduction: int, *, temporal: Temporal = "none", identity: bool = True) -> None:
         super().__init__()
         if reduction < 1 or channels % reduction:
             raise ConfigError(f"reduction={reduction} does not divide the {channels} channels of this site")
         hidden = channels // reduction
         self.reduce = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.temporal = _temporal(hidden, temporal, identity=identity)
         self.norm = nn.GroupNorm(group_count(hidden), hidden)
         self.activation = nn.LeakyReLU(0.01)
         self.restore = nn.Conv2d(hidden, channels, 1)
@@ -38,30 +90,37 @@ class ConvFusion(nn.Module):
             for parameter in self.restore.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        hidden: Tensor = self.restore(self.activation(self.norm(self.reduce(x_BChw))))
-        return x_BChw + hidden
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = per_frame(self.reduce, x)
+        if self.temporal is not None:
+            hidden = self.temporal(hidden)
+        return x + per_frame(lambda frame: self.restore(self.activation(self.norm(frame))), hidden)
 
 
 class SpatialCompressor(nn.Module):
     """DepthwiseConv3x3, stride 2 (EDiT): a quarter of the keys or values; an odd grid gives ceil(h/2) x ceil(w/2).
 
-    With `identity` the kernels start as centre taps, which sample the teacher's own keys and values.
+    A temporal kernel follows, and may thin the frames to ceil(t / temporal_stride). With `identity` the kernels start as
+    single taps, which sample the teacher's own keys and values.
+
+    Raises:
+        ConfigError: frames are to be thinned without a temporal kernel: those between would be lost.
     """
 
-    def __init__(self, channels: int, *, stride: int = 2, identity: bool = True) -> None:
+    def __init__(
+        self, channels: int, *, stride: int = 2, temporal: Temporal = "none", temporal_stride: int = 1, identity: bool = True
+    ) -> None:
         super().__init__()
+        if temporal == "none" and temporal_stride != 1:
+            raise ConfigError(f"temporal_stride={temporal_stride} needs temporal='centred' or 'causal': without a kernel frames are lost")
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, groups=channels)
+        self.temporal = _temporal(channels, temporal, stride=temporal_stride, identity=identity)
         if identity:
             for parameter in self.conv.parameters():
                 nn.init.zeros_(parameter)
             with torch.no_grad():
                 self.conv.weight[:, :, 1, 1] = 1
 
-    @property
-    def stride(self) -> tuple[int, ...]:
-        return tuple(map(int, self.conv.stride))
-
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        compressed: Tensor = self.conv(x_BChw)
-        return compressed
+    def forward(self, x: Tensor) -> Tensor:
+        compressed = per_frame(self.conv, x)
+        return compressed if self.temporal is None else self.temporal(compressed)

@@ -54,19 +54,36 @@ def cut_image(x: Tensor, dim: int, grid: Tensor, before: int | None, after: int 
     return x.narrow(dim, 0, start), x.narrow(dim, start, stop - start), x.narrow(dim, stop, length - stop)
 
 
+def aligned(stride: Sequence[int], dims: int) -> tuple[int, ...]:
+    """Return a stride's step in each of `dims` dimensions of a grid: the last ones are its own, an image is one frame of a video."""
+    return (*(1,) * (dims - len(stride)), *stride[max(0, len(stride) - dims) :])
+
+
 def sample_axis(x: Tensor, dim: int, grid: Tensor, before: int | None, after: int | None, stride: Sequence[int]) -> Tensor:
     """Sample a table by token, RoPE's or a mask, at the window centres of a tap with that stride; other tokens stay.
 
-    (..., before + prod(grid) + after, ...) to (..., before + prod(ceil(grid / stride)) + after, ...) along `dim`.
+    (..., before + prod(grid) + after, ...) to (..., before + prod(ceil(grid / stride)) + after, ...) along `dim`. See `aligned`.
     """
     front, image, back = cut_image(x, dim, grid, before, after)
     sampled = torch.unflatten(image, dim, tuple(grid.shape))
-    for axis, step in enumerate(stride):
+    for axis, step in enumerate(aligned(stride, grid.ndim)):
         sampled = sampled.transpose(0, dim + axis)[::step].transpose(0, dim + axis) if step > 1 else sampled
-    sampled = sampled.flatten(dim, dim + len(stride) - 1)
+    sampled = sampled.flatten(dim, dim + grid.ndim - 1)
     if before == 0 and after == 0:
         return sampled
     return torch.cat([front, sampled, back], dim)
+
+
+def every_nth(x: Tensor, dim: int, grid: Tensor, index: int, stride: Sequence[int]) -> Tensor:
+    """Sample a table along the dimension `dim`, which is that of number `index` of the grid, as `sample_axis` samples all of them."""
+    step = aligned(stride, grid.ndim)[index]
+    return x.transpose(0, dim)[::step].transpose(0, dim) if step > 1 else x
+
+
+def dropped_tokens(grid: Tensor, stride: Sequence[int]) -> int:
+    """Count by how many image tokens a thinned grid has fewer."""
+    steps = aligned(stride, grid.ndim)
+    return math.prod(grid.shape) - math.prod((n + step - 1) // step for n, step in zip(grid.shape, steps, strict=True))
 
 
 def on_images(module: torch.nn.Module, x_BNC: Tensor, grid: Tensor) -> Tensor:
