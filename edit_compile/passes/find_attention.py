@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from edit_compile.passes.canonicalize import MATMULS, SDPA
+from edit_compile.passes.canonicalize import SDPA
 from edit_compile.passes.graph_walk import argument, module_path, operand, optional_operand, upstream
+from edit_compile.passes.products import MATMULS
 
 aten = torch.ops.aten
 LINEARS = (aten.linear.default, aten.addmm.default)

@@ -13,12 +13,12 @@ from edit_compile.errors import PlanError
 from edit_compile.ir.plan import KEEP, MaskKind, Refusal, SiteKind, SitePlan
 from edit_compile.ir.tokens import TokenKind, TokenLayout
 from edit_compile.passes.axes.algebra import Axis, AxisSegment, axes_of, axis_size
-from edit_compile.passes.canonicalize import SOFTMAXES
 from edit_compile.passes.classify_tokens import TokenMap
 from edit_compile.passes.find_attention import Attention, contractions
 from edit_compile.passes.find_feed_forward import FeedForward
-from edit_compile.passes.graph_walk import module_path, number, shape_of
+from edit_compile.passes.graph_walk import module_path, number, op_name, shape_of
 from edit_compile.passes.masks import same_for_all_queries
+from edit_compile.passes.read_attention import SOFTMAXES, UNREAD
 from edit_compile.passes.site_graph import refusal
 
 MAX_GRID_DIMS = 3
@@ -85,6 +85,8 @@ def _of_attention(facts: _Facts, tokens: TokenMap, config: LinearizeConfig, choi
     attention = facts.attention
     plan = _site_plan(attention.path, facts.query_axis, axes_of(attention.key, tokens.axes)[-2], tokens, index=attention.index)
     plan = plan.model_copy(update={"mask": _mask_kind(attention), "causal": attention.causal})
+    if (lost := _lost(facts)) is not None:
+        return Candidate(plan.kept(lost, refusal(lost, attention.node)))
     if (nothing_to_do := _takes_no_part(facts)) is not None:
         return Candidate(plan.kept(nothing_to_do))
     reason = next((reason for check in _CHECKS if (reason := check(facts)) is not None), None)
@@ -127,6 +129,14 @@ def _not_named(plan: SitePlan, choices: Sequence[Choice]) -> str:
 
 
 # ------------------------------------------------------------------ what no design can do anything about
+
+
+def _lost(facts: _Facts) -> str | None:
+    """Refuse where image tokens came through an operator of which is not known where it puts them."""
+    attention = facts.attention
+    operands = (axes_of(node, facts.tokens.axes) for node in (attention.query, attention.key, attention.value))
+    name = facts.tokens.operator_without_rule(*(axes[-2] for axes in operands))
+    return f"{name} has no rule: where it puts image tokens is unknown" if name is not None else None
 
 
 def _takes_no_part(facts: _Facts) -> str | None:
@@ -232,7 +242,7 @@ def _unread_sites(graph: fx.Graph, tokens: TokenMap) -> Iterator[SitePlan]:
     seen: set[str] = set()
     for node in graph.nodes:
         axes, path = tokens.axes.get(node), module_path(node)
-        if node.target not in SOFTMAXES or not isinstance(axes, tuple) or len(axes) < 2 or path in seen:
+        if op_name(node) not in SOFTMAXES or not isinstance(axes, tuple) or len(axes) < 2 or path in seen:
             continue
         dim = number(node, 1) % len(axes)
         rows, columns = axes[dim - 1 if dim == len(axes) - 1 else dim + 1], axes[dim]
