@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models
-from edit_compile.demo.prompt_adherence import prompt_adherence
+from edit_compile.demo.prompt_adherence import motion_adherence, prompt_adherence
 
 PROMPTS, STEPS = 200, 25
 
@@ -25,11 +25,16 @@ def main() -> None:
         "| model | parameters | objects | colour and position | shape |",
         "|---|---|---|---|---|",
     ]
-    for source in models.SOURCES:
+    for source in [f"demo/{name}" for name in models.IMAGE_NAMES]:
         model = load_model(source).model
         found = prompt_adherence(model, PROMPTS, steps=STEPS)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         lines.append(f"| {source} | {size:.2f}M | {found.objects} | {found.colour_and_place:.1%} | {found.shape:.1%} |")
+    teacher = load_model(f"demo/{models.VIDEO_NAME}").model
+    moved, size = motion_adherence(teacher, PROMPTS, steps=STEPS), sum(p.numel() for p in teacher.parameters()) / 1e6
+    lines += ["", "| model | parameters | clips | colour | shape | motion | all three |", "|---|---|---|---|---|---|---|"]
+    shares = " | ".join(f"{share:.1%}" for share in (moved.colour, moved.shape, moved.motion, moved.all))
+    lines.append(f"| demo/{models.VIDEO_NAME} | {size:.2f}M | {moved.clips} | {shares} |")
     text = "\n".join([*lines, ""])
     print(text) if out is None else out.write_text(text)
 

@@ -1,6 +1,6 @@
 """How good a distilled student is, and what the layerwise fit brings: `python benchmarks/distillation.py --out runs/distillation`.
 
-Both demo models, by their recipes, with and without the layerwise fit at equal training time, several seeds. Reported are the
+Both demo models of images, by their recipes, with and without the layerwise fit at equal training time, several seeds. Reported are the
 relative validation error (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) and prompt adherence on
 the same 200 held-out captions and seeds as the teacher's.
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", nargs="*", choices=models.NAMES, default=list(models.NAMES))
+    parser.add_argument("--models", nargs="*", choices=models.IMAGE_NAMES, default=list(models.IMAGE_NAMES))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     timed = {name: seconds_per_step(f"demo-{name}", args.out / name) for name in args.models}

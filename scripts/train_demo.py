@@ -22,16 +22,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit_compile.demo import models, shapes
-from edit_compile.demo.prompt_adherence import prompt_adherence
+from edit_compile.demo import models, motion, shapes
+from edit_compile.demo.prompt_adherence import motion_adherence, prompt_adherence
 
 COOL_DOWN = 1 / 3
-STEPS = {"mm-dit": 4_500, "dit": 3_500}
+STEPS = {"mm-dit": 4_500, "dit": 3_500, "video-dit": 6_000}
+BATCH = {"mm-dit": 16, "dit": 16, "video-dit": 8}
+SIGMA_SHIFT = {"mm-dit": 0.0, "dit": 0.0, "video-dit": 0.5}  # equal frames show through more noise
 
 
-def batch(step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Make a step's images, (B, 3, 32, 32) in [-1, 1], and captions, a tenth of them empty: a function of step and seed alone."""
+def batch(name: str, step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Make a step's images (B, 3, 32, 32), or clips (B, 3, 8, 24, 24), in [-1, 1], and captions, a tenth of them empty.
+
+    All is a function of name, step and seed alone.
+    """
     rng = random.Random(seed * 1_000_003 + step)
+    if name == models.VIDEO_NAME:
+        clips = [motion.random_clip(rng) for _ in range(size)]
+        videos = torch.from_numpy(np.stack([motion.render(clip) for clip in clips])).permute(0, 4, 1, 2, 3) * 2 - 1
+        return videos, ["" if rng.random() < 0.1 else motion.caption(clip) for clip in clips]
     drawn = [shapes.random_scene(rng) for _ in range(size)]
     images = torch.from_numpy(np.stack([shapes.render(scene) for scene in drawn])).permute(0, 3, 1, 2) * 2 - 1
     return images, ["" if rng.random() < 0.1 else shapes.caption(scene) for scene in drawn]
@@ -119,13 +128,13 @@ def main() -> None:
     parser.add_argument("name", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help=f"default: as many as the shipped weights were trained for, {STEPS}")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help=f"default: {BATCH}")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    args.steps = args.steps or STEPS[args.name]
+    args.steps, args.batch = args.steps or STEPS[args.name], args.batch or BATCH[args.name]
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -142,11 +151,11 @@ def main() -> None:
         rate = min(1, step / 200, (1 - step / args.steps) / COOL_DOWN) * args.lr
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
-        images, captions = batch(step, args.batch, args.seed)
+        images, captions = batch(args.name, step, args.batch, args.seed)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         noise = torch.randn(images.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(len(images), generator=generator))
-        x = torch.lerp(images, noise, sigma[:, None, None, None])
+        sigma = torch.sigmoid(torch.randn(len(images), generator=generator) + SIGMA_SHIFT[args.name])
+        x = torch.lerp(images, noise, sigma.view(-1, *[1] * (images.ndim - 1)))
         velocity = models.predict(step_model, x, sigma, models.conditions(model, captions))
         loss = (velocity - (noise - images)).square().mean()
         model.zero_grad()
@@ -169,7 +178,8 @@ def main() -> None:
             averaged.load_state_dict(ema)
             averaged.eval().save_pretrained(args.out / "model")
             if (step + 1) % (4 * args.save_every) == 0 or step + 1 == args.steps:
-                found = prompt_adherence(averaged, 60 if step + 1 < args.steps else 200)
+                adherence = motion_adherence if args.name == models.VIDEO_NAME else prompt_adherence
+                found = adherence(averaged, 60 if step + 1 < args.steps else 200)
                 print(json.dumps({"step": step + 1, **found.to_dict()}), flush=True)
 
 

@@ -19,7 +19,8 @@ from edit_compile.demo.text import TEXT_LENGTH
 
 VAE_SCALE, RGB = 8, 3
 DEFAULT_SIDES = (1024, 2048, 4096)  # pixels
-Size = tuple[int, int]  # height and width, or rows and columns
+Size = tuple[int, int]  # height and width in pixels, or rows and columns of image tokens
+Extent = tuple[int, ...]  # a Size, or of videos (frames, height, width): in pixels, or in image tokens
 
 _MODULES = {
     "PixArtTransformer2DModel": "pixart",
@@ -29,6 +30,7 @@ _MODULES = {
     "QwenImageTransformer2DModel": "qwen_image",
     "ZImageTransformer2DModel": "z_image",
     "HunyuanImageTransformer2DModel": "hunyuan_image",
+    "WanTransformer3DModel": "wan",
     "DiTTransformer2DModel": "dit",
     "VisionTransformer": "timm_vit",
 }
@@ -41,6 +43,7 @@ class InputSizes:
     Attributes:
         text: number of text tokens.
         rows, columns: of image tokens.
+        frames: of image tokens; 1 for images.
     """
 
     batch: int
@@ -49,6 +52,7 @@ class InputSizes:
     columns: int
     device: torch.device
     dtype: torch.dtype
+    frames: int = 1
 
     def floats(self, *shape: int) -> Tensor:
         """Make a tensor (B, *shape)."""
@@ -72,8 +76,16 @@ class Family(ABC):
         """Return how many pixels of the finished image an image token spans, each way."""
 
     @abstractmethod
-    def default_sizes(self, model: Any) -> tuple[Size, ...]:
-        """Return the image sizes (height, width) in pixels that the model is usually used at."""
+    def default_sizes(self, model: Any) -> tuple[Extent, ...]:
+        """Return the image sizes (height, width) in pixels, or (frames, height, width), that the model is usually used at."""
+
+    def default_frames(self, model: Any) -> int | None:
+        """Return how many frames the videos usually have that the model makes; None for a model of images."""
+        return None
+
+    def token_frames(self, model: Any, frames: int) -> int | None:
+        """Return how many frames of image tokens stand for a video's frames; None if the model cannot take so many."""
+        return None
 
     def text_tokens(self, model: Any) -> int:
         """Return how many text tokens the model's pipeline passes."""
@@ -83,8 +95,8 @@ class Family(ABC):
         """Say why the model cannot take a grid of rows x columns image tokens; None if it can."""
         return None
 
-    def example_grid(self, model: Any) -> Size:
-        """Return the rows and columns of image tokens to capture the model with.
+    def example_grid(self, model: Any) -> Extent:
+        """Return the rows and columns, or frames, rows and columns, of image tokens to capture the model with.
 
         No two sizes should be equal and none 1: equal sizes would merge in the graph. Nor may image and text tokens together be as many
         as the model has channels.
@@ -93,7 +105,10 @@ class Family(ABC):
 
 
 class DiffusionFamily(Family):
-    """A family of diffusers' denoising transformers: `hidden_states` (B, C, H, W) and `timestep` (B,) in [0, 1000)."""
+    """A family of diffusers' denoising transformers: `hidden_states` (B, C, H, W) and `timestep` (B,) in [0, 1000).
+
+    Latents of videos are (B, C, T, H, W).
+    """
 
     denoise_arguments: ClassVar[Sequence[str]] = ("hidden_states", "timestep", "return_dict")  # those `denoise` passes itself
 
@@ -106,7 +121,7 @@ class DiffusionFamily(Family):
         """Return what of `inputs` are conditions, as `denoise` takes them."""
         return {name: value for name, value in inputs.items() if name not in self.denoise_arguments}
 
-    def latents(self, inputs: Mapping[str, Any], grid: Size) -> Tensor:
+    def latents(self, inputs: Mapping[str, Any], grid: Extent) -> Tensor:
         """Return the noisy latents (B, C, H, W) of `inputs`, made for a grid of image tokens."""
         return cast("Tensor", inputs["hidden_states"])
 
@@ -118,7 +133,7 @@ class DiffusionFamily(Family):
     def pixels_per_token(self, model: Any) -> int:
         return int(model.config.patch_size) * (1 if is_pixel_space(model) else VAE_SCALE)
 
-    def default_sizes(self, model: Any) -> tuple[Size, ...]:
+    def default_sizes(self, model: Any) -> tuple[Extent, ...]:
         """Return a pixel-space model's own size, twice and four times it; for latent models, squares of 1024, 2048 and 4096."""
         if is_pixel_space(model):
             return tuple((model.config.sample_size * n, model.config.sample_size * n) for n in (1, 2, 4))

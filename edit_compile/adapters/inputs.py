@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit_compile.adapters.family import Family, InputSizes, Size, known_classes, lookup_family
+from edit_compile.adapters.family import Extent, Family, InputSizes, known_classes, lookup_family
 from edit_compile.errors import GridError, NoExampleInputsError
 
 _EXAMPLE_BATCH, _EXAMPLE_TEXT = 2, 13
@@ -16,16 +16,16 @@ _EXAMPLE_BATCH, _EXAMPLE_TEXT = 2, 13
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """One forward for images of a given size.
+    """One forward for images or videos of a given size.
 
     Attributes:
         inputs: keyword arguments of the forward.
-        grid: (rows, columns) of image tokens.
+        grid: (rows, columns) of image tokens, or (frames, rows, columns).
         text: number of text tokens.
     """
 
     inputs: dict[str, Any]
-    grid: Size
+    grid: Extent
     text: int
 
 
@@ -36,7 +36,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         NoExampleInputsError: the model's family has no adapter.
     """
     family = _family(model)
-    sizes = InputSizes(_EXAMPLE_BATCH, _EXAMPLE_TEXT, *family.example_grid(model), torch.device("meta"), torch.bfloat16)
+    *frames, rows, columns = family.example_grid(model)
+    sizes = InputSizes(_EXAMPLE_BATCH, _EXAMPLE_TEXT, rows, columns, torch.device("meta"), torch.bfloat16, *frames)
     return family.inputs(model, sizes)
 
 
@@ -45,6 +46,7 @@ def inputs_for_size(
     height: int,
     width: int,
     *,
+    frames: int | None = None,
     batch: int = 1,
     text: int | None = None,
     device: torch.device | str = "meta",
@@ -53,6 +55,7 @@ def inputs_for_size(
     """Make the inputs of one forward for images of height x width pixels: random, or empty on the meta device.
 
     Args:
+        frames: of a model of videos; default: as many as its videos usually have.
         text: number of text tokens; default: as many as the model's pipeline passes.
 
     Raises:
@@ -60,6 +63,7 @@ def inputs_for_size(
         NoExampleInputsError: the model's family has no adapter.
     """
     family, step = _family(model), pixels_per_token(model)
+    video = _token_frames(family, model, frames)
     refused = f"{type(model).__name__} does not support {height} x {width} px"
     if min(height, width) < step or height % step or width % step:
         raise GridError(f"{refused}: both sides must be multiples of {step}, the pixels of a token")
@@ -68,8 +72,21 @@ def inputs_for_size(
     if reason is not None:
         raise GridError(f"{refused}: {reason}")
     tokens = text if text is not None else family.text_tokens(model)
-    sizes = InputSizes(batch, tokens, rows, columns, torch.device(device), dtype)
-    return ImageInputs(family.inputs(model, sizes), (rows, columns), tokens)
+    sizes = InputSizes(batch, tokens, rows, columns, torch.device(device), dtype, *video)
+    return ImageInputs(family.inputs(model, sizes), (*video, rows, columns), tokens)
+
+
+def _token_frames(family: Family, model: nn.Module, frames: int | None) -> tuple[int, ...]:
+    """Return the frames of image tokens of a video, as a tuple of one; an empty one for a model of images."""
+    usual = family.default_frames(model)
+    if usual is None:
+        if frames is not None:
+            raise GridError(f"{type(model).__name__} makes images, not videos of {frames} frames: give height and width alone")
+        return ()
+    found = family.token_frames(model, frames if frames is not None else usual)
+    if found is None:
+        raise GridError(f"{type(model).__name__} does not support {frames} frames; it is usually used with {usual}")
+    return (found,)
 
 
 def pixels_per_token(model: nn.Module) -> int:
@@ -81,8 +98,10 @@ def pixels_per_token(model: nn.Module) -> int:
     return _family(model).pixels_per_token(model)
 
 
-def default_sizes(model: nn.Module) -> tuple[Size, ...]:
-    """Return the image sizes (height, width) in pixels that the model is usually used at; not all need be possible.
+def default_sizes(model: nn.Module) -> tuple[Extent, ...]:
+    """Return the sizes (height, width) in pixels, or (frames, height, width), that the model is usually used at.
+
+    Not all need be possible.
 
     Raises:
         NoExampleInputsError: the model's family has no adapter.

@@ -1,4 +1,4 @@
-"""The two demo transformers: their configurations, how to call them, and how to sample from them."""
+"""The demo transformers, two for images and one for video: their configurations, how to call them, and how to sample from them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from edit_compile.demo import shapes, text
+from edit_compile.demo import motion, shapes, text
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-NAMES = ("mm-dit", "dit")
+IMAGE_NAMES, VIDEO_NAME = ("mm-dit", "dit"), "video-dit"
+NAMES = (*IMAGE_NAMES, VIDEO_NAME)
 SOURCES = tuple(f"demo/{name}" for name in NAMES)  # what users call them
 GUIDANCE = 2.0
 
@@ -26,12 +27,12 @@ def folder(name: str) -> Path:
 
 
 def untrained(name: str) -> ModelMixin:
-    """Make a freshly initialised demo model: `mm-dit` (an SD3 transformer) or `dit` (a PixArt transformer).
+    """Make a freshly initialised demo model: `mm-dit` (SD3's transformer), `dit` (PixArt's) or `video-dit` (Wan's).
 
     Raises:
         ValueError: there is no model of that name.
     """
-    from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+    from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
 
     if name == "mm-dit":
         return SD3Transformer2DModel(
@@ -64,11 +65,29 @@ def untrained(name: str) -> ModelMixin:
             use_additional_conditions=False,
             interpolation_scale=1,
         )
+    if name == VIDEO_NAME:
+        return WanTransformer3DModel(
+            patch_size=(1, 4, 4),
+            num_attention_heads=3,
+            attention_head_dim=32,
+            in_channels=3,
+            out_channels=3,
+            text_dim=text.TEXT_CHANNELS,
+            freq_dim=128,
+            ffn_dim=384,
+            num_layers=4,
+        )
     raise ValueError(f"no demo model {name!r}; there are: {', '.join(NAMES)}")
 
 
 def conditions(model: nn.Module, captions: Sequence[str]) -> dict[str, Any]:
-    """Make the keyword arguments of the model's forward that carry B captions, tensors (B, ...)."""
+    """Make the keyword arguments of the model's forward that carry B captions, tensors (B, ...).
+
+    Raises:
+        ValueError: a caption has words that the model was not trained with, or too many.
+    """
+    if draws_video(model):
+        return {"encoder_hidden_states": text.encode(captions, text.MOTION_VOCABULARY)[0]}
     tokens, pooled, mask = text.encode(captions)
     if hasattr(model, "context_embedder"):
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
@@ -76,8 +95,13 @@ def conditions(model: nn.Module, captions: Sequence[str]) -> dict[str, Any]:
     return {"encoder_hidden_states": tokens, "encoder_attention_mask": mask, "added_cond_kwargs": added}
 
 
+def draws_video(model: nn.Module) -> bool:
+    """Return whether a demo model draws clips (B, 3, frames, H, W), not images (B, 3, H, W)."""
+    return hasattr(model, "patch_embedding")
+
+
 def predict(model: Callable[..., Any], x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
-    """Predict the rectified-flow velocity noise - x_0 from x = (1 - sigma) x_0 + sigma noise, (B, 3, H, W); sigma is (B,)."""
+    """Predict the rectified-flow velocity noise - x_0 from x = (1 - sigma) x_0 + sigma noise, (B, 3, ...); sigma is (B,)."""
     return cast("Tensor", model(hidden_states=x, timestep=sigma * 1000, return_dict=False, **condition)[0])
 
 
@@ -89,15 +113,18 @@ def sample(
     seed: int = 0,
     steps: int = 25,
     guidance: float = GUIDANCE,
-    height: int = shapes.IMAGE_SIZE,
-    width: int = shapes.IMAGE_SIZE,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Tensor:
-    """Sample images (B, 3, height, width) in [0, 1] for B captions, with Euler steps and classifier-free guidance.
+    """Sample B captions' images (B, 3, height, width), or clips (B, 3, 8, height, width), in [0, 1].
+
+    Euler steps with classifier-free guidance. The default sides are those of the training data.
 
     Raises:
         ValueError: a caption has unknown words, or too many.
     """
-    x = torch.randn(len(captions), 3, height, width, generator=torch.Generator().manual_seed(seed))
+    frames, side = ((motion.FRAMES,), motion.SIDE) if draws_video(model) else ((), shapes.IMAGE_SIZE)
+    x = torch.randn(len(captions), 3, *frames, height or side, width or side, generator=torch.Generator().manual_seed(seed))
     condition = conditions(model, [*captions, *[""] * len(captions)])
     sigmas = torch.linspace(1, 0, steps + 1)
     for now, after in itertools.pairwise(sigmas):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from edit_compile.demo import models, shapes
+from edit_compile.demo import models, motion, shapes
 
 HELD_OUT_SEED = 10_000  # of captions; training draws its scenes from other seeds
 _BATCH = 50
@@ -44,3 +44,40 @@ def prompt_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_O
     placed = torch.tensor([check.colour_and_place for check in checks], dtype=torch.float64)
     shaped = torch.tensor([check.shape for check in checks], dtype=torch.float64)
     return PromptAdherence(len(checks), placed.mean().item(), shaped.mean().item())
+
+
+@dataclass(frozen=True)
+class MotionAdherence:
+    """Shares in [0, 1] of `clips` described clips whose object has the right colour; the right shape and motion as well; and all three."""
+
+    clips: int
+    colour: float
+    shape: float
+    motion: float
+    all: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def held_out_clips(count: int, seed: int = HELD_OUT_SEED) -> list[motion.Clip]:
+    """Return the first clips of a reproducible stream that is never trained on."""
+    return list(itertools.islice(motion.clips(seed), count))
+
+
+def motion_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_OUT_SEED, steps: int = 25) -> MotionAdherence:
+    """Sample clips of 8 frames of 24 x 24 px for the captions of `prompts` held-out clips, and check each."""
+    clips = held_out_clips(prompts, seed)
+    checks: list[motion.ClipCheck] = []
+    for start in range(0, prompts, _BATCH):
+        part = clips[start : start + _BATCH]
+        videos = models.sample(model, [motion.caption(clip) for clip in part], seed=start, steps=steps)
+        checks += [motion.check(video.permute(1, 2, 3, 0).numpy(), clip) for video, clip in zip(videos, part, strict=True)]
+    shares = {
+        "colour": [found.colour for found in checks],
+        "shape": [found.shape for found in checks],
+        "motion": [found.motion for found in checks],
+        "all": [found.shape and found.motion for found in checks],
+    }
+    return MotionAdherence(len(checks), **{name: sum(right) / len(checks) for name, right in shares.items()})

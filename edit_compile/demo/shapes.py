@@ -87,7 +87,7 @@ def render(scene: Scene) -> np.ndarray:
     image = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32) / 255, (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     for item in scene.items:
         row, column = PLACES[item.place]
-        cover = _coverage(item.shape, SIZES[item.size], row + item.offset[0], column + item.offset[1])[..., None]
+        cover = coverage(item.shape, SIZES[item.size], row + item.offset[0], column + item.offset[1])[..., None]
         image += cover * (np.asarray(COLOURS[item.colour], np.float32) / 255 - image)
     return image
 
@@ -108,18 +108,24 @@ def check(image: np.ndarray, scene: Scene) -> list[ItemCheck]:
     centre, the one that overlaps that colour's pixels best (intersection over union) is of the right shape.
     """
     names = [*COLOURS, *BACKGROUNDS]
-    palette = np.asarray([*COLOURS.values(), *BACKGROUNDS.values()], np.float32) / 255
-    votes = ((image[:, :, None, :] - palette) ** 2).sum(-1).argmin(-1)
+    votes = palette_votes(image)
     results = []
     for item in scene.items:
         rows, columns = _quadrant(item.place)
         quadrant = votes[rows, columns]
         counts = np.bincount(quadrant.ravel(), minlength=len(names))[: len(COLOURS)]
         index = names.index(item.colour)
-        area = _coverage(item.shape, SIZES[item.size], *PLACES[item.place]).sum()
+        area = coverage(item.shape, SIZES[item.size], *PLACES[item.place]).sum()
         placed = bool(counts.argmax() == index and counts[index] >= area / 2)
         results.append(ItemCheck(placed, placed and _best_shape(quadrant == index) == item.shape))
     return results
+
+
+def palette_votes(image: np.ndarray) -> np.ndarray:
+    """Find each pixel's nearest palette colour in an image (H, W, 3): (H, W) of indices into the colours, then the backgrounds."""
+    palette = np.asarray([*COLOURS.values(), *BACKGROUNDS.values()], np.float32) / 255
+    votes: np.ndarray = ((image[:, :, None, :] - palette) ** 2).sum(-1).argmin(-1)
+    return votes
 
 
 def _quadrant(place: tuple[str, str]) -> tuple[slice, slice]:
@@ -145,13 +151,13 @@ def _templates() -> tuple[list[str], np.ndarray]:
             for down in steps:
                 for right in steps:
                     shapes.append(shape)
-                    masks.append(_coverage(shape, radius, 8 + down, 8 + right)[: IMAGE_SIZE // 2, : IMAGE_SIZE // 2] > 0.5)
+                    masks.append(coverage(shape, radius, 8 + down, 8 + right)[: IMAGE_SIZE // 2, : IMAGE_SIZE // 2] > 0.5)
     return shapes, np.stack(masks)
 
 
-def _coverage(shape: str, radius: float, row: float, column: float) -> np.ndarray:
-    """Compute how much of each pixel a shape covers, (32, 32) float32 in [0, 1]."""
-    axis = (np.arange(IMAGE_SIZE * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
+def coverage(shape: str, radius: float, row: float, column: float, side: int = IMAGE_SIZE) -> np.ndarray:
+    """Compute how much of each pixel a shape covers, (side, side) float32 in [0, 1]."""
+    axis = (np.arange(side * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
     y, x = axis[:, None] - row, axis[None, :] - column
     if shape == "circle":
         inside = x**2 + y**2 <= radius**2
@@ -162,5 +168,5 @@ def _coverage(shape: str, radius: float, row: float, column: float) -> np.ndarra
     else:
         inside = (np.minimum(abs(x), abs(y)) <= radius * 0.3) & (np.maximum(abs(x), abs(y)) <= radius)
     s = _SUPERSAMPLING
-    cover: np.ndarray = inside.reshape(IMAGE_SIZE, s, IMAGE_SIZE, s).mean((1, 3), dtype=np.float32)
+    cover: np.ndarray = inside.reshape(side, s, side, s).mean((1, 3), dtype=np.float32)
     return cover

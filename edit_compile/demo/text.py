@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edit_compile.demo import shapes
+from edit_compile.demo import motion, shapes
 
 TEXT_LENGTH = 32
 _WORD_CHANNELS, _POSITION_CHANNELS = 48, 32
@@ -29,30 +29,42 @@ VOCABULARY = (
     *shapes.SHAPES,
     *shapes.BACKGROUNDS,
 )
+_MOTION_TEMPLATE_WORDS = ("a", "moves", "on", "background")
+MOTION_VOCABULARY = (  # of the video model
+    PADDING,
+    *_MOTION_TEMPLATE_WORDS,
+    *motion.DIRECTIONS,
+    *motion.SPEEDS,
+    *shapes.COLOURS,
+    *shapes.SHAPES,
+    *shapes.BACKGROUNDS,
+)
+_ALL_WORDS = tuple(dict.fromkeys((*VOCABULARY, *MOTION_VOCABULARY)))  # a word's place decides its vector: new ones come last
 
 
-def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+def encode(captions: Sequence[str], vocabulary: Sequence[str] = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
     """Encode B captions as (tokens, pooled, mask): (B, 32, 128), (B, 128), and (B, 32) of 1 for words and 0 for padding.
 
     A token is its word's vector, the sum of the vectors of the words at most four places away, and its position's
     sinusoids. The empty caption, all padding, is the unconditional one.
 
     Raises:
-        ValueError: a caption has a word outside `VOCABULARY`, or too many words.
+        ValueError: a caption has a word outside `vocabulary`, or too many words.
     """
-    index = {word: i for i, word in enumerate(VOCABULARY)}
+    index = {word: i for i, word in enumerate(_ALL_WORDS)}
     rows = []
     for text in captions:
         words = text.lower().replace(",", " ").replace(".", " ").split()
-        unknown = [word for word in words if word not in index]
+        unknown = [word for word in words if word not in vocabulary]
         if unknown:
-            raise ValueError(f"the demo models do not know {unknown} in {text!r}; they know: {', '.join(VOCABULARY[1:])}")
+            known = ", ".join(word for word in vocabulary if word != PADDING)
+            raise ValueError(f"this demo model does not know {unknown} in {text!r}; it knows: {known}")
         if len(words) > TEXT_LENGTH:
             raise ValueError(f"the demo models read {TEXT_LENGTH} words at most, {text!r} has {len(words)}")
         rows.append([index[word] for word in words] + [0] * (TEXT_LENGTH - len(words)))
     ids = torch.tensor(rows)
     mask = (ids != 0).float()
-    table = torch.randn(len(VOCABULARY), _WORD_CHANNELS, generator=torch.Generator().manual_seed(0))
+    table = torch.randn(len(_ALL_WORDS), _WORD_CHANNELS, generator=torch.Generator().manual_seed(0))
     words_BTE = table[ids]
     window = torch.ones(_WORD_CHANNELS, 1, 2 * _NEIGHBOURS + 1)
     spoken_BET = (words_BTE * mask[..., None]).mT

@@ -91,7 +91,7 @@ def test_trimming_and_stacking_give_the_same_prediction():
             torch.testing.assert_close(found, demo.predict(model, x, sigma, conditions)[chosen], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", demo.NAMES)
+@pytest.mark.parametrize("name", demo.IMAGE_NAMES)
 def test_demo_models_take_images_as_they_are(name):
     model = demo.untrained(name)
     encoder = make_encoder(model, f"demo/{name}", CPU, torch.float32, None)

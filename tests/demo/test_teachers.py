@@ -21,7 +21,7 @@ def test_it_is_small_and_diffusers_loads_it(name, kind):
     assert model.config.num_layers == models.untrained(name).config.num_layers
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", models.IMAGE_NAMES)
 def test_it_draws_what_the_caption_says(name):
     """`benchmarks/demo_models.py` measures 200 captions; these few catch a model that has come to harm."""
     found = prompt_adherence(load_model(f"demo/{name}").model, 16, steps=15)

@@ -1,0 +1,65 @@
+"""Wan 2.x, and the demo video model, which has its structure: videos, conditioned on text through cross-attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from edit_compile.adapters.family import VAE_SCALE, Extent, InputSizes, TextToImageFamily, is_pixel_space
+from edit_compile.demo import motion
+
+_FRAMES, _VAE_FRAMES = 81, 4  # of the pipeline's videos; that the VAE makes one of, after the first
+_SIZES = ((480, 832), (720, 1280))  # pixels
+_CLIP_TOKENS = 257  # of the image that some models continue
+
+
+class Wan(TextToImageFamily):
+    """The DiT of diffusers' WanPipeline. Latents are (B, C, T, H, W)."""
+
+    max_text_tokens = 512
+
+    def inputs(self, model: Any, sizes: InputSizes) -> dict[str, Any]:
+        image_channels = model.config.image_dim
+        image = {} if image_channels is None else {"encoder_hidden_states_image": sizes.floats(_CLIP_TOKENS, image_channels)}
+        return {
+            "hidden_states": self.random_latents(model, sizes),
+            "timestep": sizes.integers(),
+            "encoder_hidden_states": sizes.floats(sizes.text, model.config.text_dim),
+            "return_dict": False,
+            **image,
+        }
+
+    def random_latents(self, model: Any, sizes: InputSizes) -> Tensor:
+        """Make the latents (B, C, T, H, W)."""
+        frames, rows, columns = model.config.patch_size
+        return sizes.floats(model.config.in_channels, frames * sizes.frames, rows * sizes.rows, columns * sizes.columns)
+
+    def pixels_per_token(self, model: Any) -> int:
+        return self.latent_patch(model) * (1 if is_pixel_space(model) else VAE_SCALE)
+
+    def latent_patch(self, model: Any) -> int:
+        return int(model.config.patch_size[1])
+
+    def default_frames(self, model: Any) -> int:
+        return motion.FRAMES if is_pixel_space(model) else _FRAMES
+
+    def token_frames(self, model: Any, frames: int) -> int | None:
+        patch = int(model.config.patch_size[0])
+        latents, rest = (frames, 0) if is_pixel_space(model) else (1 + (frames - 1) // _VAE_FRAMES, (frames - 1) % _VAE_FRAMES)
+        return None if rest or latents % patch or latents < patch else latents // patch
+
+    def default_sizes(self, model: Any) -> tuple[Extent, ...]:
+        """Return the sizes of the released checkpoints; of the demo model its own, twice and four times it."""
+        sizes = [(motion.SIDE * n, motion.SIDE * n) for n in (1, 2, 4)] if is_pixel_space(model) else _SIZES
+        return tuple((self.default_frames(model), *size) for size in sizes)
+
+    def example_grid(self, model: Any) -> Extent:
+        return 5, 6, 9
+
+    def encode_captions(self, pipe: Any, captions: list[str], options: dict[str, Any]) -> dict[str, Tensor]:
+        tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+        return {"encoder_hidden_states": tokens}
+
+
+FAMILY = Wan()
