@@ -47,16 +47,48 @@ def conv(layer: nn.Module, picture: Array, stride: int, depthwise: bool) -> Arra
     return out
 
 
-def conv_fusion(module: nn.Module, x: Array, h: int, w: int) -> Array:
-    """X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X)))) for tokens (N, C)."""
-    hidden = conv(module.reduce, x.reshape(h, w, -1), 1, False)
-    groups = module.norm.num_groups
-    grouped = hidden.reshape(h * w, groups, -1)
+def over_time(layer: nn.Module, frames: Array, mode: str, stride: int) -> Array:
+    """A depthwise kernel of three frames, (t, h, w, C), one output frame at a time: around a frame, or up to it."""
+    kernel, bias = weight(layer).reshape(-1, 3), weight(layer, "bias")
+    offsets = (-1, 0, 1) if mode == "centred" else (-2, -1, 0)
+    kept = []
+    for own in range(0, len(frames), stride):
+        total = np.zeros_like(frames[0]) + bias
+        for tap, offset in enumerate(offsets):
+            if 0 <= own + offset < len(frames):
+                total = total + kernel[:, tap] * frames[own + offset]
+        kept.append(total)
+    return np.stack(kept)
+
+
+def as_frames(x: Array, grid: tuple[int, ...]) -> Array:
+    """Tokens (N, C) as (t, h, w, C); an image is one frame."""
+    return x.reshape(*(1, *grid)[-3:], -1)
+
+
+def group_norm(layer: nn.Module, frame: Array) -> Array:
+    """Of one frame, (h, w, C)."""
+    grouped = frame.reshape(-1, layer.num_groups, frame.shape[-1] // layer.num_groups)
     mean, variance = grouped.mean((0, 2), keepdims=True), grouped.var((0, 2), keepdims=True)
-    hidden = ((grouped - mean) / np.sqrt(variance + module.norm.eps)).reshape(h, w, -1)
-    hidden = hidden * weight(module.norm) + weight(module.norm, "bias")
+    return ((grouped - mean) / np.sqrt(variance + layer.eps)).reshape(frame.shape) * weight(layer) + weight(layer, "bias")
+
+
+def conv_fusion(module: nn.Module, x: Array, grid: tuple[int, ...], temporal: str) -> Array:
+    """X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X)))) for tokens (N, C), each frame by itself but for the temporal kernel."""
+    hidden = np.stack([conv(module.reduce, frame, 1, False) for frame in as_frames(x, grid)])
+    if temporal != "none":
+        hidden = over_time(module.temporal, hidden, temporal, 1)
+    hidden = np.stack([group_norm(module.norm, frame) for frame in hidden])
     hidden = np.where(hidden > 0, hidden, 0.01 * hidden)
-    return x + conv(module.restore, hidden, 1, False).reshape(h * w, -1)
+    return x + np.stack([conv(module.restore, frame, 1, False) for frame in hidden]).reshape(x.shape)
+
+
+def compressor(module: nn.Module, x: Array, grid: tuple[int, ...], temporal: str, stride: int) -> Array:
+    """A 3x3 depthwise convolution of stride 2 for tokens (N, C), frame by frame, then the temporal kernel."""
+    frames = np.stack([conv(module.conv, frame, 2, True) for frame in as_frames(x, grid)])
+    if temporal != "none":
+        frames = over_time(module.temporal, frames, temporal, stride)
+    return frames.reshape(-1, x.shape[1])
 
 
 def softmax_row(q: Array, keys: Array, values: Array) -> tuple[Array, float]:
@@ -93,16 +125,15 @@ def rope(x: Array, positions: Array) -> Array:
     return x * np.cos(angles) + rotated * np.sin(angles)
 
 
-def image_projection(module: nn.Module, config: Any, which: int, image: Array, h: int, w: int) -> Array:
+def image_projection(module: nn.Module, config: Any, which: int, image: Array, grid: tuple[int, ...]) -> Array:
     """Query, key or value of the image tokens under the configured row of the paper's ablation."""
     name = ("query", "key", "value")[which]
     kind, added = getattr(config, name), getattr(module.edit, name)
+    temporal = config.temporal if len(grid) == 3 else "none"
     if kind == "conv-fusion":
-        return project(module, which, conv_fusion(added, image, h, w))
+        return project(module, which, conv_fusion(added, image, grid, temporal))
     projected = project(module, which, image)
-    if kind == "compressor":
-        return conv(added.conv, projected.reshape(h, w, -1), 2, True).reshape(-1, projected.shape[1])
-    return projected
+    return compressor(added, projected, grid, temporal, config.temporal_stride) if kind == "compressor" else projected
 
 
 def share_of_linear(module: nn.Module, config: Any, head: int, image: int, others: int, z_linear: float, z_text: float) -> float:
@@ -118,8 +149,7 @@ def site(
     config: Any,
     image: Array,
     text: Array | None,
-    h: int,
-    w: int,
+    grid: tuple[int, ...],
     *,
     rotary: bool = False,
     counts: Array | None = None,
@@ -129,12 +159,13 @@ def site(
     Args:
         image: (R + N, C), registers before the image tokens.
         text: (T, C).
+        grid: (h, w) or (t, h, w) of the image tokens.
         counts: (T,), false for padding.
 
     Returns:
         All rows, (R + N + T, C), in the module's order.
     """
-    n, channels = h * w, image.shape[1]
+    n, channels = math.prod(grid), image.shape[1]
     registers, image = np.split(image, [len(image) - n])
     text = np.zeros((0, channels)) if text is None else text
     r, t = len(registers), len(text)
@@ -148,8 +179,9 @@ def site(
         counted[r:] = counts
 
     compressed = config.key == "compressor"
-    centres = image_positions.reshape(h, w)[::2, ::2].flatten() if compressed else image_positions
-    q_image, k_image, v_image = (image_projection(module, config, which, image, h, w) for which in range(3))
+    every = config.temporal_stride if len(grid) == 3 else 1
+    centres = as_frames(image_positions, grid)[::every, ::2, ::2].flatten() if compressed else image_positions
+    q_image, k_image, v_image = (image_projection(module, config, which, image, grid) for which in range(3))
     q_other, k_other, v_other = (project(module, which, others) for which in range(3))
     full_text_keys = compressed and config.text_keys == "full"
     seen_positions = image_positions if full_text_keys else centres

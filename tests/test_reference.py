@@ -70,7 +70,7 @@ def expected(made: Converted, tokens: list[torch.Tensor], text_mask: torch.Tenso
     for sample in range(len(tokens[0])):
         image, text = [x[sample].double().numpy() for x in tokens] + [None] * (2 - len(tokens))
         counts = text_mask[sample].numpy() if text_mask is not None else None
-        samples.append(reference.site(made.site, made.options, image, text, h, w, rotary=made.rotary, counts=counts))
+        samples.append(reference.site(made.site, made.options, image, text, (h, w), rotary=made.rotary, counts=counts))
     return np.stack(samples)
 
 
