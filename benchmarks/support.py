@@ -34,10 +34,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("original", "plan", "convert", "forward", "teacher", "second size", "to", "save and load", "bf16", "compile")
+STAGES = ("original", "plan", "audit", "forward", "teacher", "second size", "to", "save and load", "bf16", "compile")
 LIMIT = 120.0  # seconds for one configuration
 TOLERANCE = 1e-5  # of the teacher, relative to the original's largest value, but at least absolute
 COMPILED_TOLERANCE = 1e-3
+PRELOADED = [
+    "torch._dynamo",
+    "torch.export",
+    "edit_compile.api",
+    "edit_compile.student.checkpoint",
+    "diffusers.models.transformers",
+    "tiny_models",
+]
 WITHOUT = "no configuration yet"
 Row = dict[str, Any]
 
@@ -92,9 +100,13 @@ class Trial:
 
     def try_plan(self) -> str:
         import edit_compile as ec
+        from edit_compile.api import plan_and_convert
 
         try:
-            self.plan = ec.plan(self.model, example_inputs=self.given[0])
+            if self.until == "plan":
+                self.plan = ec.plan(self.model, example_inputs=self.given[0])
+            else:
+                self.plan, self.student = plan_and_convert(self.model, example_inputs=self.given[0])
         except ec.EditCompileError as error:
             if self.one.error and re.search(self.one.error, str(error)):
                 self.row["refused"] = str(error)
@@ -106,10 +118,10 @@ class Trial:
             raise Done
         return "yes"
 
-    def try_convert(self) -> None:
+    def try_audit(self) -> None:
         import edit_compile as ec
 
-        self.student = ec.linearize(self.model, example_inputs=self.given[0])
+        ec.audit(self.student)
 
     def try_forward(self) -> None:
         self.outputs = [self._forward(0)]
@@ -354,12 +366,16 @@ def digest() -> str:
 # ---------------------------------------------------------------------------------------------- what there is
 
 
+NOT_TRIED = {"RFD4ProteinaTransformer": "a model of proteins: neither images nor video, and attention over pairs of residues"}
+
+
 def classes() -> list[str]:
     """The transformer classes that the installed diffusers exports, those without a configuration too."""
     import diffusers
+    import diffusers.models.transformers as home
 
-    names = (name for name in dir(diffusers) if re.search(r"Transformer(\dD|Temporal|$)", name) and "Pipeline" not in name)
-    return [name for name in names if isclass(getattr(diffusers, name)) and hasattr(getattr(diffusers, name), "forward")]
+    exported = set(dir(diffusers))
+    return [name for name, value in sorted(vars(home).items()) if isclass(value) and name in exported and hasattr(value, "forward")]
 
 
 def names_of(words: list[str]) -> tuple[list[str], list[str]]:
@@ -368,7 +384,7 @@ def names_of(words: list[str]) -> tuple[list[str], list[str]]:
 
     chosen = [name for name in CONFIGURATIONS if not words or any(word.lower() in name.lower() for word in words)]
     known = {name.partition("/")[0] for name in CONFIGURATIONS}
-    return chosen, [name for name in classes() if name not in known]
+    return chosen, [name for name in classes() if name not in known and name not in NOT_TRIED]
 
 
 def read(path: Path) -> dict[str, Row]:
@@ -391,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [name for name in chosen if not _settled(old.get(name), sources, given)]
     given.rows.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "edit_compile", "diffusers"])
+    context.set_forkserver_preload(PRELOADED)
     one = partial(row_of, context, until=given.until, backend=given.backend, limit=given.limit, verbose=given.verbose)
     with ThreadPoolExecutor(given.jobs) as pool, given.rows.open("a") as file:
         for row in pool.map(one, todo):
@@ -423,7 +439,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep-right", action="store_true", help="do not make right rows again that other sources made")
     parser.add_argument("--jobs", type=int, default=1, help="configurations at a time (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one configuration (default: %(default)s)")
-    parser.add_argument("--backend", default="aot_eager", help="of torch.compile (default: %(default)s; inductor takes minutes a class)")
+    parser.add_argument("--backend", default="eager", help="of torch.compile (default: %(default)s; inductor takes minutes a class)")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--verbose", action="store_true", help="show the output and the tracebacks of the processes")
     return parser.parse_args(arguments)
@@ -475,6 +491,7 @@ def document(rows: dict[str, Row]) -> str:
         lines += [_line(name, rows.get(name), CONFIGURATIONS[name].note) for name in sorted(names)]
     if unknown:
         lines += ["", f"## {WITHOUT.capitalize()}", "", *(f"- {name}" for name in unknown)]
+    lines += ["", "## Not tried", "", *(f"- {name}: {why}" for name, why in NOT_TRIED.items())]
     return "\n".join([*lines, "", *_LEGEND.strip().splitlines(), ""])
 
 

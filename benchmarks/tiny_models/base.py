@@ -26,6 +26,7 @@ class Size(NamedTuple):
 
 
 SIZES = (Size(2, 6, 10, 7, 3), Size(3, 8, 5, 11, 4))  # of the example, and of a second forward at another resolution and aspect
+STILL = (SIZES[0]._replace(frames=1), SIZES[1]._replace(frames=1))  # images that are videos of one frame
 HEADS, HEAD_DIM, TEXT_DIM, POOLED_DIM = 3, 16, 24, 28
 WIDTH = HEADS * HEAD_DIM
 CHANNELS, PACKED, VIDEO = 4, 12, 8  # of latents, of packed latents, of video latents
