@@ -274,8 +274,6 @@ def test_of_videos_what_images_have_keeps_its_name():
     assert set(image) < set(video)
     added = {f"{module}.temporal.{name}" for module in ("query", "key", "value") for name in ("weight", "bias")}
     assert set(video) - set(image) == added
-        f"{m}.temporal.{p}" for m in ("query", "key", "value") for p in ("weight", "bias")
-    }
 
 
 def test_a_grid_that_is_told_in_the_call_may_have_time_or_not():
