@@ -9,9 +9,9 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from edit_compile.adapters.inputs import example_inputs as inputs_of
-from edit_compile.adapters.load_model import load_model
-from edit_compile.adapters.pipelines import with_transformer
+from edit_compile.adapters.load_model import LoadedModel, load_model
+from edit_compile.adapters.pipelines import denoiser_of, with_denoiser
+from edit_compile.adapters.record_inputs import inputs_of
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import AuditError, ConfigError, PlanError
 from edit_compile.ir import input_spec
@@ -47,8 +47,8 @@ def plan(
     Args:
         model: a transformer, a diffusers pipeline that has one, or a name as of `load_model`, whose weights are not loaded.
         config: see `LinearizeConfig`.
-        example_inputs: keyword arguments of one forward, all sizes different; not needed for models with an adapter
-            (PixArt, SD3, FLUX, DiT, timm ViTs). `edit_compile.record(pipe, ...)` makes them for any pipeline.
+        example_inputs: keyword arguments of one forward, all sizes different; not needed for pipelines, which tell them, and
+            models with an adapter (PixArt, SD3, FLUX, Qwen-Image, Wan, DiT, timm's ViTs, ...).
         passes: with passes of your own among them, `Passes().insert(mine, before="generate_method")`.
 
     Raises:
@@ -57,9 +57,8 @@ def plan(
         PlanError: it has no attention, and says what was looked at; or it is converted already.
         NoExampleInputsError: no adapter knows the model, and no inputs were given.
     """
-    if isinstance(model, str | PathLike):
-        model = load_model(fspath(model), structure_only=True).model
-    return _compiled(transformer_of(model), config, example_inputs, passes).plan
+    found, inputs = _with_inputs(model, example_inputs, structure_only=True)
+    return _compiled(found, config, inputs, passes).plan
 
 
 def plan_and_convert(
@@ -70,30 +69,40 @@ def plan_and_convert(
     Returns:
         The plan, and the converted copy; None in its place where no site can be converted.
     """
-    transformer = transformer_of(model)
-    compiled = _compiled(transformer, config, example_inputs)
-    return compiled.plan, install(transformer, compiled) if compiled.plan.rewritten else None
+    found, inputs = _with_inputs(model, example_inputs, structure_only=True)
+    compiled = _compiled(found, config, inputs)
+    return compiled.plan, install(found, compiled) if compiled.plan.rewritten else None
+
+
+def _with_inputs(model: Any, example_inputs: Mapping[str, Any] | None, *, structure_only: bool) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Return the transformer that a name, a pipeline or a model stands for, and keyword arguments of one forward."""
+    if isinstance(model, str | PathLike):
+        model = load_model(fspath(model), structure_only=structure_only)
+    found = transformer_of(model)
+    if converted_sites(found):
+        raise PlanError(f"{type(found).__name__} is converted already")
+    if example_inputs is not None:
+        return found, example_inputs
+    pipeline = model.pipeline if isinstance(model, LoadedModel) else None if found is model else model
+    return found, inputs_of(found, pipeline)
 
 
 def _compiled(
-    model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any] | None, passes: Passes | None = None
+    model: nn.Module, config: LinearizeConfig | None, example_inputs: Mapping[str, Any], passes: Passes | None = None
 ) -> CompiledPlan:
-    if converted_sites(model):
-        raise PlanError(f"{type(model).__name__} is converted already")
     if config is not None and not isinstance(config, LinearizeConfig):
         raise ConfigError(f"config is a LinearizeConfig, not a {type(config).__name__}")
-    if example_inputs is not None and not (isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs)):
+    if not (isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs)):
         raise PlanError(
             f"example_inputs are keyword arguments of the model's forward, a dict by name, not a {type(example_inputs).__name__}"
         )
     require_plain_forwards(model)
-    inputs = dict(example_inputs) if example_inputs is not None else inputs_of(model)
-    return compile_plan(model, inputs, config or LinearizeConfig(), passes)
+    return compile_plan(model, dict(example_inputs), config or LinearizeConfig(), passes)
 
 
 @overload
 def linearize(
-    model: str | PathLike[str],
+    model: str | PathLike[str] | LoadedModel,
     config: LinearizeConfig | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
@@ -126,7 +135,7 @@ def linearize(
     Threads and asyncio tasks may run the copy at once: the grid of image tokens belongs to each call.
 
     Args:
-        model: a transformer, a diffusers pipeline that has one, or a name as of `load_model`.
+        model: a transformer, a diffusers pipeline that has one, or a name as of `load_model`, or what that returned.
         config, example_inputs, passes: as for `plan`.
         plan: a plan made before; excludes config and example_inputs.
 
@@ -139,15 +148,16 @@ def linearize(
         raise PlanError("give either a plan or config and example_inputs: a plan holds both")
     if plan is not None and not isinstance(plan, Plan):
         raise PlanError(f"plan is a Plan, as edit_compile.plan(model) makes it, not a {type(plan).__name__}")
-    if isinstance(model, str | PathLike):
-        model = load_model(fspath(model)).model
-    if not isinstance(model, nn.Module):
-        return with_transformer(model, linearize(transformer_of(model), config, example_inputs, plan, passes))
     if plan is not None:
-        require_plain_forwards(model)
-        return install(model, recompile(model, plan, passes))
-    student = install(model, _compiled(model, config, example_inputs, passes))
-    audit(student)
+        found = load_model(fspath(model)).model if isinstance(model, str | PathLike) else transformer_of(model)
+        require_plain_forwards(found)
+        student = install(found, recompile(found, plan, passes))
+    else:
+        found, inputs = _with_inputs(model, example_inputs, structure_only=False)
+        student = install(found, _compiled(found, config, inputs, passes))
+        audit(student)
+    is_pipeline = found is not model and not isinstance(model, str | PathLike | LoadedModel)
+    return with_denoiser(model, student) if is_pipeline else student
     return student
 
 
@@ -174,14 +184,16 @@ def audit(student: Any) -> Audit:
 
 
 def transformer_of(model: Any) -> nn.Module:
-    """Return the model itself, or a pipeline's transformer.
+    """Return the model itself, or a pipeline's transformer or UNet.
 
     Raises:
         PlanError: neither.
     """
-    found = model if isinstance(model, nn.Module) else getattr(model, "transformer", None)
-    if not isinstance(found, nn.Module):
-        raise PlanError(f"{type(model).__name__} is neither a torch.nn.Module nor a pipeline with a transformer")
+    if isinstance(model, LoadedModel):
+        return model.model
+    found = model if isinstance(model, nn.Module) else denoiser_of(model)
+    if found is None:
+        raise PlanError(f"{type(model).__name__} is neither a torch.nn.Module nor a pipeline with a transformer or a UNet")
     return found
 
 

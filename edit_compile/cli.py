@@ -33,15 +33,15 @@ STOPPED = 130  # exit status of a run that was interrupted, as shells give it
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]
-    """`1024`, a square, or `HEIGHTxWIDTH`, in pixels."""
+    """`1024`, a square, or `HEIGHTxWIDTH`, in pixels; of videos `FRAMESxHEIGHTxWIDTH`."""
 
     name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         numbers = str(value).lower().split("x")
-        if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
-            self.fail(f"{value!r} is neither PX nor HEIGHTxWIDTH", param, ctx)
-        return int(numbers[0]), int(numbers[-1])
+        if len(numbers) > 3 or not all(number.isdecimal() and int(number) for number in numbers):
+            self.fail(f"{value!r} is neither PX nor HEIGHTxWIDTH nor, of videos, FRAMESxHEIGHTxWIDTH", param, ctx)
+        return tuple(map(int, numbers * 2 if len(numbers) == 1 else numbers))
 
 
 class _DesignOption(click.Option):
@@ -55,7 +55,7 @@ class _DesignOption(click.Option):
 
 
 def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the model's name, and the options that make a LinearizeConfig; call the command with `model` and `config`."""
+    """Add the model's name and the options of a conversion; call the command with `model`, `config` and `example_inputs`."""
 
     @functools.wraps(command)
     def wrapped(
@@ -65,12 +65,13 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
         settings: tuple[str, ...],
         include: tuple[str, ...],
         exclude: tuple[str, ...],
+        inputs_file: Path | None,
         **options: Any,
     ) -> Any:
         if (model is None) == (model_option is None):
             raise click.UsageError("give one model, as MODEL or as --model MODEL")
         config = _config(design=design, **_settings(settings), **({"include": include} if include else {}), exclude=exclude)
-        return command(model=model or model_option, config=config, **options)
+        return command(model=model or model_option, config=config, example_inputs=_example_inputs(inputs_file), **options)
 
     options = [
         click.argument("model", required=False),
@@ -79,9 +80,24 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="an option of the designs, as in YAML; repeatable"),
         click.option("--include", multiple=True, help="glob over module paths; repeatable; default: *"),
         click.option("--exclude", multiple=True, help="glob over module paths; repeatable"),
+        click.option(
+            "--example-inputs",
+            "inputs_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="YAML with the arguments of one forward, x: {shape: [2, 4, 12, 20]}; pipelines and known models need none",
+        ),
         click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else"),
     ]
     return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
+
+
+def _example_inputs(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    from edit_compile.adapters.input_file import read_example_inputs
+
+    return read_example_inputs(file)
 
 
 def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
@@ -157,9 +173,16 @@ def _import(name: str) -> None:
 @main.command()
 @_errors_in_one_line
 @_conversion_options
-@click.option("--size", "sizes", multiple=True, type=_Size(), help="PX or HEIGHTxWIDTH to count FLOPs at; repeatable; default: usual sizes")
+@click.option("--size", "sizes", multiple=True, type=_Size(), help="PX or [FRAMESx]HEIGHTxWIDTH to count FLOPs at; repeatable")
 @click.option("--text", type=click.IntRange(min=1), help="number of text tokens to count with; default: the pipeline's")
-def inspect(model: str, config: LinearizeConfig, as_json: bool, sizes: tuple[tuple[int, int], ...], text: int | None) -> None:
+def inspect(
+    model: str,
+    config: LinearizeConfig,
+    example_inputs: dict[str, Any] | None,
+    as_json: bool,
+    sizes: tuple[tuple[int, ...], ...],
+    text: int | None,
+) -> None:
     """Show what would be done to a model, site by site, and why; what it adds and saves. Needs no weights."""
     from edit_compile.adapters.load_model import load_model
     from edit_compile.api import plan_and_convert
@@ -167,7 +190,7 @@ def inspect(model: str, config: LinearizeConfig, as_json: bool, sizes: tuple[tup
     from edit_compile.report.tables import cost_summary, cost_table
 
     loaded = load_model(model, structure_only=True)
-    plan, student = plan_and_convert(loaded.model, config)
+    plan, student = plan_and_convert(loaded, config, example_inputs)
     costs = cost(student, sizes or None, text=text) if student is not None else None
     _show(plan, as_json, {"source": loaded.source, "cost": costs and cost_summary(costs)})
     if costs and not as_json:
@@ -180,7 +203,15 @@ def inspect(model: str, config: LinearizeConfig, as_json: bool, sizes: tuple[tup
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the checkpoint; default: converted/ and the model's name")
 @click.option("--overwrite", is_flag=True, help="replace the checkpoint that the folder holds")
 @_dtype_option
-def convert(model: str, config: LinearizeConfig, output: Path | None, overwrite: bool, dtype: str, as_json: bool) -> None:
+def convert(
+    model: str,
+    config: LinearizeConfig,
+    example_inputs: dict[str, Any] | None,
+    output: Path | None,
+    overwrite: bool,
+    dtype: str,
+    as_json: bool,
+) -> None:
     """Convert a model and save the checkpoint: the plan, and the weights that were added."""
     output = output or Path("converted") / Path(model).resolve().name
     _check_folder(output)
@@ -194,7 +225,7 @@ def convert(model: str, config: LinearizeConfig, output: Path | None, overwrite:
     loaded = ec.load_model(model, dtype=getattr(torch, dtype))
     if not loaded.has_weights:
         raise EditCompileError(f"{model} is structure only, without weights to convert; `edit-compile inspect` shows its plan")
-    student = ec.linearize(loaded.model, config)
+    student = ec.linearize(loaded, config, example_inputs)
     ec.save(student, output, base=loaded.pipeline or loaded.source)
     added = added_parameters(student)
     _show(ec.plan_of(student), as_json, {"source": loaded.source, "output": str(output), "parameters_added": added})

@@ -52,7 +52,7 @@ class HunyuanImage(TextToImageFamily):
         return int(model.config.patch_size[0])
 
     def denoise(self, model: Any, x_BCHW: Tensor, timesteps_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        (prediction,) = model(hidden_states=x_BCHW, timestep=timesteps_B, return_dict=False, **self._known(model, conditions))
+        prediction: Tensor = model(hidden_states=x_BCHW, timestep=timesteps_B, return_dict=False, **self._known(model, conditions))[0]
         return prediction
 
     def _known(self, model: Any, conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edit_compile.adapters.hub_access import ALIASES, download_error, first_line, hub_access
-from edit_compile.adapters.pipelines import dtype_kwarg
+from edit_compile.adapters.pipelines import DENOISERS, dtype_kwarg
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
 
@@ -80,9 +80,12 @@ def _from_demo(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn
 
 def _from_local(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
     is_pipeline = (folder / "model_index.json").is_file()
-    inner = folder / "transformer" if is_pipeline else folder
-    if not (inner / "config.json").is_file():
-        raise ModelNotFoundError(f"{inner} has no config.json: {folder} is neither a pipeline with a transformer nor a transformer")
+    parts = [folder / name for name in DENOISERS] if is_pipeline else [folder]
+    inner = next((part for part in parts if (part / "config.json").is_file()), None)
+    if inner is None:
+        raise ModelNotFoundError(
+            f"{parts[0]} has no config.json: {folder} is neither a pipeline with a transformer or UNet nor a transformer"
+        )
     model = _from_folder(inner, dtype, structure_only)
     return LoadedModel(model, str(folder), str(folder) if is_pipeline else None, not structure_only)
 
@@ -149,8 +152,24 @@ def _from_timm(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn
     return model.to(dtype or torch.float32).eval()
 
 
-def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
+def _denoiser_config(name: str) -> tuple[str, Path]:
+    """Download the config of a hub pipeline's denoiser; returns also the component's name."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    first, *others = DENOISERS
+    try:
+        return first, Path(hf_hub_download(name, f"{first}/config.json"))
+    except EntryNotFoundError as missing:
+        for other in others:
+            try:
+                return other, Path(hf_hub_download(name, f"{other}/config.json"))
+            except EntryNotFoundError:
+                continue
+        raise missing
+
+
+def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -161,10 +180,10 @@ def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> Loa
 
     with hub_access() as online:
         try:
-            config = Path(hf_hub_download(name, "transformer/config.json"))
+            part, config = _denoiser_config(name)
             if structure_only:
                 return LoadedModel(_from_config(config), name, name, False)
-            model = _class_of(_read_config(config), name).from_pretrained(name, subfolder="transformer", **dtype_kwarg(dtype))
+            model = _class_of(_read_config(config), name).from_pretrained(name, subfolder=part, **dtype_kwarg(dtype))
             return LoadedModel(model.eval(), name, name)
         except ModelNotFoundError:  # an OSError too, but it says what is wrong
             raise

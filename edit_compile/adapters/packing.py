@@ -17,7 +17,8 @@ def pack(x_BCHW: Tensor, patch: int) -> Tensor:
 
 def unpack(tokens_BNC: Tensor, grid: Size, patch: int) -> Tensor:
     """Undo `pack`, given (rows, columns)."""
-    latents: Tensor = F.pixel_shuffle(tokens_BNC.transpose(1, 2).unflatten(2, grid), patch)
+    patches = tokens_BNC.transpose(1, 2)
+    latents: Tensor = F.pixel_shuffle(patches.reshape(*patches.shape[:2], *grid), patch)
     return latents
 
 

@@ -1,4 +1,4 @@
-"""diffusers' pipelines: loading one, where a model came from, another transformer in a pipeline, the dtype of loaded weights."""
+"""diffusers' pipelines: loading one, which component denoises, where a model came from, the dtype of loaded weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from edit_compile.adapters.hub_access import ALIASES, download_error, hub_access
+
+DENOISERS = ("transformer", "unet")  # what pipelines call the network that denoises
 
 
 def load_diffusers_pipeline(base: str, **options: Any) -> Any:
@@ -35,10 +37,21 @@ def origin_of(model: Any) -> str | None:
     return str(name) if name else None
 
 
-def with_transformer(pipeline: Any, transformer: nn.Module) -> Any:
-    """Return a pipeline with the same components and settings but another transformer."""
+def denoiser_name(pipeline: Any) -> str | None:
+    """Name the component of a pipeline that denoises; None if it has none."""
+    return next((name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)), None)
+
+
+def denoiser_of(pipeline: Any) -> nn.Module | None:
+    """Return the component of a pipeline that denoises, if it has one."""
+    name = denoiser_name(pipeline)
+    return None if name is None else getattr(pipeline, name)
+
+
+def with_denoiser(pipeline: Any, model: nn.Module) -> Any:
+    """Return a pipeline with the same components and settings but another denoiser."""
     changed = copy.copy(pipeline)
-    changed.register_modules(transformer=transformer)
+    changed.register_modules(**{denoiser_name(pipeline) or DENOISERS[0]: model})
     return changed
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edit_compile.adapters.load_model import load_model
-from edit_compile.adapters.pipelines import load_diffusers_pipeline, with_transformer
+from edit_compile.adapters.pipelines import DENOISERS, denoiser_of, load_diffusers_pipeline, with_denoiser
 from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError
 from edit_compile.ir.plan import Plan
 from edit_compile.passes.pipeline import Passes
@@ -40,7 +40,7 @@ def load(folder: str | Path, base: Any = None, *, passes: Passes | None = None) 
     folder = _checkpoint_in(Path(folder))
     index = read_index(folder)
     tensors = read_tensors(folder, index)
-    model = base if isinstance(base, nn.Module) else getattr(base, "transformer", None) or _load_base(folder, index, base)
+    model = base if isinstance(base, nn.Module) else denoiser_of(base) or _load_base(folder, index, base)
     differs = difference(index.fingerprint, fingerprint(model.state_dict()))
     if differs:
         raise CheckpointError(f"{folder} was made from another base than this {type(model).__name__}: {differs}; pass base={index.base!r}")
@@ -63,7 +63,7 @@ def _convert_again(folder: Path, index: Index, model: nn.Module, passes: Passes 
 
 
 def load_pipeline(folder: str | Path, base: Any = None, *, passes: Passes | None = None, **options: Any) -> Any:
-    """Load a diffusers pipeline with the converted transformer.
+    """Load a diffusers pipeline with the converted transformer or UNet.
 
     Args:
         folder: as for `load`.
@@ -84,7 +84,7 @@ def load_pipeline(folder: str | Path, base: Any = None, *, passes: Passes | None
             raise CheckpointError(
                 f"{name} cannot be loaded as a pipeline: {error}; pass base=..., or load the transformer: edit_compile.load"
             ) from error
-    return with_transformer(base, load(folder, base.transformer, passes=passes))
+    return with_denoiser(base, load(folder, denoiser_of(base), passes=passes))
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -99,9 +99,10 @@ def base_of(folder: str | Path) -> str | None:
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """The folder itself, or the transformer's part of a pipeline's folder."""
-    inner = folder / "transformer"
-    return inner if not (folder / INDEX).exists() and (folder / _PIPELINE_INDEX).is_file() and (inner / INDEX).is_file() else folder
+    """The folder itself, or the denoiser's part of a pipeline's folder."""
+    if (folder / INDEX).exists() or not (folder / _PIPELINE_INDEX).is_file():
+        return folder
+    return next((folder / name for name in DENOISERS if (folder / name / INDEX).is_file()), folder)
 
 
 def _pipeline_of(base: str | Path) -> str:

@@ -26,8 +26,10 @@ def test_demo_model_has_weights_and_can_be_had_without():
 
 
 def test_architectures_are_full_size_and_on_meta():
-    billions = {"pixart-sigma": 0.61, "sd3.5-medium": 2.24, "flux-dev": 11.9}
-    assert {"pixart-sigma", "sd3.5-medium", "sd3.5-large", "flux-dev", "dit-xl-2"} == set(architectures())
+    billions = {"pixart-sigma": 0.61, "sd3.5-medium": 2.24, "sd3.5-large": 8.06, "flux-dev": 11.9, "dit-xl-2": 0.750}
+    billions |= {"flux2-dev": 32.2, "qwen-image": 20.4, "z-image": 6.15, "hunyuan-image": 17.4}
+    billions |= {"wan2.1-t2v-14b": 14.3, "hunyuan-video": 12.8}
+    assert set(billions) == set(architectures())
     for name, expected in billions.items():
         model = load_model(f"arch/{name}").model
         assert all(p.is_meta for p in model.parameters())
@@ -51,7 +53,7 @@ def test_local_folder_and_config(tmp_path):
     ("name", "message"),
     [
         ("demo/nothing", "no demo model 'nothing'; there are: mm-dit"),
-        ("arch/nothing", "there are: dit-xl-2, flux-dev, pixart-sigma"),
+        ("arch/nothing", "there are: dit-xl-2, flux-dev, flux2-dev"),
         ("timm/nothing", "has no model 'nothing'"),
         ("./nothing/here", "does not exist; give a folder"),
         ("no such/model", "no such/model is neither a local path nor a hub id"),
