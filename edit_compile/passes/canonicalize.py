@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edit_compile.passes.graph_walk import remove_dead
-from edit_compile.passes.products import Names, permutation
+from edit_compile.passes.graph_walk import remove_dead, upstream
+from edit_compile.passes.products import Names, permutation, product_of
 from edit_compile.passes.query_chunks import join_query_chunks
 from edit_compile.passes.read_attention import UNREAD, Normalized, ReadAttention, normalized, read_attention
 from edit_compile.passes.read_scores import NotRead, Placed
@@ -35,6 +35,20 @@ def canonicalize(graph: fx.Graph) -> int:
         remove_dead(graph)
         graph.lint()
     return found
+
+
+def drop_returned_weights(graph: fx.Graph) -> int:
+    """Return None in the place of attention weights, counts them: for a module whose weights its model is known not to read."""
+    weights = {each.node for each in normalized(graph)}
+    output = graph.output_node()
+    dropped = [leaf for leaf in output.all_input_nodes if _made_of(leaf, weights)]
+    output.args = fx.node.map_arg(output.args, lambda leaf: None if leaf in dropped else leaf)
+    return len(dropped)
+
+
+def _made_of(leaf: fx.Node, weights: set[fx.Node]) -> bool:
+    """Say whether a tensor is made of attention weights, without a product in between."""
+    return not weights.isdisjoint(upstream(leaf, enter=lambda at: product_of(at) is None))
 
 
 # ------------------------------------------------------------------ attention written by hand

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from edit_compile.ir.plan import MaskKind
 from edit_compile.passes.axes.algebra import hint
+from edit_compile.passes.constant_masks import computed_masks
 from edit_compile.passes.graph_walk import op_name, shape_of
 from edit_compile.passes.op_traits import VIEW_OPS, is_pointwise
+from edit_compile.passes.read_scores import LOWEST_MASK
 
 _EXPANDS = ("expand", "repeat", "broadcast_to", "expand_as")
 _KEEPS = VIEW_OPS | {"cat", "pad", "constant_pad_nd", "repeat_interleave", "to", "_to_copy", "type_as"}
 _FOR_A_WHOLE_QUERY = ("add", "mul", "bitwise_and", "logical_and", "__and__")
+
+
+def mask_facts(mask: fx.Node | None) -> tuple[MaskKind, bool]:
+    """Tell what a mask (..., queries, keys) does, and whether it is causal. One that lets all keys take part is none."""
+    if mask is None:
+        return "none", False
+    values = list(computed_masks(mask))
+    if not values:
+        return ("by_key" if same_for_all_queries(mask) else "by_query"), False
+    if all(map(_lets_all, values)):
+        return "none", False
+    if all(map(_is_causal, values)):
+        return "none", True
+    return ("by_key" if all(map(_has_equal_rows, values)) else "by_query"), False
+
+
+def _lets_all(mask: Tensor) -> bool:
+    return bool(mask.all()) if mask.dtype is torch.bool else not mask.any()
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Say whether every query is let to see the keys up to its own position, and no others."""
+    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
+        return False
+    taken = mask if mask.dtype is torch.bool else mask > LOWEST_MASK
+    return torch.equal(taken, torch.ones_like(taken).tril())
+
+
+def _has_equal_rows(mask: Tensor) -> bool:
+    return mask.ndim < 2 or torch.equal(mask, mask[..., :1, :].expand_as(mask))
 
 
 def same_for_all_queries(mask: fx.Node) -> bool:
@@ -22,7 +56,11 @@ def same_for_all_queries(mask: fx.Node) -> bool:
     if shape is not None and (len(shape) < 2 or hint(shape[-2]) == 1):
         return True
     sources = [node for node in mask.all_input_nodes if shape_of(node) is not None]
-    if shape is None or not sources:
+    if shape is None:
+        return False
+    if values := list(computed_masks(mask)):
+        return all(map(_has_equal_rows, values))
+    if not sources:
         return False
     name = op_name(mask)
     if name in _EXPANDS:

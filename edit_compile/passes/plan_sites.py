@@ -10,14 +10,14 @@ from torch import fx
 
 from edit_compile.config import Choice, LinearizeConfig
 from edit_compile.errors import PlanError
-from edit_compile.ir.plan import KEEP, MaskKind, Refusal, SiteKind, SitePlan
-from edit_compile.ir.tokens import TokenKind, TokenLayout
+from edit_compile.ir.plan import KEEP, Refusal, SiteKind, SitePlan
+from edit_compile.ir.tokens import Segment, TokenKind, TokenLayout
 from edit_compile.passes.axes.algebra import Axis, AxisSegment, axes_of, axis_size
 from edit_compile.passes.classify_tokens import TokenMap
 from edit_compile.passes.find_attention import Attention, contractions
 from edit_compile.passes.find_feed_forward import FeedForward
 from edit_compile.passes.graph_walk import module_path, number, op_name, shape_of
-from edit_compile.passes.masks import same_for_all_queries
+from edit_compile.passes.masks import mask_facts
 from edit_compile.passes.read_attention import SOFTMAXES, UNREAD
 from edit_compile.passes.site_graph import refusal
 
@@ -84,7 +84,8 @@ def _attention_facts(attentions: Sequence[Attention], tokens: TokenMap) -> Itera
 def _of_attention(facts: _Facts, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate:
     attention = facts.attention
     plan = _site_plan(attention.path, facts.query_axis, axes_of(attention.key, tokens.axes)[-2], tokens, index=attention.index)
-    plan = plan.model_copy(update={"mask": _mask_kind(attention), "causal": attention.causal})
+    mask, causal = mask_facts(attention.mask)
+    plan = plan.model_copy(update={"mask": mask, "causal": causal or attention.causal})
     if (lost := _lost(facts)) is not None:
         return Candidate(plan.kept(lost, refusal(lost, attention.node)))
     if (nothing_to_do := _takes_no_part(facts)) is not None:
@@ -149,12 +150,20 @@ def _takes_no_part(facts: _Facts) -> str | None:
 
 
 def _not_self_attention(facts: _Facts) -> str | None:
-    return None if facts.queries == facts.keys else f"queries {facts.queries} and keys {facts.keys} differ: not self-attention"
+    """Refuse image queries over other image tokens than their own: pooled ones, a window's, those of another picture."""
+    queries, keys = (_image_segments(layout) for layout in (facts.queries, facts.keys))
+    if queries == keys:
+        return None
+    return f"the image tokens of the queries {facts.queries} are not those of the keys {facts.keys}: not self-attention"
 
 
 def _several_runs(facts: _Facts) -> str | None:
-    runs = sum(s.kind is TokenKind.IMAGE for s in facts.queries.segments)
+    runs = max(len(_image_segments(layout)) for layout in (facts.queries, facts.keys))
     return None if runs == 1 else "the image tokens are in several runs"
+
+
+def _image_segments(layout: TokenLayout) -> list[Segment]:
+    return [segment for segment in layout.segments if segment.kind is TokenKind.IMAGE]
 
 
 def _not_in_a_module(facts: _Facts) -> str | None:
@@ -179,7 +188,7 @@ def _scale_by_size(facts: _Facts) -> str | None:
 
 
 def _start_unknown(facts: _Facts) -> str | None:
-    return _unknown_start(facts.queries)
+    return _unknown_start(facts.queries) or _unknown_start(facts.keys)
 
 
 def _unknown_start(layout: TokenLayout) -> str | None:
@@ -225,12 +234,6 @@ _CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
     _grid_in_blocks,
     _part_of_the_image,
 )
-
-
-def _mask_kind(attention: Attention) -> MaskKind:
-    if attention.mask is None:
-        return "none"
-    return "by_key" if same_for_all_queries(attention.mask) else "by_query"
 
 
 # ------------------------------------------------------------------ attention that is none of torch's

@@ -232,9 +232,9 @@ class _Walk:
         if len(users) == 1 and users[0].op == "call_function":
             return users[0]
         if any(user.op == "output" for user in users):
-            raise NotRead("its attention weights are returned")
-        others = ", ".join(op_name(user) for user in users if product_of(user) is None) or "several products"
-        raise NotRead(f"its attention weights are used more than once ({others})")
+            raise NotRead("its attention weights are returned, and linear attention has none")
+        others = ", ".join(op_name(user) for user in users if product_of(user) is None)
+        raise NotRead(f"its attention weights are used for more than the sum of the values ({others or 'several products'})")
 
     def _step(self, user: fx.Node, scores: Scores, column: str) -> None:
         name = op_name(user)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from edit_compile.student.handle import conversion_of
 from edit_compile.student.runtime import Outputs, Statement
 from edit_compile.student.site import converted_sites
 
-Features = dict[str, list[Tensor]]  # a site's tensors by its path
+Features = dict[str, list[Tensor | None]]  # a site's tensors by its path; None for weights that linear attention does not have
 _SMALLEST = 1e-12
 
 
@@ -35,19 +35,21 @@ def captured(model: nn.Module) -> Iterator[Features]:
         found[site.edit_path] += tensors_of(output)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """List the floating-point tensors in a site's output."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def tensors_of(output: Any) -> list[Tensor | None]:
+    """List the floating-point tensors in a site's output, and None in the place of one that only the other of two models gives."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda leaf: leaf is None)
+    return [leaf for leaf in leaves if leaf is None or (isinstance(leaf, Tensor) and leaf.is_floating_point())]
 
 
-def relative_error(found: list[Tensor], expected: list[Tensor]) -> Tensor:
+def relative_error(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> Tensor:
     """Compute sum |found - expected|^2 / sum |expected|^2 of every sample, (B,) float32.
 
     Relative to the expected energy, sites count alike; by sample, the mean over a batch does not depend on how the
     batch is divided.
     """
-    differences = [energy(a.float() - b.float()) for a, b in zip(found, expected, strict=True)]
-    return torch.stack(differences).sum(0) / torch.stack([energy(b.float()) for b in expected]).sum(0).clamp(min=_SMALLEST)
+    pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
+    differences = torch.stack([energy(a - b) for a, b in pairs]).sum(0)
+    return differences / torch.stack([energy(b) for _, b in pairs]).sum(0).clamp(min=_SMALLEST)
 
 
 def energy(x: Tensor) -> Tensor:
