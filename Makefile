@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-all demo lint clean
+.PHONY: test test-all demo support lint clean
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
@@ -12,6 +12,9 @@ test-all: lint
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py
+
+support: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/support.py --jobs 2 --write docs/support.md
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -113,7 +113,9 @@ class Trial:
                 raise Done from None
             raise
         self.row |= _summary(self.plan)
-        _compare(self.one, self.plan)
+        self.row["faults"] = faults = _faults(self.one, self.plan)
+        if faults:
+            raise Wrong(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
         if not self.plan.rewritten:
             raise Done
         return "yes"
@@ -228,12 +230,8 @@ class Trial:
         return ""
 
 
-def _compare(one: Any, plan: Any) -> None:
-    """Hold the plan's attention sites against the configuration's.
-
-    Raises:
-        Wrong: a site is not treated as it should be.
-    """
+def _faults(one: Any, plan: Any) -> list[str]:
+    """Hold the plan's attention sites against the configuration's: what is not treated as it should be."""
     faults = []
     for site in plan.sites:
         if site.kind != "attention":
@@ -250,8 +248,7 @@ def _compare(one: Any, plan: Any) -> None:
             faults.append(f"{site.path} {site.action} on the grid {site.grid}, not one of {one.dimensions} dimensions")
     paths = [site.path for site in plan.sites]
     faults += [f"no attention at {pattern}" for pattern in one.sites if not any(fnmatch.fnmatchcase(path, pattern) for path in paths)]
-    if faults:
-        raise Wrong(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+    return faults
 
 
 def _summary(plan: Any) -> Row:
@@ -527,7 +524,8 @@ def _line(name: str, row: Row | None, note: str) -> str:
     if designs:
         rewritten += f": {', '.join(sorted(designs))}"
     said = [row["fault"]] if row["fault"] else [row["refused"]] if "refused" in row else _kept(row.get("kept", {}))
-    cells = [name, "yes" if row["right"] else "**no**", rewritten, row.get("grid", "") if designs else ""]
+    right = "**no**" if not row["right"] else "yes" if row["until"] == STAGES[-1] else f"yes, up to {row['until']}"
+    cells = [name, right, rewritten, row.get("grid", "") if designs else ""]
     cells += [stages.get(stage, "") for stage in SHOWN]
     cells += [f"{sum(row.get('seconds', {}).values()):.0f}", "; ".join([*([note] if note else []), *said])]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -162,7 +162,7 @@ def BriaFibo2Transformer2DModel() -> nn.Module:
     return make(model, in_channels=CHANNELS, dim=WIDTH, n_heads=HEADS, cap_feat_dim=TEXT_DIM, **options, **gist, **rope)
 
 
-@configuration(GROUP, lambda s: packed(s, "thwl"))
+@configuration(GROUP, lambda s: packed(s, "thwl"), {"txt_mode_blocks.*": TEXT, "*": REWRITE}, note="blocks of the text alone first")
 def Flux3Transformer2DModel() -> nn.Module:
     options = {"in_channels": PACKED, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4, 4)}
     return make(diffusers.Flux3Transformer2DModel, **ATTENTION, **options, joint_attention_dim=TEXT_DIM, timestep_channels=32)
