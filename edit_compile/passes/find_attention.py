@@ -11,10 +11,10 @@ from torch import fx
 
 from edit_compile.passes.canonicalize import SDPA
 from edit_compile.passes.graph_walk import argument, module_path, operand, optional_operand, upstream
-from edit_compile.passes.products import MATMULS
 
 aten = torch.ops.aten
 LINEARS = (aten.linear.default, aten.addmm.default)
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,19 @@ def is_linear(node: fx.Node) -> bool:
     return node.target in LINEARS or (node.op == "call_module" and bool(node.meta.get("linear")))
 
 
+def is_projection(node: fx.Node) -> bool:
+    """Say whether a node maps the channels of each position on its own: a Linear, or a convolution whose kernel has one place."""
+    return is_linear(node) or _is_pointwise_convolution(node) or (node.op == "call_module" and bool(node.meta.get("projection")))
+
+
+def _is_pointwise_convolution(node: fx.Node) -> bool:
+    if node.target not in CONVOLUTIONS:
+        return False
+    kernel, rest = operand(node, 1).meta["val"].shape[2:], [argument(node, at, name) for at, name in ((3, "stride"), (4, "padding"))]
+    stride, padding = ([] if isinstance(found, str) or found is None else list(found) for found in rest)
+    return all(size == 1 for size in (*kernel, *stride)) and not any(padding) and argument(node, 6, "groups", 1) == 1
+
+
 def site_path(attention: fx.Node) -> str:
     """Find the innermost module that contains the attention and the Linears its operands come from."""
     paths = [module_path(attention), *(module_path(n) for at in range(3) for n in projections(operand(attention, at)))]
@@ -84,9 +97,9 @@ def site_path(attention: fx.Node) -> str:
 
 
 def projections(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nearest Linears that a tensor is computed from, on every way back that has one."""
-    found = upstream(node, enter=lambda at: at.target not in LINEARS and (at is node or at.op == "call_function"))
-    return (at for at in found if at.target in LINEARS)
+    """Yield the nearest projections that a tensor is computed from, on every way back that has one."""
+    found = upstream(node, enter=lambda at: not is_projection(at) and (at is node or at.op == "call_function"))
+    return (at for at in found if is_projection(at))
 
 
 def common_path(paths: list[str]) -> str:
@@ -97,10 +110,3 @@ def common_path(paths: list[str]) -> str:
         length = next((i for i, (a, b) in enumerate(zip(shared, parts, strict=False)) if a != b), min(len(shared), len(parts)))
         shared = shared[:length]
     return ".".join(shared)
-
-
-def contractions(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield every matrix product and its right operand: linear attention sums its keys and values over tokens in one."""
-    for node in graph.nodes:
-        if node.target in MATMULS and len(node.all_input_nodes) == 2:
-            yield node, operand(node, 1)

@@ -12,13 +12,13 @@ from edit_compile.config import Choice, LinearizeConfig
 from edit_compile.errors import PlanError
 from edit_compile.ir.plan import KEEP, Refusal, SiteKind, SitePlan
 from edit_compile.ir.tokens import Segment, TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axis, AxisSegment, axes_of, axis_size
+from edit_compile.passes.axes.algebra import Axis, AxisSegment, axes_of
 from edit_compile.passes.classify_tokens import TokenMap
-from edit_compile.passes.find_attention import Attention, contractions
+from edit_compile.passes.find_attention import Attention
 from edit_compile.passes.find_feed_forward import FeedForward
-from edit_compile.passes.graph_walk import module_path, number, op_name, shape_of
+from edit_compile.passes.graph_walk import shape_of
 from edit_compile.passes.masks import mask_facts
-from edit_compile.passes.read_attention import SOFTMAXES, UNREAD
+from edit_compile.passes.other_attention import other_attention
 from edit_compile.passes.site_graph import refusal
 
 MAX_GRID_DIMS = 3
@@ -46,8 +46,7 @@ def plan_sites(
     if any(choice.design is not None and choice.design.kind == "feed_forward" for choice in choices):
         others = [network.path for network in networks if network.path]
         found += [c for network in networks if (c := _of_network(network, tokens, config, choices)) is not None]
-    found += [Candidate(plan) for plan in _unread_sites(graph, tokens)]
-    found += [Candidate(plan) for plan in _linear_sites(graph, tokens, {candidate.plan.path for candidate in found})]
+    found += [Candidate(plan) for plan in _other_sites(graph, tokens, {candidate.plan.path for candidate in found})]
     _check_globs([*(candidate.plan.path for candidate in found), *others], config)
     return found
 
@@ -236,35 +235,19 @@ _CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
 )
 
 
-# ------------------------------------------------------------------ attention that is none of torch's
+# ------------------------------------------------------------------ attention in other forms
 
 
-def _unread_sites(graph: fx.Graph, tokens: TokenMap) -> Iterator[SitePlan]:
-    """Yield softmax between image tokens that canonicalize could not read as attention."""
-    reason = "softmax attention in a form that is not recognised; F.scaled_dot_product_attention(q, k, v) and softmax(q @ k.mT * s) @ v are"
-    seen: set[str] = set()
-    for node in graph.nodes:
-        axes, path = tokens.axes.get(node), module_path(node)
-        if op_name(node) not in SOFTMAXES or not isinstance(axes, tuple) or len(axes) < 2 or path in seen:
-            continue
-        dim = number(node, 1) % len(axes)
-        rows, columns = axes[dim - 1 if dim == len(axes) - 1 else dim + 1], axes[dim]
-        if all(tokens.layout(axis)[0].has(TokenKind.IMAGE) and axis_size(axis) > 1 for axis in (rows, columns)):
-            seen.add(path)
-            yield _site_plan(path, rows, columns, tokens).kept(reason, refusal(reason, node))
+def _other_sites(graph: fx.Graph, tokens: TokenMap, others: set[str]) -> Iterator[SitePlan]:
+    """Yield attention between image tokens that is not one node of softmax attention, with what it is instead.
 
-
-def _linear_sites(graph: fx.Graph, tokens: TokenMap, others: set[str]) -> Iterator[SitePlan]:
-    """Yield attention that sums keys and values over the image tokens in a matrix product, with no softmax between."""
-    seen = set(others)
-    reason = "already linear attention: keys and values are summed over the image tokens"
-    for node, right in contractions(graph):
-        axes, path = tokens.axes.get(right), module_path(node)
-        if not isinstance(axes, tuple) or len(axes) < 2 or path in seen:
-            continue
-        if tokens.layout(axes[-2])[0].has(TokenKind.IMAGE) and axis_size(axes[-2]) > 1:
-            seen.add(path)
-            yield _site_plan(path, axes[-2], axes[-2], tokens).kept(reason)
+    Args:
+        others: the paths of sites that are listed already; a sum over tokens there is part of theirs.
+    """
+    for found in other_attention(graph, tokens):
+        if found.is_quadratic or found.path not in others:
+            stands_in_the_way = refusal(found.reason, found.node) if found.is_quadratic else None
+            yield _site_plan(found.path, found.rows, found.columns, tokens).kept(found.reason, stands_in_the_way)
 
 
 def _site_plan(path: str, query: Axis, key: Axis, tokens: TokenMap, *, index: int = 0, kind: SiteKind = "attention") -> SitePlan:

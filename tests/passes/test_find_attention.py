@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edit_compile.passes.canonicalize import SDPA
-from edit_compile.passes.find_attention import contractions, find_attention, projections, site_path
+from edit_compile.passes.find_attention import find_attention, projections, site_path
 from edit_compile.passes.graph_walk import module_path
 from hand_built import Built, aten, attend, heads
 
@@ -81,11 +81,3 @@ def test_a_graph_without_attention():
     built = Built()
     graph = built.output(built.linear(built.input("x", 2, 5, 8), "a", 8))
     assert find_attention(graph) == []
-    assert list(contractions(graph)) == []
-
-
-def test_contractions_are_the_products_of_two_tensors():
-    built = Built()
-    a, b = built.input("a", 2, 3, 3), built.input("b", 2, 3, 4)
-    product = built(aten.matmul.default, a, b)
-    assert list(contractions(built.output(product, built(aten.mul.Tensor, a, a)))) == [(product, b)]
