@@ -27,7 +27,7 @@ from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture, capture, what_failed
 from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
 from edit_compile.passes.graph_walk import module_path, op_name, operand, operands, shape_of
-from edit_compile.passes.rewrite import seed_axes
+from edit_compile.passes.site_axes import seed_axes
 from edit_compile.passes.site_graph import ADDED, IMAGE, Refused, SiteGraph, example_grid
 
 _PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum")

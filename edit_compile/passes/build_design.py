@@ -13,7 +13,7 @@ from edit_compile.errors import ConfigError
 from edit_compile.passes.capture import PROBE_DTYPE, meta_copy, what_failed
 from edit_compile.passes.find_attention import Attention
 from edit_compile.passes.graph_walk import between
-from edit_compile.passes.op_traits import first_token_mixing_node
+from edit_compile.passes.op_traits import effect_on_tokens, first_token_mixing_node
 from edit_compile.passes.rewrite import image_linear
 from edit_compile.passes.site_graph import Declined, Refused, SiteGraph, example_grid, is_image
 
@@ -94,9 +94,10 @@ def _check_stride(tap: Tap, site: SiteGraph) -> None:
     attention = site.core
     assert isinstance(attention, Attention), "a feed-forward network has no keys"
     last = attention.key if tap.where.endswith("_key") else attention.value
-    mixing = first_token_mixing_node(between(image_linear(last, site), last), site.axes, is_image)
+    projection = image_linear(last, site)
+    mixing = first_token_mixing_node([n for n in between(projection, last) if n is not projection], site.axes, is_image)
     if mixing is not None:
-        raise Refused(f"{site.plan.path}: {mixing.target} ({mixing.name}) mixes image tokens between projection and attention", mixing)
+        raise Refused(f"{site.plan.path}: {effect_on_tokens(mixing)} between projection and attention", mixing)
 
 
 def _check_result(tap: Tap, site: SiteGraph) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from edit_compile.passes.capture import PROBE_DTYPE, Capture
-from edit_compile.passes.find_attention import LINEARS
+from edit_compile.passes.find_attention import is_linear, is_projection
 from edit_compile.passes.graph_walk import module_calls, op_name, operand, remove_dead, upstream
 from edit_compile.passes.site_graph import Refused
 
@@ -84,7 +84,7 @@ def recover_module_calls(graph: fx.Graph, module: nn.Module, core: Iterable[fx.N
 def _opened(node: fx.Node) -> list[str]:
     """List the keys of the calls around a node of the core: all except a projection's own."""
     calls = [key for key, _ in module_calls(node)]
-    return calls[:-1] if node.target in LINEARS else calls
+    return calls[:-1] if is_projection(node) else calls
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
@@ -103,7 +103,7 @@ def _recover(graph: fx.Graph, path: str, nodes: list[fx.Node]) -> None:
     result = outputs[0]
     with graph.inserting_after(result):
         call = graph.call_module(path, (next(iter(inputs)),))
-    call.meta = {**result.meta, "inside": nodes, "linear": result.target in LINEARS}
+    call.meta = {**result.meta, "inside": nodes, "linear": is_linear(result), "projection": is_projection(result)}
     result.replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)

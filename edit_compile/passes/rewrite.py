@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,18 +15,19 @@ from edit_compile.designs.base import QKV, Tap, tokens_of
 from edit_compile.designs.ops.token_spans import cut_image, on_images, sample_axis
 from edit_compile.ir.plan import Refusal
 from edit_compile.ir.site import Place, Site
-from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, axes_of, axis_size, hint
+from edit_compile.ir.tokens import TokenKind, TokenLayout
+from edit_compile.passes.axes.algebra import Value, axes_of, axis_size, hint
 from edit_compile.passes.axes.propagate import flow_axes
-from edit_compile.passes.canonicalize import canonicalize
-from edit_compile.passes.capture import Capture
-from edit_compile.passes.clone_branch import BranchCloner
-from edit_compile.passes.find_attention import Attention, find_attention, is_linear
+from edit_compile.passes.canonicalize import canonicalize, drop_returned_weights
+from edit_compile.passes.clone_branch import BranchCloner, thinned_sizes
+from edit_compile.passes.find_attention import Attention, find_attention, is_projection
 from edit_compile.passes.find_feed_forward import FeedForward, find_feed_forward
 from edit_compile.passes.graph_walk import between, op_name, operand, remove_dead, shape_of, upstream
 from edit_compile.passes.normalize import normalize
 from edit_compile.passes.op_traits import VIEW_OPS
-from edit_compile.passes.site_graph import ADDED, IMAGE, Refused, SiteGraph, image_place, is_image, refusal
+from edit_compile.passes.site_axes import TokenDims, counts_tokens, seed_axes, token_dims
+from edit_compile.passes.site_graph import ADDED, Refused, SiteGraph, image_place, is_image, refusal
+from edit_compile.passes.token_cuts import canonicalize_cuts
 
 aten = torch.ops.aten
 _OPERANDS: dict[str, tuple[Place, Place]] = {  # and the places before and after the Linear that each comes from
@@ -33,14 +35,17 @@ _OPERANDS: dict[str, tuple[Place, Place]] = {  # and the places before and after
     "key": ("before_key", "after_key"),
     "value": ("before_value", "after_value"),
 }
-_OTHERS = "others"  # the source of tokens that are not image tokens
 
 
 def canonicalize_site(site: SiteGraph) -> int:
     """Rewrite attention written by hand to one node."""
     if hasattr(site.module, ADDED):
         raise Refused(f"{site.plan.path} has an attribute {ADDED!r} of its own, the name that added modules get")
-    return canonicalize(site.graph)
+    if site.plan.kind == "attention":
+        drop_returned_weights(site.graph)
+    found = canonicalize(site.graph)
+    canonicalize_cuts(site.graph, lambda size: counts_tokens(size, site))
+    return found
 
 
 # ------------------------------------------------------------------ facts
@@ -67,7 +72,7 @@ def locate_core(site: SiteGraph) -> int:
 
 def _facts(site: SiteGraph) -> Site:
     plan = site.plan
-    channels: dict[str, int] = {place: _channels(node, site.axes) for place, node in site.places.items() if isinstance(node, fx.Node)}
+    channels: dict[str, int] = {place: _channels(node, site) for place, node in site.places.items() if isinstance(node, fx.Node)}
     return Site(
         kind=plan.kind,
         path=plan.path,
@@ -85,40 +90,6 @@ def _head_facts(attention: Attention, axes: Mapping[fx.Node, Value]) -> dict[str
     query, key, value = (shape_of(node) or () for node in (attention.query, attention.key, attention.value))
     heads = {"heads": int(query[1]), "key_heads": int(key[1])}
     return heads | {"head_dim": int(query[-1]), "value_dim": int(value[-1]), "scale": attention.scale}
-
-
-def seed_axes(node: fx.Node, captured: Capture, site: SiteGraph) -> Axes | None:
-    """Say what the axes of a site's input are. Its tokens are known by their number: the whole model's graph has told which there are."""
-    shape = shape_of(node)
-    if shape is None or captured.sources.get(str(node.target)) is None or captured.source(node).kind != "input":
-        return None
-    known = _known_lengths(site)
-    batch_first = len(shape) >= 3
-    return tuple(_batch(size) if d == 0 and batch_first else known.get(hint(size)) or _other(size) for d, size in enumerate(shape))
-
-
-def _known_lengths(site: SiteGraph) -> dict[int, Axis]:
-    """Map numbers of tokens to the runs of segments that have so many: the whole sequence first, then single segments, then runs."""
-    plan = site.plan
-    segments = tuple(
-        AxisSegment(size, segment.length, frozenset({IMAGE if segment.kind is TokenKind.IMAGE else _OTHERS}))
-        for size, segment in zip(plan.query_sizes, plan.query_layout.segments, strict=True)
-    )
-    known: dict[int, Axis] = {axis_size(segments): segments}
-    known |= {segment.size: (segment,) for segment in segments if segment.size > 1}
-    at = next(i for i, segment in enumerate(segments) if IMAGE in segment.all_sources)
-    for low in range(at + 1):
-        for high in range(at + 1, len(segments) + 1):
-            known.setdefault(axis_size(segments[low:high]), segments[low:high])
-    return known
-
-
-def _batch(size: Any) -> Axis:
-    return (AxisSegment(hint(size), str(size)),)
-
-
-def _other(size: Any) -> Axis:
-    return (AxisSegment(hint(size), "1" if hint(size) == 1 else str(size)),)
 
 
 def _only_attention(site: SiteGraph) -> Attention:
@@ -139,8 +110,10 @@ def _only_network(site: SiteGraph) -> FeedForward:
 
 
 def _check_layout(site: SiteGraph, attention: Attention) -> None:
-    expected = _runs([s.kind is TokenKind.IMAGE for s in site.plan.query_layout.segments])
-    for node in (attention.query, attention.key, attention.value):
+    queries, keys = (
+        _runs([s.kind is TokenKind.IMAGE for s in layout.segments]) for layout in (site.plan.query_layout, site.plan.key_layout)
+    )
+    for node, expected in ((attention.query, queries), (attention.key, keys), (attention.value, keys)):
         if _runs([is_image((segment,)) for segment in axes_of(node, site.axes)[-2]]) != expected:
             raise Refused(
                 f"{site.plan.path}: {node.name} has its tokens in another order than the whole model's graph; "
@@ -166,7 +139,7 @@ def _attention_places(site: SiteGraph, attention: Attention) -> Iterator[tuple[P
             yield after, refused.refusal
         else:
             yield before, operand(linear, 0)
-            yield after, _anchor(linear, node, site.axes)
+            yield after, _anchor(linear, node, site)
 
 
 def _network_places(site: SiteGraph, network: FeedForward) -> Iterator[tuple[Place, fx.Node | Refusal]]:
@@ -188,16 +161,15 @@ def image_linear(node: fx.Node, site: SiteGraph) -> fx.Node:
         value = site.axes.get(at)
         return isinstance(value, list) or (isinstance(value, tuple) and any(map(is_image, value)))
 
-    found = [at for at in upstream(node, enter=lambda at: not is_linear(at) and has_image(at)) if is_linear(at) and has_image(at)]
+    found = [at for at in upstream(node, enter=lambda at: not is_projection(at) and has_image(at)) if is_projection(at) and has_image(at)]
     if len(found) != 1:
-        raise Refused(f"{site.plan.path}: {node.name} comes from {len(found)} Linears of image tokens, not one", node)
-    tokens = axes_of(operand(found[0], 0), site.axes)
-    if len(tokens) != 3 or not is_image(tokens[1]):
-        raise Refused(f"{site.plan.path}: {found[0].name} is not a Linear over (batch, tokens, channels)", found[0])
+        raise Refused(f"{site.plan.path}: {node.name} comes from {len(found)} projections of image tokens, not one", node)
+    if _dims(operand(found[0], 0), site) is None:
+        raise Refused(f"{site.plan.path}: the input of {found[0].name} is not (batch, tokens, channels) in whatever order", found[0])
     return found[0]
 
 
-def _anchor(linear: fx.Node, last: fx.Node, axes: Mapping[fx.Node, Value]) -> fx.Node:
+def _anchor(linear: fx.Node, last: fx.Node, site: SiteGraph) -> fx.Node:
     """Find the first node after the Linear, through views alone, that holds fewest numbers per token: this operand's part."""
     way = set(between(linear, last))
     best, node = linear, linear
@@ -206,25 +178,22 @@ def _anchor(linear: fx.Node, last: fx.Node, axes: Mapping[fx.Node, Value]) -> fx
         if len(users) != 1 or op_name(users[0]) not in VIEW_OPS:
             return best
         node = users[0]
-        if isinstance(found := axes.get(node), tuple) and _numel(node) < _numel(best) and _batch_first(found):
+        if isinstance(site.axes.get(node), tuple) and _numel(node) < _numel(best) and _dims(node, site) is not None:
             best = node
 
 
-def _channels(node: fx.Node, axes: Mapping[fx.Node, Value]) -> int:
-    shape, dim = shape_of(node) or (), _token_dim(axes_of(node, axes))
-    return int(torch.tensor([hint(s) for d, s in enumerate(shape) if d not in (0, dim)]).prod())
+def _dims(node: fx.Node, site: SiteGraph) -> TokenDims | None:
+    return token_dims(axes_of(node, site.axes), site.plan.grid_sizes)
+
+
+def _channels(node: fx.Node, site: SiteGraph) -> int:
+    dims, shape = _dims(node, site), shape_of(node) or ()
+    assert dims is not None
+    return math.prod(hint(shape[d]) for d in dims.rest)
 
 
 def _numel(node: fx.Node) -> int:
-    return int(torch.tensor([hint(s) for s in shape_of(node) or ()]).prod())
-
-
-def _token_dim(axes: Axes) -> int:
-    return next(d for d, axis in enumerate(axes) if is_image(axis) and axis_size(axis) > 1)
-
-
-def _batch_first(axes: Axes) -> bool:
-    return len(axes) >= 3 and not is_image(axes[0]) and any(is_image(axis) for axis in axes)
+    return math.prod(map(hint, shape_of(node) or ()))
 
 
 # ------------------------------------------------------------------ the rewrite
@@ -291,7 +260,7 @@ def _tapped(site: SiteGraph, target: fx.Node, taps: list[Tap], names: Mapping[in
 
 def _cloner(site: SiteGraph, changed: dict[fx.Node, fx.Node], stride: tuple[int, ...]) -> BranchCloner:
     assert site.grid is not None
-    return BranchCloner(site.graph, site.axes, site.grid, dict(changed), stride)
+    return BranchCloner(site.graph, site.axes, site.grid, dict(changed), stride, site.plan.grid_sizes)
 
 
 def _call_tap(site: SiteGraph, tap: Tap, names: Mapping[int, str], place: fx.Node, source: fx.Node) -> fx.Node:
@@ -302,14 +271,25 @@ def _call_tap(site: SiteGraph, tap: Tap, names: Mapping[int, str], place: fx.Nod
         source: the tensor that takes its place.
     """
     shape, axes, graph = shape_of(place) or (), axes_of(place, site.axes), site.graph
-    dim = _token_dim(axes)
-    inner = [hint(s) for d, s in enumerate(shape) if d not in (0, dim)]
-    tokens = source
-    if flat := (len(shape) != 3 or dim != 1):
-        tokens = graph.call_function(torch.flatten, (graph.call_function(torch.movedim, (source, dim, 1)), 2))
-    tapped = _on_image_tokens(site, tap, names, tokens, image_place(axes[dim]))
-    if flat:
-        tapped = graph.call_function(torch.movedim, (graph.call_function(torch.unflatten, (tapped, 2, inner)), 1, dim))
+    dims = _dims(place, site)
+    assert dims is not None
+    order = [dims.batch, *dims.tokens, *dims.rest]
+    tokens, spread = source, len(dims.tokens)
+    if order != list(range(len(shape))):
+        tokens = graph.call_function(torch.permute, (tokens, order))
+    if spread > 1:
+        tokens = graph.call_function(torch.flatten, (tokens, 1, spread))
+    if len(dims.rest) != 1:
+        tokens = graph.call_function(torch.flatten, (graph.call_function(torch.unsqueeze, (tokens, -1)), 2))
+    where = (0, 0) if spread > 1 else image_place(axes[dims.tokens[0]])
+    tapped = _on_image_tokens(site, tap, names, tokens, where)
+    if len(dims.rest) != 1:
+        tapped = graph.call_function(torch.unflatten, (tapped, 2, [*(hint(shape[d]) for d in dims.rest), 1]))
+        tapped = graph.call_function(torch.squeeze, (tapped, -1))
+    if spread > 1:
+        tapped = graph.call_function(torch.unflatten, (tapped, 1, graph.call_function(thinned_sizes, (site.grid, tap.stride))))
+    if order != list(range(len(shape))):
+        tapped = graph.call_function(torch.permute, (tapped, [order.index(d) for d in range(len(shape))]))
     tapped.meta = dict(place.meta)
     return tapped
 
@@ -345,25 +325,27 @@ def replace_core(site: SiteGraph) -> int:
 def _replace_attention(site: SiteGraph, attention: Attention) -> None:
     graph, stride = site.graph, next((tap.stride for tap in site.taps if tap.stride), ())
     with graph.inserting_before(attention.node):
-        mask = _row(site, attention.mask)
+        mask = _row(site, attention.mask) if site.plan.mask != "none" else None
         short = _sampled(site, mask, stride) if stride else mask
         operands = tuple(site.operands[name] for name in _OPERANDS)
         own = (operands[0], attention.key, attention.value, mask)  # the model's own query would be computed for nothing
         original = graph.call_function(QKV, own) if site.chosen.needs_original else None
         x = graph.call_function(QKV, (*operands, short, original))
-        kinds, lengths = _layout(site)
-        tokens = graph.call_function(tokens_of, (site.operands["query"], 2, site.grid, kinds, lengths))
+        keys = None
+        if site.plan.key_layout != site.plan.query_layout:
+            keys = graph.call_function(tokens_of, (attention.key, 2, site.grid, *_layout(site.plan.key_layout)))
+        tokens = graph.call_function(tokens_of, (site.operands["query"], 2, site.grid, *_layout(site.plan.query_layout), keys))
         new = graph.call_module(ADDED, (x, tokens))
     new.meta = dict(attention.node.meta)
     attention.node.replace_all_uses_with(new)
     graph.erase_node(attention.node)
 
 
-def _layout(site: SiteGraph) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
-    """The kinds and lengths of the query's segments: None for the image, and for what remains; unknown neighbours are one segment."""
+def _layout(layout: TokenLayout) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
+    """The kinds and lengths of a layout's segments: None for the image, and for what remains; unknown neighbours are one segment."""
     kinds: list[str] = []
     lengths: list[int | None] = []
-    for segment in site.plan.query_layout.segments:
+    for segment in layout.segments:
         known = int(segment.length) if segment.length.isdigit() and segment.kind is not TokenKind.IMAGE else None
         if known is None and kinds and lengths[-1] is None and TokenKind.IMAGE not in (kinds[-1], segment.kind):
             continue

@@ -117,7 +117,7 @@ REFUSED = {
     "split at the text": (LAYOUTS, part(aten.split_with_sizes.default, [N, T], 1), "split_with_sizes.* cuts through compressed tokens"),
     "split by a size": (LAYOUTS, part(aten.split.Tensor, N, 1), "split.* cuts through compressed tokens"),
     "in halves": (LAYOUTS, part(aten.chunk.default, 2, 1), "chunk.* cuts through compressed tokens"),
-    "one of them": (LAYOUTS, lambda g, x: g(aten.select.int, x, 1, 3), "select.* cuts through compressed tokens"),
+    "one of them": (LAYOUTS, lambda g, x: g(aten.select.int, x, 1, 3), "select.* takes one of the image tokens"),
     "one by one": (LAYOUTS, part(aten.unbind.int, 1), "unbind.* cuts through compressed tokens"),
 }
 

@@ -1,7 +1,7 @@
 """Image tokens as images and back, and sampling what is indexed by token on a thinned grid.
 
 The grid of a call comes as the *shape* of a tensor, which torch.compile keeps symbolic where integers held by a module
-would recompile at every resolution.
+would recompile at every resolution; several images in one sequence have a tuple of them, one after the other.
 """
 
 from __future__ import annotations
@@ -12,15 +12,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from edit_compile.errors import GridError
+
+Grids = Tensor | tuple[Tensor, ...]  # the grid of the image, or of each image, as the shapes of tensors
+
+
+def grids_of(grid: Grids) -> tuple[tuple[int, ...], ...]:
+    """Return the sizes of each image's grid."""
+    return (tuple(grid.shape),) if isinstance(grid, Tensor) else tuple(tuple(each.shape) for each in grid)
+
+
+def image_tokens(grid: Grids) -> int:
+    """Count the positions of all grids."""
+    return sum(math.prod(sizes) for sizes in grids_of(grid))
+
+
+def in_words(grids: Sequence[Sequence[int]]) -> str:
+    """Write grids for an error: 6 x 10 + 8 x 4."""
+    return " + ".join(" x ".join(map(str, sizes)) for sizes in grids)
+
 
 def to_image(x_BNC: Tensor, grid: Sequence[int]) -> Tensor:
     """View tokens (B, N, C) as an image (B, C, *grid), channels last in memory.
 
     Raises:
-        ValueError: the grid does not have N positions.
+        GridError: the grid does not have N positions.
     """
     if math.prod(grid) != x_BNC.shape[1]:
-        raise ValueError(f"{x_BNC.shape[1]} image tokens do not fill a grid of {' x '.join(map(str, grid))} = {math.prod(grid)}")
+        raise GridError(f"{x_BNC.shape[1]} image tokens do not fill a grid of {in_words([grid])} = {math.prod(grid)}")
     image: Tensor = torch.unflatten(x_BNC, 1, tuple(grid)).movedim(-1, 1)
     return image
 
@@ -30,27 +49,27 @@ def to_tokens(x_BCG: Tensor) -> Tensor:
     return x_BCG.flatten(2).transpose(1, 2)
 
 
-def image_span(length: int, grid: Tensor, before: int | None, after: int | None) -> tuple[int, int]:
+def image_span(length: int, grid: Grids, before: int | None, after: int | None) -> tuple[int, int]:
     """Return the first and last-plus-one position of the image in an axis of `length` tokens.
 
     Args:
         before, after: numbers of tokens before and after the image, one of which may be None for what remains.
     """
-    image = math.prod(grid.shape)
+    image = image_tokens(grid)
     start = before if before is not None else length - image - (after or 0)
     return start, start + image
 
 
-def cut_image(x: Tensor, dim: int, grid: Tensor, before: int | None, after: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def cut_image(x: Tensor, dim: int, grid: Grids, before: int | None, after: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Cut a token axis into the tokens before the image, the image's, and those after it, along `dim`.
 
     Raises:
-        ValueError: there are image tokens alone, and not as many as the grid has positions.
+        GridError: there are image tokens alone, and not as many as the grid has positions.
     """
     length = x.shape[dim]
     start, stop = image_span(length, grid, before, after)
     if before == 0 and after == 0 and stop != length:
-        raise ValueError(f"{length} image tokens do not fill a grid of {' x '.join(map(str, grid.shape))} = {stop - start}")
+        raise GridError(f"{length} image tokens do not fill a grid of {in_words(grids_of(grid))} = {stop - start}")
     return x.narrow(dim, 0, start), x.narrow(dim, start, stop - start), x.narrow(dim, stop, length - stop)
 
 
@@ -59,34 +78,58 @@ def aligned(stride: Sequence[int], dims: int) -> tuple[int, ...]:
     return (*(1,) * (dims - len(stride)), *stride[max(0, len(stride) - dims) :])
 
 
-def sample_axis(x: Tensor, dim: int, grid: Tensor, before: int | None, after: int | None, stride: Sequence[int]) -> Tensor:
+def sample_axis(x: Tensor, dim: int, grid: Grids, before: int | None, after: int | None, stride: Sequence[int]) -> Tensor:
     """Sample a table by token, RoPE's or a mask, at the window centres of a tap with that stride; other tokens stay.
 
     (..., before + prod(grid) + after, ...) to (..., before + prod(ceil(grid / stride)) + after, ...) along `dim`. See `aligned`.
     """
     front, image, back = cut_image(x, dim, grid, before, after)
-    sampled = torch.unflatten(image, dim, tuple(grid.shape))
-    for axis, step in enumerate(aligned(stride, grid.ndim)):
+    sampled = [_sampled(each, dim, sizes, stride) for each, sizes in _each_image(image, dim, grid)]
+    parts = [*sampled, *([front, back] if (before, after) != (0, 0) else [])]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([front, *sampled, back] if len(parts) > len(sampled) else sampled, dim)
+
+
+def _sampled(image: Tensor, dim: int, sizes: Sequence[int], stride: Sequence[int]) -> Tensor:
+    sampled: Tensor = torch.unflatten(image, dim, tuple(sizes))
+    for axis, step in enumerate(aligned(stride, len(sizes))):
         sampled = sampled.transpose(0, dim + axis)[::step].transpose(0, dim + axis) if step > 1 else sampled
-    sampled = sampled.flatten(dim, dim + grid.ndim - 1)
-    if before == 0 and after == 0:
-        return sampled
-    return torch.cat([front, sampled, back], dim)
+    return sampled.flatten(dim, dim + len(sizes) - 1)
 
 
-def every_nth(x: Tensor, dim: int, grid: Tensor, index: int, stride: Sequence[int]) -> Tensor:
+def _each_image(x: Tensor, dim: int, grid: Grids) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """Cut the image tokens along `dim` into each image's, with its grid."""
+    grids = grids_of(grid)
+    if len(grids) == 1:
+        return [(x, grids[0])]
+    starts = [sum(math.prod(sizes) for sizes in grids[:i]) for i in range(len(grids))]
+    return [(x.narrow(dim, start, math.prod(sizes)), sizes) for start, sizes in zip(starts, grids, strict=True)]
+
+
+def every_nth(x: Tensor, dim: int, grid: Grids, index: int, stride: Sequence[int]) -> Tensor:
     """Sample a table along the dimension `dim`, which is that of number `index` of the grid, as `sample_axis` samples all of them."""
+    if not isinstance(grid, Tensor):
+        raise GridError(f"the model lays its image tokens out on one grid here, not on the {len(grid)} grids {in_words(grids_of(grid))}")
     step = aligned(stride, grid.ndim)[index]
     return x.transpose(0, dim)[::step].transpose(0, dim) if step > 1 else x
 
 
-def dropped_tokens(grid: Tensor, stride: Sequence[int]) -> int:
+def dropped_tokens(grid: Grids, stride: Sequence[int]) -> int:
     """Count by how many image tokens a thinned grid has fewer."""
-    steps = aligned(stride, grid.ndim)
-    return math.prod(grid.shape) - math.prod((n + step - 1) // step for n, step in zip(grid.shape, steps, strict=True))
+    kept = 0
+    for sizes in grids_of(grid):
+        kept += math.prod((n + step - 1) // step for n, step in zip(sizes, aligned(stride, len(sizes)), strict=True))
+    return image_tokens(grid) - kept
 
 
-def on_images(module: torch.nn.Module, x_BNC: Tensor, grid: Tensor) -> Tensor:
-    """Call a module that maps images on tokens: (B, N, C) to (B, N', C)."""
-    image: Tensor = module(to_image(x_BNC, grid.shape))
-    return to_tokens(image)
+def on_images(module: torch.nn.Module, x_BNC: Tensor, grid: Grids) -> Tensor:
+    """Call a module that maps images on tokens, on each image by itself: (B, N, C) to (B, N', C).
+
+    Raises:
+        GridError: the grids do not have N positions.
+    """
+    if image_tokens(grid) != x_BNC.shape[1]:
+        raise GridError(f"{x_BNC.shape[1]} image tokens do not fill {in_words(grids_of(grid))} = {image_tokens(grid)}")
+    mapped = [to_tokens(module(to_image(tokens, sizes))) for tokens, sizes in _each_image(x_BNC, 1, grid)]
+    return mapped[0] if len(mapped) == 1 else torch.cat(mapped, 1)

@@ -1,0 +1,226 @@
+"""What the dimensions of a site's tensors are: which one is the batch, which ones hold image tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from edit_compile.ir.tokens import TokenKind
+from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, axis_size, expression, hint
+from edit_compile.passes.capture import Capture
+from edit_compile.passes.graph_walk import shape_of
+from edit_compile.passes.site_graph import IMAGE, SiteGraph, is_image
+
+_BATCH = "batch"  # the source of the batch
+_OTHERS = "others"  # the source of tokens that are not image tokens
+
+
+# ------------------------------------------------------------------ of a site's inputs
+
+
+def seed_axes(node: fx.Node, captured: Capture, site: SiteGraph) -> Axes | None:
+    """Say what the axes of a site's input are. Its tokens are known by their number: the whole model's graph has told which there are.
+
+    A size that is constant is no number of tokens, unless so many tokens are there always.
+    """
+    shape = shape_of(node)
+    if shape is None or captured.sources.get(str(node.target)) is None or captured.source(node).kind != "input":
+        return None
+    sizes = _symbolic_sizes(node, site) or shape
+    tokens = _token_axes(sizes, site)
+    batch = next((d for d in range(len(shape)) if d not in tokens and len(shape) >= 3), None)
+    return tuple(tokens[d] if d in tokens else _batch(s) if d == batch else _other(s) for d, s in enumerate(sizes))
+
+
+def _symbolic_sizes(node: fx.Node, site: SiteGraph) -> tuple[Any, ...] | None:
+    """Return the sizes of an input as the site's own graph has them: where it is captured again, they may be constants."""
+    original = next((n for n in site.captured.graph.nodes if n.op == "placeholder" and n.target == node.target), None)
+    return shape_of(original) if original is not None else None
+
+
+def _token_axes(sizes: Sequence[Any], site: SiteGraph) -> dict[int, Axis]:
+    """Return the axes of those dimensions that hold tokens: one that holds all of some segments, or as many as the image's grid has."""
+    known, grid = _known_lengths(site), site.plan.grid_sizes
+    last = len(sizes) - len(grid)
+    hints = [hint(size) for size in sizes]
+    spread = next((at for at in range(last + 1) if len(grid) > 1 and tuple(hints[at : at + len(grid)]) == grid and at > 0), None)
+    if spread is not None and _may_vary(sizes[spread : spread + len(grid)], site):
+        return {spread + i: (_of_grid(size, i),) for i, size in enumerate(sizes[spread : spread + len(grid)])}
+    found = {d: known[h] for d, h in enumerate(hints) if h in known and (_constant(known[h]) or _may_vary([sizes[d]], site))}
+    if len(sizes) >= 3 and len(found) > 1 and 0 in found and _batch_size(site) == hints[0]:
+        del found[0]
+    return found
+
+
+def _may_vary(sizes: Sequence[Any], site: SiteGraph) -> bool:
+    """Say whether sizes may be numbers of tokens: symbolic ones, or any where the site was captured with constant sizes."""
+    if all(isinstance(size, torch.SymInt) for size in sizes):
+        return True
+    inputs = [n for n in site.captured.graph.nodes if n.op == "placeholder" and site.captured.source(n).kind == "input"]
+    return not any(isinstance(size, torch.SymInt) for n in inputs for size in shape_of(n) or ())
+
+
+def _constant(axis: Axis) -> bool:
+    return all(segment.expr.isdigit() for segment in axis)
+
+
+def _batch_size(site: SiteGraph) -> int | None:
+    """Return the batch's size in the example: that of the first dimension of most inputs."""
+    inputs = [n for n in site.captured.graph.nodes if n.op == "placeholder" and site.captured.source(n).kind == "input"]
+    first = [hint(shape[0]) for n in inputs if len(shape := shape_of(n) or ()) >= 3]
+    return max(first, key=first.count, default=None)
+
+
+def counts_tokens(size: Any, site: SiteGraph) -> bool:
+    """Say whether a dimension of this size may be one of tokens."""
+    return isinstance(size, torch.SymInt) or (hint(size) in _known_lengths(site) and _may_vary([size], site))
+
+
+def _known_lengths(site: SiteGraph) -> dict[int, Axis]:
+    """Map numbers of tokens to the runs of segments that have so many: the whole sequence first, then single segments, then runs."""
+    known: dict[int, Axis] = {}
+    plan = site.plan
+    for layout, sizes in ((plan.query_layout, plan.query_sizes), (plan.key_layout, plan.key_sizes)):
+        segments = tuple(
+            _image_segment(size, segment.length, plan.grid_sizes)
+            if segment.kind is TokenKind.IMAGE
+            else AxisSegment(size, segment.length, frozenset({_OTHERS}))
+            for size, segment in zip(sizes, layout.segments, strict=True)
+        )
+        for run in _runs(segments):
+            if axis_size(run) > 1:
+                known.setdefault(axis_size(run), run)
+    return known
+
+
+def _runs(segments: Axis) -> Iterator[Axis]:
+    """Yield the whole, the single segments, and then the runs in which the image is."""
+    yield segments
+    yield from ((segment,) for segment in segments)
+    images = [i for i, segment in enumerate(segments) if IMAGE in segment.all_sources]
+    for at in images[:1]:
+        for low in range(at + 1):
+            yield from (segments[low:high] for high in range(at + 1, len(segments) + 1))
+
+
+def _image_segment(size: int, expr: str, grid: Sequence[int]) -> AxisSegment:
+    """Make the segment of the image tokens, composed of the grid's dimensions where these are known."""
+    dims = tuple((_of_grid(n, i),) for i, n in enumerate(grid)) if len(grid) > 1 and math.prod(grid) == size else ()
+    return AxisSegment(size, expr, frozenset({IMAGE}), dims)
+
+
+def _of_grid(size: Any, index: int) -> AxisSegment:
+    return AxisSegment(hint(size), expression(size), frozenset({IMAGE, _grid_source(index)}))
+
+
+def _grid_source(index: int) -> str:
+    return f"{IMAGE} {index}"  # of one dimension of the grid
+
+
+def _batch(size: Any) -> Axis:
+    return (AxisSegment(hint(size), expression(size), frozenset({_BATCH})),)
+
+
+def _other(size: Any) -> Axis:
+    return (AxisSegment(hint(size), expression(size)),)
+
+
+# ------------------------------------------------------------------ of any tensor of a site
+
+
+@dataclass(frozen=True)
+class TokenDims:
+    """Where a tensor has its batch and its image tokens.
+
+    Attributes:
+        batch: the dimension of the batch.
+        tokens: the dimension of the tokens, among which the image's are; or those of the image's grid, one each.
+        rest: the others, the channels.
+    """
+
+    batch: int
+    tokens: tuple[int, ...]
+    rest: tuple[int, ...]
+
+
+def token_dims(axes: Axes, grid: Sequence[int]) -> TokenDims | None:
+    """Say where a tensor has its batch and its tokens; None where they are merged or in no order that is known.
+
+    Args:
+        grid: the image's, in the example; () if it is not known.
+    """
+    tokens = image_dims(axes)
+    batch = next((d for d, axis in enumerate(axes) if _stems_from(axis, _BATCH)), 0)
+    if not tokens or batch in tokens or any(_stems_from(axes[d], _BATCH) for d in tokens):
+        return None
+    if len(tokens) > 1 and not _are_grid(axes, tokens, grid):
+        return None
+    return TokenDims(batch, tokens, tuple(d for d in range(len(axes)) if d != batch and d not in tokens))
+
+
+def image_dims(axes: Axes) -> tuple[int, ...]:
+    """List the dimensions that hold image tokens."""
+    return tuple(d for d, axis in enumerate(axes) if is_image(axis) and axis_size(axis) > 1)
+
+
+def grid_dimension(axis: Axis, grid: Sequence[int]) -> int | None:
+    """Tell which dimension of the image's grid an axis is; None if it is not one of them."""
+    return next((i for i, size in enumerate(grid) if axis_size(axis) == size and len(grid) > 1 and _only_of_grid(axis, i)), None)
+
+
+def _are_grid(axes: Axes, dims: Sequence[int], grid: Sequence[int]) -> bool:
+    return len(dims) == len(grid) and all(grid_dimension(axes[d], grid) == i for i, d in enumerate(dims))
+
+
+def _only_of_grid(axis: Axis, index: int) -> bool:
+    grid_sources = {source for segment in axis for source in segment.all_sources if source.startswith(f"{IMAGE} ")}
+    return len(axis) == 1 and grid_sources == {_grid_source(index)}
+
+
+def _stems_from(axis: Axis, source: str) -> bool:
+    return any(source in segment.all_sources for segment in axis)
+
+
+# ------------------------------------------------------------------ numbers of tokens
+
+
+@dataclass(frozen=True)
+class SegmentEnds:
+    """How many tokens runs of segments have, in the sizes of the site's own inputs.
+
+    Attributes:
+        sizes: of runs that an input has along a dimension.
+    """
+
+    sizes: Mapping[Axis, Any]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, axes: Mapping[fx.Node, Any]) -> SegmentEnds:
+        """Read them off the graph's inputs."""
+        sizes: dict[Axis, Any] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder" and isinstance(axes.get(node), tuple):
+                for axis, size in zip(axes[node], shape_of(node) or (), strict=True):
+                    if any(segment.all_sources & {IMAGE, _OTHERS} for segment in axis):
+                        sizes.setdefault(axis, size)
+        return cls(sizes)
+
+    def size(self, run: Axis) -> Any:
+        """Return a run's number of tokens, a number or a `SymInt`; None if the inputs do not tell."""
+        if run in self.sizes:
+            return self.sizes[run]
+        each = [int(s.expr) if s.expr.isdigit() else self.sizes.get((s,)) for s in run]
+        return None if any(size is None for size in each) else sum(each)
+
+    def start(self, run: Axis, whole: Axis) -> Any:
+        """Return a run's number of tokens as `size` does, or else as what the rest of the whole leaves over."""
+        found = self.size(run)
+        if found is not None:
+            return found
+        total, rest = self.size(whole), self.size(whole[len(run) :])
+        return None if total is None or rest is None else total - rest
