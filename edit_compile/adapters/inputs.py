@@ -22,11 +22,13 @@ class ImageInputs:
         inputs: keyword arguments of the forward.
         grid: (rows, columns) of image tokens, or (frames, rows, columns).
         text: number of text tokens.
+        frames: of the video; None for images.
     """
 
     inputs: dict[str, Any]
     grid: Extent
     text: int
+    frames: int | None = None
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
@@ -63,7 +65,8 @@ def inputs_for_size(
         NoExampleInputsError: the model's family has no adapter.
     """
     family, step = _family(model), pixels_per_token(model)
-    video = _token_frames(family, model, frames)
+    frames = frames if frames is not None else family.default_frames(model)
+    video = () if frames is None else (_token_frames(family, model, frames),)
     refused = f"{type(model).__name__} does not support {height} x {width} px"
     if min(height, width) < step or height % step or width % step:
         raise GridError(f"{refused}: both sides must be multiples of {step}, the pixels of a token")
@@ -73,20 +76,17 @@ def inputs_for_size(
         raise GridError(f"{refused}: {reason}")
     tokens = text if text is not None else family.text_tokens(model)
     sizes = InputSizes(batch, tokens, rows, columns, torch.device(device), dtype, *video)
-    return ImageInputs(family.inputs(model, sizes), (*video, rows, columns), tokens)
+    return ImageInputs(family.inputs(model, sizes), (*video, rows, columns), tokens, frames)
 
 
-def _token_frames(family: Family, model: nn.Module, frames: int | None) -> tuple[int, ...]:
-    """Return the frames of image tokens of a video, as a tuple of one; an empty one for a model of images."""
-    usual = family.default_frames(model)
+def _token_frames(family: Family, model: nn.Module, frames: int) -> int:
+    """Return how many frames of image tokens stand for a video's frames."""
+    usual, found = family.default_frames(model), family.token_frames(model, frames)
+    if found is not None:
+        return found
     if usual is None:
-        if frames is not None:
-            raise GridError(f"{type(model).__name__} makes images, not videos of {frames} frames: give height and width alone")
-        return ()
-    found = family.token_frames(model, frames if frames is not None else usual)
-    if found is None:
-        raise GridError(f"{type(model).__name__} does not support {frames} frames; it is usually used with {usual}")
-    return (found,)
+        raise GridError(f"{type(model).__name__} makes images, not videos of {frames} frames: give height and width alone")
+    raise GridError(f"{type(model).__name__} does not support {frames} frames; it is usually used with {usual}")
 
 
 def pixels_per_token(model: nn.Module) -> int:

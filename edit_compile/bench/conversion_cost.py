@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from edit_compile.adapters.family import Extent
 from edit_compile.adapters.inputs import default_sizes, inputs_for_size, pixels_per_token
 from edit_compile.adapters.load_model import load_model
 from edit_compile.api import plan_and_convert, plan_of, repeated_blocks, teacher, transformer_of
@@ -32,13 +33,14 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one forward, batch 1, at one image size.
+    """The cost of one forward, batch 1, at one size of images or videos.
 
     Attributes:
         height, width: in pixels.
         image, text: numbers of tokens.
         before, after: FLOPs of the whole model.
         sites: FLOPs of each rewritten site.
+        frames: of a video; None for an image.
     """
 
     height: int
@@ -48,6 +50,12 @@ class Cost:
     before: int
     after: int
     sites: tuple[SiteCost, ...]
+    frames: int | None = None
+
+    @property
+    def size(self) -> str:
+        """The size in pixels, "height x width", after the number of a video's frames."""
+        return size_in_words((self.height, self.width) if self.frames is None else (self.frames, self.height, self.width))
 
     @property
     def saved(self) -> int:
@@ -66,7 +74,7 @@ class CostReport:
         parameters: of the model before conversion.
         added: parameters that the designs bring.
         costs: in ascending order of image tokens.
-        errors: why a size could not be counted, by "height x width".
+        errors: why a size could not be counted, by the size as in `Cost.size`.
         break_even_tokens: image tokens from which the conversion needs fewer FLOPs; 0 if at every size, None if unknown.
         pixels_per_token: along each side of the image.
     """
@@ -86,7 +94,7 @@ def added_parameters(student: nn.Module) -> int:
 
 def cost(
     model: Any,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[Extent] | None = None,
     *,
     text: int | None = None,
     config: LinearizeConfig | None = None,
@@ -95,7 +103,7 @@ def cost(
 
     Args:
         model: a converted model, or as for `plan`: a model, a pipeline, or a name; of a name no weights are loaded.
-        sizes: (height, width) of images in pixels; default: those the model is used at.
+        sizes: (height, width) in pixels, or of videos (frames, height, width); default: those the model is used at.
         text: number of text tokens; default: as many as the model's pipeline passes.
         config: how to convert a model that is not converted yet.
 
@@ -106,11 +114,11 @@ def cost(
     structure = meta_copy(_converted(model, config))
     costs: list[Cost] = []
     errors: dict[str, str] = {}
-    for height, width in sizes if sizes is not None else default_sizes(structure):
+    for size in sizes if sizes is not None else default_sizes(structure):
         try:
-            costs.append(_cost(structure, height, width, text))
+            costs.append(_cost(structure, size, text))
         except GridError as error:
-            errors[f"{height} x {width}"] = str(error)
+            errors[size_in_words(size)] = str(error)
     costs.sort(key=lambda cost: cost.image)
     added = added_parameters(structure)
     total = sum(p.numel() for p in structure.parameters())
@@ -129,15 +137,21 @@ def _converted(model: Any, config: LinearizeConfig | None) -> nn.Module:
     return student
 
 
-def _cost(structure: nn.Module, height: int, width: int, text: int | None) -> Cost:
-    image = inputs_for_size(structure, height, width, text=text)
+def size_in_words(size: Extent) -> str:
+    """Write a size as "height x width", or "frames x height x width"."""
+    return " x ".join(map(str, size))
+
+
+def _cost(structure: nn.Module, size: Extent, text: int | None) -> Cost:
+    *frames, height, width = size
+    image = inputs_for_size(structure, height, width, frames=frames[0] if frames else None, text=text)
     inputs, paths, blocks = meta_inputs(image.inputs), [site.path for site in plan_of(structure).rewritten], repeated_blocks(structure)
     with grid(structure, *image.grid):
         after = count_flops(structure, inputs, paths, blocks)
     with teacher(structure):
         before = count_flops(structure, inputs, paths, blocks)
     sites = tuple(SiteCost(path, before.parts[path], after.parts[path]) for path in paths)
-    return Cost(height, width, math.prod(image.grid), image.text, before.total, after.total, sites)
+    return Cost(height, width, math.prod(image.grid), image.text, before.total, after.total, sites, image.frames)
 
 
 def break_even_tokens(costs: Sequence[Cost]) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edit_compile.adapters.family import Extent
 from edit_compile.adapters.inputs import default_sizes, inputs_for_size
 from edit_compile.api import compile as compile_regionally
 from edit_compile.api import teacher, transformer_of
@@ -35,13 +36,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """Teacher and student at one image size.
+    """Teacher and student at one size of images or videos.
 
     Attributes:
         height, width: in pixels.
         teacher, student: seconds of one forward.
         speedup: the teacher's seconds over the student's, of calls one right after the other.
         memory: peaks of teacher and student in bytes, where the device counts them.
+        frames: of a video; None for an image.
     """
 
     height: int
@@ -50,13 +52,14 @@ class SpeedRow:
     student: Timing
     speedup: Timing
     memory: tuple[int, int] | None = None
+    frames: int | None = None
 
 
 def compare_speed(
     student: Any,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[Extent] | None = None,
     *,
-    inputs_for: Callable[[int, int], Mapping[str, Any]] | None = None,
+    inputs_for: Callable[..., Mapping[str, Any]] | None = None,
     runs: int = 7,
     warmup: int = 2,
     compiled: bool = False,
@@ -65,8 +68,8 @@ def compare_speed(
 
     Args:
         student: a converted model, or a pipeline with one.
-        sizes: (height, width) of images in pixels; default: those the model is used at.
-        inputs_for: keyword arguments of one forward for an image of (height, width); default: random ones, for models with an adapter.
+        sizes: (height, width) in pixels, or of videos (frames, height, width); default: those the model is used at.
+        inputs_for: keyword arguments of one forward, from the numbers of a size; default: random ones, for models with an adapter.
         runs: timed calls of each, after `warmup` more.
         compiled: compile the student in place, as `edit_compile.compile` does; the same blocks are compiled for the teacher.
 
@@ -79,16 +82,18 @@ def compare_speed(
         compile_regionally(model)
     inputs_for = inputs_for or partial(_random_inputs, model)
     rows = []
-    for height, width in sizes if sizes is not None else default_sizes(model):
-        inputs = dict(inputs_for(height, width))
+    for size in sizes if sizes is not None else default_sizes(model):
+        *frames, height, width = size
+        inputs = dict(inputs_for(*size))
         calls = partial(_call_teacher, model, inputs), partial(model, **inputs)
-        rows.append(SpeedRow(height, width, *compare_calls(*calls, runs=runs, warmup=warmup)))
+        rows.append(SpeedRow(height, width, *compare_calls(*calls, runs=runs, warmup=warmup), *frames))
     return rows
 
 
-def _random_inputs(model: nn.Module, height: int, width: int) -> dict[str, Any]:
+def _random_inputs(model: nn.Module, *size: int) -> dict[str, Any]:
+    *frames, height, width = size
     weight = next(p for p in model.parameters() if p.is_floating_point())
-    return inputs_for_size(model, height, width, device=weight.device, dtype=weight.dtype).inputs
+    return inputs_for_size(model, height, width, frames=frames[0] if frames else None, device=weight.device, dtype=weight.dtype).inputs
 
 
 def _call_teacher(student: nn.Module, inputs: Mapping[str, Any]) -> Any:

@@ -50,7 +50,7 @@ def _plain_table(title: str) -> Table:
 
 
 def cost_table(report: CostReport) -> RenderableType:
-    """Show the parameters added and a line of forward FLOPs for each image size, after a warning where nothing is gained."""
+    """Show the parameters added and a line of forward FLOPs for each size, after a warning where nothing is gained."""
     share = report.added / report.parameters
     lines = [*_warnings(report), f"{format_si(report.added)} parameters added to {format_si(report.parameters)} ({share:.1%})"]
     table = _plain_table("FLOPs of one forward")
@@ -58,7 +58,7 @@ def cost_table(report: CostReport) -> RenderableType:
         table.add_column(name, justify="right")
     for cost in report.costs:
         style = "green" if cost.ratio >= BREAK_EVEN else "red"
-        sizes = (f"{cost.height} x {cost.width}", f"{cost.image:,}", f"{cost.text:,}")
+        sizes = (cost.size, f"{cost.image:,}", f"{cost.text:,}")
         table.add_row(*sizes, format_si(cost.before), format_si(cost.after), f"[{style}]{cost.ratio:.2f}x[/]")
     errors = [f"[dim]{escape(reason)}[/]" for reason in report.errors.values()]
     return Group(*lines, *([table] if report.costs else []), *errors)
@@ -66,15 +66,16 @@ def cost_table(report: CostReport) -> RenderableType:
 
 def _warnings(report: CostReport) -> list[str]:
     losing = [cost for cost in report.costs if cost.ratio < BREAK_EVEN]
-    where = ", ".join(f"{c.height} x {c.width} px ({format_si(c.before)} FLOPs before, {format_si(c.after)} after)" for c in losing)
+    where = ", ".join(f"{c.size} px ({format_si(c.before)} FLOPs before, {format_si(c.after)} after)" for c in losing)
     return [f"[bold red]No gain at {where}.[/]{_advice(report)}"] if losing else []
 
 
 def _advice(report: CostReport) -> str:
     if not report.break_even_tokens:
         return ""
-    side = report.break_even_tokens**0.5 * report.pixels_per_token
-    where = f"{report.break_even_tokens:,} image tokens ({side:,.0f} px square)"
+    where = f"{report.break_even_tokens:,} image tokens"
+    if not any(cost.frames for cost in report.costs):
+        where += f" ({report.break_even_tokens**0.5 * report.pixels_per_token:,.0f} px square)"
     return f" Break-even is near {where}; cheaper options of the design (--set) lower it."
 
 
@@ -110,7 +111,8 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
         spread = f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}"
         memory = [f"{peak / 2**20:,.0f} MiB" for peak in row.memory or ()]
         ratio = f"[{style}]{row.speedup.median:.2f}x[/]"
-        table.add_row(f"{row.height} x {row.width}", _ms(row.teacher), _ms(row.student), ratio, spread, *memory)
+        frames = "" if row.frames is None else f"{row.frames} x "
+        table.add_row(f"{frames}{row.height} x {row.width}", _ms(row.teacher), _ms(row.student), ratio, spread, *memory)
     return table
 
 
