@@ -379,7 +379,8 @@ def names_of(words: list[str]) -> tuple[list[str], list[str]]:
     """The configurations with one of the words in their names, and the classes without a configuration."""
     from tiny_models import CONFIGURATIONS
 
-    chosen = [name for name in CONFIGURATIONS if not words or any(word.lower() in name.lower() for word in words)]
+    found = (name for word in words or [""] for name in CONFIGURATIONS if word.lower() in name.lower())
+    chosen = list(dict.fromkeys(found))
     known = {name.partition("/")[0] for name in CONFIGURATIONS}
     return chosen, [name for name in classes() if name not in known and name not in NOT_TRIED]
 

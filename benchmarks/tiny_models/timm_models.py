@@ -134,6 +134,7 @@ tiny(
     "coat_lite_tiny",
     {"*": LINEAR},
     patch=32,
+    sizes=FIXED,
     options={"img_size": pixels(32), "serial_depths": (1, 1, 1, 1)},
     note="its attention is linear already",
 )
@@ -156,19 +157,26 @@ tiny("convit_tiny", {"*": KEEP}, sizes=SQUARE, options=GATED, note="gated places
 
 
 @configuration(
-    GROUP, picture(32), {"*": KEEP}, name="timm mvitv2", sizes=FIXED, note="keys on a coarser grid, and a bias for every pair of places"
+    GROUP,
+    picture(32),
+    {"*": KEEP},
+    name="timm mvitv2",
+    sizes=SQUARE,
+    note="keys on a coarser grid, and a bias for every pair of places; square images only",
 )
 def mvitv2() -> nn.Module:
     from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 
     torch.manual_seed(0)
-    return lively(MultiScaleVit(MultiScaleVitCfg(depths=(1, 1, 1, 1), embed_dim=24), img_size=pixels(32), num_classes=10).eval())
+    return lively(MultiScaleVit(MultiScaleVitCfg(depths=(1, 2, 1, 1), embed_dim=24), img_size=192, num_classes=10).eval())
 
 
 @configuration(GROUP, picture(32), name="timm caformer", note="two stages of attention, on two grids")
 def caformer() -> nn.Module:
-    from timm.models.metaformer import Attention, MetaFormer, SepConv
+    from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 
     torch.manual_seed(0)
+    norms = [LayerNorm2dNoBias, LayerNorm2dNoBias, LayerNormNoBias, LayerNormNoBias]
     mixers = [SepConv, SepConv, Attention, Attention]
-    return lively(MetaFormer(depths=[1, 1, 1, 1], dims=[16, 32, 64, 64], token_mixers=mixers, num_classes=10).eval())
+    options = {"depths": [1, 1, 1, 1], "dims": [16, 32, 64, 64], "token_mixers": mixers, "norm_layers": norms}
+    return lively(MetaFormer(**options, num_classes=10).eval())
