@@ -5,10 +5,14 @@ pyproject.toml pins torch below the first version on which they have not been ch
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,12 @@ ROOT_CALL = "_empty_nn_module_stack"  # the path that export notes for operation
 def is_sharded(tensor: Tensor) -> bool:
     """Say whether a tensor is a DTensor, as under FSDP2 (whose module is not imported for the question: it loads torch's compiler)."""
     return hasattr(tensor, "device_mesh")
+
+
+def is_compiled_module(module: torch.nn.Module) -> bool:
+    """Say whether a module is what torch.compile makes of one, a wrapper with a forward of its own; only if dynamo is loaded."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames is not None and isinstance(module, frames.OptimizedModule)
 
 
 def mark_dynamic(tensor: Tensor) -> None:
@@ -68,10 +78,39 @@ def drop_size_checks(program: ExportedProgram) -> None:
     program._guards_code = []
 
 
+_UNKNOWN_SIZE = 100_003  # a prime: what stands in for the first size that only the data tells
+
+
+def known_size(size: int | torch.SymInt) -> int | None:
+    """Return the value of a size in the example that was captured; None for one that only the data tells."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    try:
+        hint: Any = size.node.hint
+    except Exception:  # torch raises various ones
+        return None
+    return int(hint) if hint is not None and not _unbacked(size) else None
+
+
+def _unbacked(size: torch.SymInt) -> list[Any]:
+    """List the symbols of a size that only the data tells."""
+    return [symbol for symbol in size.node.expr.free_symbols if str(symbol).startswith("u")]
+
+
 def size_hint(size: torch.SymInt) -> int:
-    """Return the value that a symbolic size has in the example that was captured."""
-    hint: Any = size.node.hint
-    return int(hint)
+    """Return the value that a symbolic size has in the example that was captured.
+
+    One that only the data tells gets a number of its own, far from all others: the same wherever it is computed from the same.
+    """
+    known = known_size(size)
+    if known is not None:
+        return known
+    expr, backed = size.node.expr, size.node.shape_env
+    for symbol in _unbacked(size):
+        expr = expr.subs(symbol, _UNKNOWN_SIZE + 2 * int(str(symbol)[1:]))
+    for symbol in expr.free_symbols:
+        expr = expr.subs(symbol, backed.backed_var_to_val[symbol])
+    return int(expr)
 
 
 def size_expression(size: torch.SymInt) -> str:
@@ -79,6 +118,210 @@ def size_expression(size: torch.SymInt) -> str:
     return str(size.node.expr)
 
 
+def conditions_on(sizes: Mapping[str, torch.SymInt]) -> list[str]:
+    """List the conditions on numbers, and on nothing else, under which a captured graph is valid, as Python expressions.
+
+    Those of torch's own that tell sizes 0 and 1 from others are left out: graphs hold for these too where the model does.
+
+    Args:
+        sizes: by the code that reads it, each number that the graph takes; of one capture.
+    """
+    from torch.utils._sympy.printers import PythonPrinter
+
+    if not sizes:
+        return []
+    code = {size.node.expr: reading for reading, size in sizes.items() if size.node.expr.is_symbol}
+    written = PythonPrinter()
+    written._print_Symbol = lambda symbol: code[symbol]
+    found = []
+    for guard in next(iter(sizes.values())).node.shape_env.guards:
+        symbols = guard.expr.free_symbols
+        small = guard.expr.is_Relational and guard.expr.lhs.is_symbol and guard.expr.rhs in (-1, 0, 1, 2)
+        if symbols and symbols <= set(code) and not small:
+            found.append(written.doprint(guard.expr))
+    return list(dict.fromkeys(found))
+
+
 def writes_into_operand(target: object) -> bool:
     """Say whether an operator of a graph writes into one of its operands."""
     return bool(getattr(getattr(target, "_schema", None), "is_mutable", False))
+
+
+# ------------------------------------------------------------------ while a model is captured
+
+
+@contextmanager
+def eager_instead_of_compiled() -> Iterator[None]:
+    """Run what torch.compile has wrapped as it was written, inside."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def autocast_without_effect() -> Iterator[None]:
+    """Enter regions of autocast without effect in this thread, as decorators too; devices that have none are taken for the CPU."""
+    from torch.amp.autocast_mode import autocast
+
+    here = threading.get_ident()
+    make, enter, leave = autocast.__init__, autocast.__enter__, autocast.__exit__
+
+    def made(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    def entered(self: Any) -> Any:
+        return self if threading.get_ident() == here else enter(self)
+
+    def left(self: Any, *error: Any) -> Any:
+        return None if threading.get_ident() == here else leave(self, *error)
+
+    with _patched(autocast, __init__=made, __enter__=entered, __exit__=left):
+        yield
+
+
+@contextmanager
+def _patched(target: Any, **attributes: Any) -> Iterator[None]:
+    """Set attributes inside; those that were not there are gone after."""
+    own = {name: vars(target)[name] for name in attributes if name in vars(target)}
+    for name, value in attributes.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            setattr(target, name, own[name]) if name in own else delattr(target, name)
+
+
+_LN2, _LOG10_2 = math.log(2), math.log10(2)
+_SYMBOLIC: dict[str, Callable[[Any], Any]] = {
+    **{name: getattr(torch, f"_sym_{name}") for name in ("sqrt", "sin", "cos", "tan", "tanh", "sinh", "cosh", "log2")},
+    "log": lambda x: torch._sym_log2(x) * _LN2,
+    "log10": lambda x: torch._sym_log2(x) * _LOG10_2,
+    "exp": lambda x: math.e ** torch.sym_float(x),
+}
+_OF_MATH: dict[str, Callable[..., Any]] = {
+    **_SYMBOLIC,
+    "pow": lambda x, y: torch.sym_float(x) ** y,
+    "isqrt": lambda x: torch.sym_int(torch._sym_sqrt(x)),
+}
+_OF_NUMPY: dict[str, Callable[[Any], Any]] = {
+    **_SYMBOLIC,
+    "ceil": lambda x: torch.sym_float(math.ceil(x)),
+    "floor": lambda x: torch.sym_float(math.floor(x)),
+    "rint": lambda x: torch.sym_float(round(x)),
+    "square": lambda x: x * x,
+    "reciprocal": lambda x: 1 / x,
+}
+
+
+def is_symbolic(value: object) -> bool:
+    """Say whether a number is symbolic."""
+    return isinstance(value, torch.SymInt | torch.SymFloat)
+
+
+@contextmanager
+def symbolic_math() -> Iterator[None]:
+    """Have functions of `math` and numpy's on one number keep sizes symbolic inside; left alone, they fail or take the example's."""
+
+    def on_sizes(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            open_sizes = any(map(is_symbolic, args)) and (len(args) == 1 or plain is math.pow)
+            return symbolic(*args) if open_sizes else plain(*args)
+
+        return functools.update_wrapper(function, plain)
+
+    methods: dict[str, Any] = {name: lambda size, run=run: run(size) for name, run in _OF_NUMPY.items()}  # what numpy calls on objects
+    functions = {name: on_sizes(getattr(math, name), symbolic) for name, symbolic in _OF_MATH.items()}
+    with _patched(torch.SymInt, **methods), _patched(torch.SymFloat, **methods), _patched(math, **functions):
+        yield
+
+
+@contextmanager
+def counting_plain_numbers(count: list[int]) -> Iterator[None]:
+    """Count in `count[0]` how often a symbolic number is made a plain one inside, by `int` or `float`."""
+
+    def counted(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def function(size: Any) -> Any:
+            count[0] += 1
+            return convert(size)
+
+        return function
+
+    with ExitStack() as stack:
+        for kind in (torch.SymInt, torch.SymFloat):
+            found = {name: counted(vars(kind)[name]) for name in ("__int__", "__float__") if name in vars(kind)}
+            stack.enter_context(_patched(kind, **found))
+        yield
+
+
+@contextmanager
+def hashable_sizes() -> Iterator[None]:
+    """Let symbolic sizes be hashed inside, as the numbers that they are in the example, which fixes them to these."""
+    with _patched(torch.SymInt, __hash__=lambda size: hash(int(size))):
+        yield
+
+
+def symbolic_int() -> Any:
+    """Make a stand-in for `int` whose calls keep symbolic numbers symbolic."""
+    return _number_type(int, torch.sym_int)
+
+
+def symbolic_float() -> Any:
+    """Make a stand-in for `float` whose calls keep symbolic numbers symbolic."""
+    return _number_type(float, torch.sym_float)
+
+
+def _number_type(plain: type, symbolic: Callable[[Any], Any]) -> Any:
+    class Meta(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return symbolic(args[0]) if len(args) == 1 and is_symbolic(args[0]) else plain(*args, **kwargs)
+
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, plain)
+
+        def __subclasscheck__(cls, kind: type) -> bool:
+            return issubclass(kind, plain)
+
+        def __eq__(cls, other: object) -> bool:
+            return other is plain or other is cls
+
+        def __hash__(cls) -> int:
+            return hash(plain)
+
+    return Meta(plain.__name__, (plain,), {})
+
+
+def raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an exception in another thread as soon as it runs Python code; None takes one back that was not raised yet."""
+    kind = ctypes.py_object(error) if error is not None else None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
+
+
+class SymbolicShapes:
+    """Makes symbolic sizes, and tensors of such sizes, that belong together. A context, in which they are made."""
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self._shapes = ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._shapes)
+
+    def __enter__(self) -> SymbolicShapes:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+
+    def symbol(self, name: str, value: int) -> Any:
+        """Make a size that is `value` in the example."""
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        source = ConstantSource(name)
+        symbol = self._shapes.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        return self._shapes.create_symintnode(symbol, hint=value, source=source)
+
+    def tensor(self, sizes: list[Any], like: Tensor) -> Tensor:
+        """Make a tensor without content, of these sizes and of the dtype and device of another."""
+        return torch.empty(sizes, dtype=like.dtype, device=like.device)

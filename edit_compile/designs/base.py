@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edit_compile.designs.ops.token_spans import aligned
+from edit_compile.designs.ops.token_spans import Grids, aligned, grids_of, image_tokens, in_words
+from edit_compile.errors import GridError
 from edit_compile.frozen import Frozen
 from edit_compile.ir.plan import SiteKind
 from edit_compile.ir.site import Place, Site
@@ -63,12 +64,26 @@ class Tokens(NamedTuple):
     Attributes:
         kinds: of the segments, in order: "image", "text" or "other".
         lengths: of the segments, in tokens.
-        grid: of the image tokens, (h, w) or (t, h, w), row-major.
+        grid: of the image tokens, (h, w) or (t, h, w), row-major; () where several images are in the sequence.
+        grids: of several images, one after the other.
+        keys: the layout of the keys, without taps, where other tokens are among them than among the queries; see `of_keys`.
     """
 
     kinds: tuple[str, ...]
     lengths: tuple[int, ...]
     grid: tuple[int, ...]
+    grids: tuple[tuple[int, ...], ...] = ()
+    keys: Tokens | None = None
+
+    @property
+    def of_keys(self) -> Tokens:
+        """The layout of the keys, without taps: that of the queries, unless it is another one."""
+        return self if self.keys is None else self.keys
+
+    @property
+    def only_image(self) -> bool:
+        """Whether there are image tokens alone."""
+        return self.kinds == (IMAGE,)
 
     def spans(self) -> Iterator[Span]:
         """Yield the segments with their positions."""
@@ -96,9 +111,10 @@ class Tokens(NamedTuple):
 
     def thinned(self, stride: Sequence[int]) -> Tokens:
         """Return the layout behind a tap of that stride, () for none."""
-        grid = thinned_grid(self.grid, stride)
-        lengths = tuple(math.prod(grid) if kind == IMAGE else n for kind, n in zip(self.kinds, self.lengths, strict=True))
-        return Tokens(self.kinds, lengths, grid)
+        grids = tuple(thinned_grid(grid, stride) for grid in self.grids or (self.grid,))
+        image = sum(math.prod(grid) for grid in grids)
+        lengths = tuple(image if kind == IMAGE else n for kind, n in zip(self.kinds, self.lengths, strict=True))
+        return Tokens(self.kinds, lengths, *_one_or_several(grids))
 
 
 class QKV(NamedTuple):
@@ -181,21 +197,28 @@ def thinned_grid(grid: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     return tuple((n + s - 1) // s for n, s in zip(grid, aligned(stride, len(grid)), strict=True))
 
 
-def tokens_of(x: Tensor, dim: int, grid: Tensor, kinds: Sequence[str], lengths: Sequence[int | None]) -> Tokens:
+def _one_or_several(grids: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    return (grids[0], ()) if len(grids) == 1 else ((), grids)
+
+
+def tokens_of(
+    x: Tensor, dim: int, grid: Grids, kinds: Sequence[str], lengths: Sequence[int | None], keys: Tokens | None = None
+) -> Tokens:
     """Make the layout of a token axis, as a rewritten site's graph does in every call.
 
     Args:
         x: a tensor with the token axis at `dim`.
-        grid: its shape is the image tokens' grid.
+        grid: its shape is the image tokens' grid; of several images, a tuple.
         kinds: of the segments.
         lengths: of the segments; None for the image, and for one other segment at most, which has what remains.
+        keys: the layout of the keys, if `x` are queries and the keys have another one.
 
     Raises:
-        ValueError: the grid has not as many positions as there are image tokens.
+        GridError: the grid has not as many positions as there are image tokens.
     """
-    image = math.prod(grid.shape)
+    image = image_tokens(grid)
     rest = x.shape[dim] - image - sum(n for n in lengths if n is not None)
-    if rest != 0 and len(kinds) == 1:
-        raise ValueError(f"{x.shape[dim]} image tokens do not fill a grid of {' x '.join(map(str, grid.shape))} = {image}")
+    if (rest != 0 and len(kinds) == 1) or (not torch.compiler.is_compiling() and rest < 0):
+        raise GridError(f"{x.shape[dim]} image tokens do not fill a grid of {in_words(grids_of(grid))} = {image}")
     found = tuple(image if kind == IMAGE else rest if n is None else n for kind, n in zip(kinds, lengths, strict=True))
-    return Tokens(tuple(kinds), found, tuple(grid.shape))
+    return Tokens(tuple(kinds), found, *_one_or_several(grids_of(grid)), keys)

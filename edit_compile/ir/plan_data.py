@@ -77,24 +77,44 @@ class SitePlan(_Data):
         return self.model_copy(update={"action": KEEP, "options": {}, "reason": reason, "refusal": refusal})
 
 
+SizeAt = tuple[str, int | None]  # an input, as a call reads it, and its dimension; None for an input that is a number
+
+
 class SizesOfInputs(_Data):
-    """The grid follows from the sizes of the model's inputs.
+    """The grid follows from the sizes of the model's inputs, or from numbers among them.
 
     Attributes:
         expressions: the model's finest grid, over `symbols`; a site on another one has expressions of its own.
-        symbols: where each symbol is read, an input's name and its dimension.
+        symbols: where each symbol is read: `x` and its dimension, or `height` or `shapes[0][1]` for a number.
+        images: a sequence of numbers among the inputs that holds one image's sizes, or a sequence of such sequences, one for each
+            image; the symbols below it are read in every one.
     """
 
     kind: Literal["sizes"] = "sizes"
     expressions: tuple[str, ...] = Field(min_length=2, max_length=3)
-    symbols: dict[str, tuple[str, int]]
+    symbols: dict[str, SizeAt]
+    images: str | None = None
 
 
 class PositionIds(_Data):
-    """The grid is read from an input of position ids (N, D): its last two columns are row and column."""
+    """The grid is read from an input of position ids, (N, D) or (B, N, D); of several images, the grid of each.
+
+    Attributes:
+        input: the ids, as a call reads them.
+        tokens_last: whether they are (D, N) or (B, D, N).
+        rows_and_columns: which columns of the ids count rows and columns, if the example tells.
+        before: the number of other tokens whose ids come first, an expression over `symbols`.
+        tokens: the number of image tokens among those that have ids; None for all of them.
+        symbols: where each symbol is read.
+    """
 
     kind: Literal["ids"] = "ids"
     input: str
+    tokens_last: bool = False
+    rows_and_columns: tuple[int, int] | None = None
+    before: str = "0"
+    tokens: str | None = None
+    symbols: dict[str, SizeAt] = Field(default_factory=dict)
 
 
 class Given(_Data):
@@ -105,7 +125,7 @@ class Given(_Data):
 
     kind: Literal["given"] = "given"
     tokens: str | None = None
-    symbols: dict[str, tuple[str, int]] = Field(default_factory=dict)
+    symbols: dict[str, SizeAt] = Field(default_factory=dict)
 
 
 GridSource = Annotated[SizesOfInputs | PositionIds | Given, Field(discriminator="kind")]

@@ -103,7 +103,7 @@ def _name_grid(names: SymbolNames, grid: Grid, plan: PlanData) -> None:
 def _meaning(name: str, expression: str, plan: PlanData) -> str:
     """Say what a grid's name stands for: rows of image tokens, hidden_states.shape[2] // 2."""
     symbols = {} if plan.grid.kind == "ids" else plan.grid.symbols
-    shapes = {symbol: f"{argument}.shape[{dim}]" for symbol, (argument, dim) in symbols.items()}
+    shapes = {symbol: argument if dim is None else f"{argument}.shape[{dim}]" for symbol, (argument, dim) in symbols.items()}
     known = SymbolNames(shapes).of(expression)
     return MEANINGS[name] if known == expression else f"{MEANINGS[name]}, {known}"
 

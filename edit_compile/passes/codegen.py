@@ -18,9 +18,11 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from edit_compile.errors import RewriteError
+from edit_compile.passes.axes.algebra import expression
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import argument
 from edit_compile.passes.site_graph import Refused
+from edit_compile.torch_internals import conditions_on
 
 _numbers = itertools.count()  # of generated sources: their names must differ
 
@@ -45,7 +47,10 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     Raises:
         Refused: the module returns what a graph cannot.
     """
-    contract, name = InputContract(inspect.signature(type(module).forward), arguments), type(module).__name__
+    contract, name = (
+        InputContract(inspect.signature(type(module).forward), arguments, tuple(_inputs(graph, captured))),
+        type(module).__name__,
+    )
     _nest_outputs(graph, captured, name)
     _read_sizes_by_method(graph)
     code = graph.python_code("self")
@@ -56,6 +61,13 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     forward: Callable[..., Any] = scope["forward"]
     vars(forward)["__signature__"] = contract.signature
     return forward
+
+
+def _inputs(graph: fx.Graph, captured: Capture) -> Iterator[fx.Node]:
+    """Yield the graph's inputs, in the order of the arguments' leaves."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target) in captured.sources and captured.source(node).kind == "input":
+            yield node
 
 
 def _read_sizes_by_method(graph: fx.Graph) -> None:
@@ -98,16 +110,49 @@ class _Code(str):
 
 
 @dataclass(frozen=True)
+class _Leaf:
+    """A leaf of a site's arguments.
+
+    Attributes:
+        code: the expression that reads it.
+        value: what it was captured with.
+        node: the graph's input for it.
+    """
+
+    code: str
+    value: Any
+    node: fx.Node
+
+    @property
+    def open(self) -> bool:
+        """Say whether it is a number that the graph takes as it comes, like a size."""
+        size = self.node.meta.get("val")
+        return isinstance(size, torch.SymInt) and not expression(size).isdigit()
+
+    @property
+    def fixed(self) -> bool:
+        """Say whether a call must have what it was captured with."""
+        return _comparable(self.value) and not self.open
+
+    @property
+    def read(self) -> bool:
+        """Say whether a call must have it."""
+        return bool(self.node.users)
+
+
+@dataclass(frozen=True)
 class InputContract:
     """What a generated forward takes: all that the original's takes, if it agrees with what the graph took as constant.
 
     Attributes:
         signature: of the original's forward, receiver included.
         arguments: those it was captured with, by parameter name; those of a variable keyword parameter among them.
+        inputs: the graph's input for each leaf of the arguments, in order.
     """
 
     signature: inspect.Signature
     arguments: Mapping[str, Any]
+    inputs: tuple[fx.Node, ...]
 
     def method(self) -> str:
         """Write the method's source."""
@@ -117,7 +162,7 @@ class InputContract:
             declaration=self._declaration(),
             forwarding=self._forwarding(),
             checks="\n".join(_CHECK.format(receiver=receiver, condition=code, words=words) for code, words in self.checks().items()),
-            leaves=", ".join(code for code, _ in self.leaves()),
+            leaves=", ".join(leaf.code if leaf.read else "None" for leaf in self.leaves()),
         )
 
     @property
@@ -138,28 +183,44 @@ class InputContract:
         """Write the expression that reads an argument: a parameter, or an entry of the variable keyword parameter."""
         return f"{self.rest}[{name!r}]" if self.in_rest(name) else name
 
-    def leaves(self) -> list[tuple[str, Any]]:
-        """List, in the graph's order, the expression that reads each leaf of the arguments, and the leaf it was captured with."""
-        return [
+    def leaves(self) -> list[_Leaf]:
+        """List the leaves of the arguments, in the graph's order."""
+        readings = [
             (self.read(name) + pytree.keystr(keys), leaf)
             for name, value in self.arguments.items()
             for keys, leaf in pytree.tree_flatten_with_path(value)[0]
         ]
+        return [_Leaf(code, value, node) for (code, value), node in zip(readings, self.inputs, strict=True)]
 
     def checks(self) -> dict[str, str]:
         """List the conditions under which a call is refused, and each in words, in the order in which they are tested.
 
-        What the graph reads into comes first: later conditions read into it too.
+        What the graph reads into comes first: later conditions read into it too. Numbers that the graph has open, as it has
+        sizes, are held to what the module's own forward asked of them, and to nothing else.
         """
-        nested = [name for name, value in self.arguments.items() if isinstance(value, dict | list | tuple) and pytree.tree_leaves(value)]
+        leaves = self.leaves()
+        needed = [leaf.code for leaf in leaves if leaf.read or leaf.fixed]
+        nested = [name for name, value in self.arguments.items() if isinstance(value, dict | list | tuple)]
         left_out = [p for p in self.parameters if p.name not in self.arguments and p.default is not p.empty]
+        open_numbers = {leaf.code: leaf.node.meta["val"] for leaf in leaves if leaf.open}
         same_as_code = [
             *(f"{name!r} not in {self.rest}" for name in self.arguments if self.in_rest(name)),
-            *(f"{self.read(name)} is None" for name in nested),
-            *(_differs(code, leaf) for code, leaf in self.leaves() if _comparable(leaf)),
+            *(f"{self.read(name)} is None" for name in nested if any(code.startswith(f"{self.read(name)}[") for code in needed)),
+            *(_differs(leaf.code, leaf.value) for leaf in leaves if leaf.fixed),
+            *(f"not {condition}" if condition.isidentifier() else f"not ({condition})" for condition in conditions_on(open_numbers)),
             *(_differs(p.name, p.default) for p in left_out if _comparable(p.default)),
         ]
-        return {code: code for code in same_as_code} | self._surplus()
+        return {code: code for code in same_as_code} | self._surplus() | self._fixed_sizes()
+
+    def _fixed_sizes(self) -> dict[str, str]:
+        """List the conditions for sizes that are numbers in the graph: channels, and what the module needs as a plain number."""
+        return {
+            f"{leaf.code}.shape[{dim}] != {size}": f"{leaf.code}.shape[{dim}] != {size}, the only size that its graph holds for"
+            for leaf in self.leaves()
+            if leaf.read and isinstance(leaf.node.meta.get("val"), torch.Tensor)
+            for dim, size in enumerate(leaf.node.meta["val"].shape)
+            if type(size) is int and size > 1
+        }
 
     def _surplus(self) -> dict[str, str]:
         """List the conditions for variable parameters that bring more than the graph has."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -14,18 +13,15 @@ from edit_compile.config import Choice, LinearizeConfig, parse_options
 from edit_compile.designs import find_design
 from edit_compile.errors import ConfigError, GridError, PlanError, RewriteError
 from edit_compile.ir import input_spec
-from edit_compile.ir.plan import Given, GridSource, Plan, PositionIds, Refusal, SitePlan, SizesOfInputs
-from edit_compile.ir.size_expressions import evaluator, symbols_in
-from edit_compile.ir.tokens import TokenKind
+from edit_compile.ir.plan import Plan, SitePlan, SizesOfInputs
+from edit_compile.ir.size_expressions import evaluator
 from edit_compile.passes.analysis import Analysis
-from edit_compile.passes.axes.algebra import expression
-from edit_compile.passes.capture import Capture, capture
-from edit_compile.passes.classify_tokens import position_ids
+from edit_compile.passes.capture import Capture
+from edit_compile.passes.find_grid import GridFinder, on_grid_of
 from edit_compile.passes.pipeline import Passes, run_passes
 from edit_compile.passes.plan_sites import Candidate
+from edit_compile.passes.relate_sizes import capture_model
 from edit_compile.passes.site_compiler import SiteCompiler, SiteForward, compile_sites
-
-Symbols = dict[str, tuple[str, int]]  # where the value of a size symbol is read: an input's name and its dimension
 
 
 @dataclass(frozen=True)
@@ -48,16 +44,16 @@ def compile_plan(model: nn.Module, inputs: Mapping[str, Any], config: LinearizeC
         AuditError: a design is not what it says.
     """
     passes = _checked(passes)
-    analysis = Analysis(capture(model, inputs), config)
+    analysis = Analysis(capture_model(model, inputs), config)
     records = run_passes(passes.analysis, analysis, "model", lambda at: at.captured.graph)
     _require_batch(analysis.captured)
     if not analysis.sites:
         raise PlanError(_nothing_found(model, analysis.captured))
-    symbols = _symbols(analysis.captured, set(inputs))
-    compiler = SiteCompiler(model, inputs, passes)
-    sites, forwards = compile_sites(compiler, [_with_known_grid(candidate, symbols) for candidate in analysis.sites])
-    source = _grid_source(analysis, sites, symbols, set(inputs))
-    sites = tuple(_on_grid_of(site, source, sites) for site in sites)
+    finder = GridFinder(analysis.captured, analysis.classified, inputs)
+    compiler = SiteCompiler(model, inputs, passes, (analysis.captured.probe,))
+    sites, forwards = compile_sites(compiler, [finder.with_known_grid(candidate) for candidate in analysis.sites])
+    source = finder.source(sites)
+    sites = tuple(on_grid_of(site, source, sites) for site in sites)
     forwards = {site.path: forwards[site.path] for site in sites if site.rewritten}
     plan = Plan(
         model=type(model).__name__,
@@ -124,7 +120,7 @@ def _check_grid(site: SitePlan, plan: Plan) -> None:
     if not isinstance(plan.grid, SizesOfInputs):
         return
     sizes = (plan.grid.expressions, *([site.grid.sizes] if site.grid is not None else []))
-    if len(sizes) == 1:
+    if len(sizes) == 1 and plan.grid.images is None:
         raise PlanError(f"the plan does not say what the grid of {site.path} is")
     try:
         for expression in (each for grid in sizes for each in grid):
@@ -147,86 +143,3 @@ def _require_batch(captured: Capture) -> None:
             "the example inputs have batch 1, which a graph takes for a constant: give them batch 2 or more "
             "(edit_compile.record(pipe, ...) does)"
         )
-
-
-# ------------------------------------------------------------------ grids
-
-
-def _symbols(captured: Capture, arguments: set[str]) -> Symbols:
-    """Where the value of each size symbol can be read."""
-    found: Symbols = {}
-    for node in captured.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and captured.source(node).kind == "input" and isinstance(value, torch.Tensor):
-            name = captured.source(node).name
-            for dim, size in enumerate(value.shape):
-                if name in arguments and expression(size).isidentifier():
-                    found.setdefault(expression(size), (name, dim))
-    return found
-
-
-def _known(expressions: Sequence[str], symbols: Symbols) -> bool:
-    try:
-        for expression in expressions:
-            evaluator(expression, set(symbols))
-    except GridError:
-        return False
-    return True
-
-
-def _with_known_grid(candidate: Candidate, symbols: Symbols) -> Candidate:
-    """Drop a grid whose expressions cannot be evaluated in a call: the caller has to state it."""
-    grid = candidate.plan.grid
-    if grid is None or not candidate.choices or _known(grid.sizes, symbols):
-        return candidate
-    return Candidate(candidate.plan.model_copy(update={"grid": None}), candidate.choices)
-
-
-def _grid_source(analysis: Analysis, sites: Sequence[SitePlan], symbols: Symbols, arguments: set[str]) -> GridSource:
-    """Say where the model's finest grid comes from in a call."""
-    rewritten = [site for site in sites if site.rewritten]
-    with_grid = [site for site in rewritten if site.grid is not None]
-    if with_grid:
-        finest = max(with_grid, key=lambda site: (prod(site.grid_sizes), -len(site.grid_sizes)))
-        assert finest.grid is not None
-        needed = {name for site in with_grid if site.grid is not None for size in site.grid.sizes for name in symbols_in(size)}
-        return SizesOfInputs(expressions=finest.grid.sizes, symbols={name: symbols[name] for name in sorted(needed)})
-    if not rewritten:
-        return Given()
-    site = max(rewritten, key=_image_tokens)
-    ids = position_ids(analysis.captured, analysis.classified, _image_tokens(site))
-    if ids is not None and ids in arguments:
-        return PositionIds(input=ids)
-    tokens = _image_length(site)
-    return Given(tokens=tokens, symbols={n: symbols[n] for n in symbols_in(tokens)}) if _known([tokens], symbols) else Given()
-
-
-def _on_grid_of(site: SitePlan, source: GridSource, sites: Sequence[SitePlan]) -> SitePlan:
-    """Keep a site whose grid is unknown where it cannot be the model's finest: it has another number of image tokens."""
-    if not site.rewritten or site.grid is not None:
-        return site
-    same = [
-        other for other in sites if other.rewritten and _image_tokens(other) == _image_tokens(site) and _is_finest(other, source, sites)
-    ]
-    if not same:
-        reason = "its image tokens are on a grid of their own, which does not follow from the sizes of the inputs"
-        return site.kept(reason, Refusal(reason=reason))
-    return site.model_copy(update={"grid": same[0].grid, "grid_sizes": same[0].grid_sizes})
-
-
-def _is_finest(site: SitePlan, source: GridSource, sites: Sequence[SitePlan]) -> bool:
-    if isinstance(source, SizesOfInputs):
-        return site.grid is not None and site.grid.sizes == source.expressions
-    return _image_tokens(site) == max(_image_tokens(other) for other in sites if other.rewritten)
-
-
-def _image_at(site: SitePlan) -> int:
-    return next(i for i, s in enumerate(site.query_layout.segments) if s.kind is TokenKind.IMAGE)
-
-
-def _image_tokens(site: SitePlan) -> int:
-    return site.query_sizes[_image_at(site)]
-
-
-def _image_length(site: SitePlan) -> str:
-    return site.query_layout.segments[_image_at(site)].length

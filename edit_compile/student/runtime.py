@@ -22,6 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from edit_compile.designs.ops.token_spans import Grids, grids_of
 from edit_compile.errors import GridError
 from edit_compile.ir.plan import Plan
 from edit_compile.student.grid_sources import grid_source
@@ -54,12 +55,13 @@ class Frame(NamedTuple):
 
     Attributes:
         teacher: whether the original attention runs.
-        grids: the image tokens' grids as the shapes of tensors without content, in the order of the grid source; none for a teacher.
+        grids: the image tokens' grids as the shapes of tensors without content, in the order of the grid source; where several
+            images are in the sequence, a tuple of them. None for a teacher.
         outputs: where sites leave what they give out, if that was asked for.
     """
 
     teacher: bool
-    grids: tuple[Tensor, ...]
+    grids: tuple[Grids, ...]
     outputs: Outputs | None
 
 
@@ -69,7 +71,7 @@ class Statement:
     Attributes:
         teacher: the original attention runs.
         original: given the model, the one whose forward runs instead.
-        grid: the grid of image tokens, as the shape of a tensor.
+        grid: the grid of image tokens, as the shape of a tensor; of several images, of each.
         outputs: where sites leave what they give out.
     """
 
@@ -77,7 +79,7 @@ class Statement:
         self,
         teacher: bool = False,
         original: Callable[[nn.Module], nn.Module] | None = None,
-        grid: Tensor | None = None,
+        grid: tuple[Tensor, ...] | None = None,
         outputs: Outputs | None = None,
     ) -> None:
         self.teacher, self.original, self.grid, self.outputs = teacher, original, grid, outputs
@@ -94,7 +96,7 @@ class Runtime:
         self.local.frame = None  # torch.compile guards on whether there is one; in other threads, there is none before the first call
         self.statements: ContextVar[tuple[Statement, ...]] = ContextVar("edit_statements", default=())
         disable: Any = torch.compiler.disable
-        self._grids_eagerly: Callable[..., tuple[Tensor, ...]] = disable(self._grids, reason=self.source.untraceable_reason)
+        self._grids_eagerly: Callable[..., tuple[Grids, ...]] = disable(self._grids, reason=self.source.untraceable_reason)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """Copy a runtime: what holds for the original here and now, as while it is captured, holds for the copy."""
@@ -176,7 +178,9 @@ class Runtime:
         """Tell whether the frame of this thread was put back for a backward pass."""
         return getattr(self.local, "backward", NO_BACKWARD) != NO_BACKWARD
 
-    def _measured(self, stated: Tensor | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _measured(
+        self, stated: tuple[Tensor, ...] | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Grids, ...]:
         """torch.compile may meet this in two ways: traced with the model, it belongs to the graph; called on its own, after a graph
         break, it must run eagerly, or its sizes would be constants. A grid that no graph can measure is measured eagerly in either
         case, at the price of a graph break.
@@ -185,15 +189,17 @@ class Runtime:
         traced = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and traceable)
         return (self._grids if traced else self._grids_eagerly)(stated, model, args, kwargs)
 
-    def _grids(self, stated: Tensor | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _grids(
+        self, stated: tuple[Tensor, ...] | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Grids, ...]:
         like = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if like is None:
             raise GridError(f"{type(model).__name__} was called without any tensor")
-        sizes = self.source.sizes(model, args, kwargs, None if stated is None else tuple(stated.shape))
-        return tuple(as_grid(grid, like.device) for grid in sizes)
+        sizes = self.source.sizes(model, args, kwargs, None if stated is None else grids_of(stated))
+        return tuple(_one_or_several(tuple(as_grid(grid, like.device) for grid in images)) for images in sizes)
 
-    def grid_of(self, path: str, index: int) -> Tensor:
-        """Tell a site its grid in this call.
+    def grid_of(self, path: str, index: int) -> Grids:
+        """Tell a site its grid in this call; the grids of several images.
 
         Raises:
             GridError: no call of the model is running.
@@ -203,7 +209,7 @@ class Runtime:
             return frame.grids[index]
         stated = self.stated().grid
         if stated is not None and self.source.is_base(index):
-            return stated
+            return _one_or_several(stated)
         raise GridError(
             f"{path} ran outside the model's forward, where the grid of its image tokens is not known; "
             "call the whole model, or wrap the call in edit_compile.grid(model, height, width)"
@@ -263,6 +269,10 @@ def _put_back(here: dict[str, Any], before: dict[str, Any]) -> None:
     for name in _OF_CALLS:
         here.pop(name, None)
     here.update(before)
+
+
+def _one_or_several(grids: tuple[Tensor, ...]) -> Grids:
+    return grids[0] if len(grids) == 1 else grids
 
 
 def as_grid(sizes: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

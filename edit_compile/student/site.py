@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from edit_compile.designs.ops.token_spans import Grids
 from edit_compile.errors import RewriteError
 from edit_compile.passes.site_compiler import SiteForward
 from edit_compile.passes.site_graph import ADDED
@@ -47,8 +48,8 @@ class ConvertedSite(Generated):
         """Tell the generated forward whether the original attention runs in this call."""
         return self.edit_conversion.runtime.teacher_is_on()
 
-    def edit_current_grid(self) -> Tensor:
-        """Tell the generated forward the grid of this call, as the shape of a tensor.
+    def edit_current_grid(self) -> Grids:
+        """Tell the generated forward the grid of this call, as the shape of a tensor; of several images, of each.
 
         Raises:
             GridError: no call of the model is running.

@@ -130,6 +130,6 @@ def on_images(module: torch.nn.Module, x_BNC: Tensor, grid: Grids) -> Tensor:
         GridError: the grids do not have N positions.
     """
     if image_tokens(grid) != x_BNC.shape[1]:
-        raise GridError(f"{x_BNC.shape[1]} image tokens do not fill {in_words(grids_of(grid))} = {image_tokens(grid)}")
+        raise GridError(f"{x_BNC.shape[1]} image tokens do not fill a grid of {in_words(grids_of(grid))} = {image_tokens(grid)}")
     mapped = [to_tokens(module(to_image(tokens, sizes))) for tokens, sizes in _each_image(x_BNC, 1, grid)]
     return mapped[0] if len(mapped) == 1 else torch.cat(mapped, 1)
