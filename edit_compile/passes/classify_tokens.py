@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, hint, new_axis, sources_of
+from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, WithoutRule, hint, new_axis, operator_without_rule, sources_of
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import shape_of
@@ -19,17 +19,27 @@ MAX_ID_COLUMNS = 4  # more numbers than this per token are features, not a posit
 
 @dataclass(frozen=True)
 class TokenMap:
-    """A captured graph's axes, and which of its inputs carry the image."""
+    """A captured graph's axes, and which of its inputs carry the image.
+
+    Attributes:
+        lost_in: the operator, if any, because of which it is not known which inputs those are.
+    """
 
     axes: Mapping[fx.Node, Value]
     image_inputs: frozenset[str]
+    lost_in: str | None = None
 
     def kind(self, segment: AxisSegment) -> TokenKind:
         """Return what the positions of a segment stand for."""
         sources = segment.all_sources
         if sources & self.image_inputs:
             return TokenKind.IMAGE
-        return TokenKind.TEXT if sources else TokenKind.OTHER
+        return TokenKind.TEXT if any(not isinstance(source, WithoutRule) for source in sources) else TokenKind.OTHER
+
+    def operator_without_rule(self, *axes: Axis) -> str | None:
+        """Return the name of an operator because of which it is not known what image positions became; None if there is none."""
+        of_images = (axis for axis in axes if self.layout(axis)[0].has(TokenKind.IMAGE))
+        return next((name for axis in of_images if (name := operator_without_rule([axis])) is not None), self.lost_in)
 
     def layout(self, axis: Axis) -> tuple[TokenLayout, tuple[int, ...]]:
         """Return an axis' segments, neighbours of one kind joined, and their sizes in the example."""
@@ -81,25 +91,33 @@ def classify_tokens(captured: Capture) -> TokenMap:
         return tuple(new_axis(size, node.name) if hint(size) > 1 or d else new_axis(size) for d, size in enumerate(shape))
 
     axes = flow_axes(captured.graph, seed)
-    return TokenMap(axes, _image_inputs(captured, axes))
+    return TokenMap(axes, *_image_inputs(captured, axes))
 
 
-def _image_inputs(captured: Capture, axes: Mapping[fx.Node, Value]) -> frozenset[str]:
+def _image_inputs(captured: Capture, axes: Mapping[fx.Node, Value]) -> tuple[frozenset[str], str | None]:
     """Find the inputs whose positions the output's positions are: a denoiser's output has the shape of its noisy input.
 
-    Where the output has no positions, as a classifier's: the floating-point inputs of most dimensions, three or more.
+    Where the output has no positions, as a classifier's: the images and videos. An embedding, one vector a sample, is no image.
+
+    Returns:
+        The names, and the operator, if any, because of which there may be fewer.
     """
-    outputs = [axes.get(output) for output in captured.graph.output_node().all_input_nodes]
-    carried = sources_of(axis for output in outputs if isinstance(output, tuple) for axis in output[1:])
-    if carried:
-        return carried
-    ranks = {
-        node.name: len(shape_of(node) or ())
-        for node in captured.graph.nodes
-        if node.op == "placeholder" and captured.source(node).kind == "input" and shape_of(node) and node.meta["val"].is_floating_point()
-    }
-    most = max(ranks.values(), default=0)
-    return frozenset(name for name, rank in ranks.items() if rank == most and rank >= 3)
+    placeholders = (node for node in captured.graph.nodes if node.op == "placeholder" and captured.source(node).kind == "input")
+    inputs = {node.name: node for node in placeholders if shape_of(node)}
+    most = max((_rank(node) for node in inputs.values() if node.meta["val"].is_floating_point()), default=0)
+    pictures = frozenset(name for name, node in inputs.items() if _rank(node) == most >= 4 and node.meta["val"].is_floating_point())
+    outputs = [found for node in captured.graph.output_node().all_input_nodes if isinstance(found := axes.get(node), tuple)]
+    positions = [axis for output in outputs for axis in output[1:]]
+    carried = frozenset(source for source in sources_of(positions) if not isinstance(source, WithoutRule))
+    if (lost_in := operator_without_rule(positions)) is not None:
+        return (carried & pictures or carried), None if len(carried & pictures) == 1 or len(carried) < 2 else lost_in
+    if not carried:
+        return pictures, None
+    return (carried if any(_rank(inputs[name]) >= 3 for name in carried if name in inputs) else frozenset()), None
+
+
+def _rank(node: fx.Node) -> int:
+    return len(shape_of(node) or ())
 
 
 def position_ids(captured: Capture, tokens: TokenMap, length: int) -> str | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, axis_size, is_in_order
-from edit_compile.passes.axes.rules import MOVING, Call, operator_name, rule_of, same_positions
-from edit_compile.passes.graph_walk import op_name, shape_of
+from edit_compile.passes.axes.rules import MOVING, Call, apply_rule, operator_name, rule_of, same_positions
+from edit_compile.passes.graph_walk import op_name
 
 VIEW_OPS = frozenset(
     """view reshape _unsafe_view flatten unflatten permute transpose t unsqueeze squeeze select unbind getitem chunk split
     split_with_sizes contiguous clone slice movedim moveaxis swapaxes swapdims mT mH adjoint matrix_H numpy_T narrow tensor_split
     unsafe_chunk unsafe_split unsafe_split_with_sizes hsplit vsplit dsplit view_as reshape_as ravel alias detach""".split()  # noqa: SIM905
 )
+_MARK = "tokens of "  # begins the name that every axis of image tokens gets here
 _SIZES_AND_PLACES = frozenset(["getitem", "sym_size"])
 
 IsImage = Callable[[Axis], bool]
@@ -48,31 +50,28 @@ def _mixes(node: fx.Node, axes: Mapping[fx.Node, Value], is_image: IsImage) -> b
     rule = rule_of(node.target)
     if rule is None or rule is same_positions:
         return rule is None
-    value = node.meta.get("val")
-    shape = shape_of(node) or next((tuple(each.shape) for each in value or () if isinstance(each, Tensor)), ())
-    try:
-        found = rule(Call(node, {**axes, **marked}, shape))
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError):  # arguments in a form that the rule does not foresee
+    found = apply_rule(rule, Call(node, {**axes, **marked}, _first_shape(node)))
+    if found is None:
         return True
-    held = [set(_marks((axis,))) for axis in found if is_in_order(axis)]
-    with_tokens = [each for each in held if each]
-    return set().union(*with_tokens) != set().union(*marks) or len(with_tokens) > max(map(len, marks))
+    in_order = [each for axis in found if is_in_order(axis) and (each := set(_marks((axis,))))]
+    paired = len(in_order) > max(map(len, marks))  # every token of one operand with every token of another
+    return paired or set().union(*in_order) != set().union(*marks)
+
+
+def _first_shape(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    first = value if isinstance(value, Tensor) else next(each for each in value or () if isinstance(each, Tensor))
+    return tuple(first.shape)
 
 
 def _marked(axes: Axes, operand: int, is_image: IsImage) -> Axes:
-    """Return axes in which every one of image tokens is a single segment with a name of its own."""
-    names = (f"operand {operand} dimension {d}" for d in range(len(axes)))
+    """Return axes in which every one of image tokens is a single segment with a name of its own, and no other has a name."""
     return tuple(
-        (AxisSegment(axis_size(axis), "", frozenset({_MARK + name})),) if is_image(axis) and axis_size(axis) > 1 else _unnamed(axis)
-        for axis, name in zip(axes, names, strict=True)
+        (AxisSegment(axis_size(axis), "", frozenset({f"{_MARK}operand {operand}, dimension {d}"} if is_image(axis) else ())),)
+        if axis_size(axis) > 1
+        else (AxisSegment(axis_size(axis), ""),)
+        for d, axis in enumerate(axes)
     )
-
-
-_MARK = "tokens of "
-
-
-def _unnamed(axis: Axis) -> Axis:
-    return (AxisSegment(axis_size(axis), ""),)
 
 
 def _marks(axes: Axes) -> list[str]:

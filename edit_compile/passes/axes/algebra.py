@@ -22,6 +22,12 @@ from torch import fx
 from edit_compile.torch_internals import size_expression, size_hint
 
 
+class WithoutRule(str):
+    """A source that stands for an operator of which is not known where it puts positions. Its text is the operator's name."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class AxisSegment:
     """A run of positions along an axis.
@@ -29,19 +35,33 @@ class AxisSegment:
     Attributes:
         size: how many, in the example.
         expr: how many, as an expression in the sizes of the inputs.
-        sources: names of the graph inputs it stems from, beside those of `composed_of`.
+        sources: names of the graph inputs it stems from, beside those of `composed_of`; a `WithoutRule` if some operator
+            may have put the positions anywhere.
         composed_of: the axes it multiplies, outermost first; () if it was not merged from others.
+        part_of: the segment that it was cut out of, and where; None if it is whole.
+        in_order: whether one position of a source, or one of each of its axes, is behind every position, in their order.
     """
 
     size: int
     expr: str
     sources: frozenset[str] = frozenset()
     composed_of: tuple[Axis, ...] = ()
+    part_of: Cut | None = None
+    in_order: bool = True
 
     @property
     def all_sources(self) -> frozenset[str]:
         """Return the sources of the segment and of all that it is composed of."""
         return reduce(operator.or_, (segment.all_sources for axis in self.composed_of for segment in axis), self.sources)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a segment was cut out of another: its first position and the first one behind it, in the example."""
+
+    whole: AxisSegment
+    start: int
+    stop: int
 
 
 Axis = tuple[AxisSegment, ...]
@@ -88,20 +108,52 @@ def sources_of(axes: Iterable[Axis]) -> frozenset[str]:
 
 def entangled(size: Any, *axes: Axis) -> Axis:
     """Make an axis whose positions stem from those of others in whatever order."""
-    return (AxisSegment(hint(size), expression(size), sources_of(axes)),)
+    return (AxisSegment(hint(size), expression(size), sources_of(axes), in_order=False),)
+
+
+def without_rule(shape: Iterable[Any], operator_name: str, operands: Iterable[Axes]) -> Axes:
+    """Return the axes of a tensor of which is only known what it was computed from: any axis may stem from any of the operands'."""
+    sources = frozenset((*sources_of(axis for axes in operands for axis in axes), WithoutRule(operator_name)))
+    return tuple((AxisSegment(hint(size), expression(size), sources, in_order=False),) for size in shape)
+
+
+def operator_without_rule(axes: Iterable[Axis]) -> str | None:
+    """Return the name of an operator without a rule that positions of the axes have come through; None if there is none."""
+    return next((str(source) for source in sorted(sources_of(axes)) if isinstance(source, WithoutRule)), None)
+
+
+def is_in_order(axis: Axis) -> bool:
+    """Say whether every position of an axis stems from one position of each of its sources, in their order."""
+    return all(segment.in_order and all(map(is_in_order, segment.composed_of)) for segment in axis)
 
 
 def unify(a: Axis, b: Axis) -> Axis:
     """Merge two operands' axes for their common dimension: the finer division, the union of the sources."""
-    if [segment.size for segment in a] == [segment.size for segment in b]:
-        return tuple(
-            replace(x if x.composed_of or not y.composed_of else y, sources=x.sources | y.sources) for x, y in zip(a, b, strict=True)
-        )
-    if len(b) == 1 and not b[0].all_sources:
+    if a == b:
         return a
-    if len(a) == 1 and not a[0].all_sources:
+    if [segment.size for segment in a] == [segment.size for segment in b]:
+        return tuple(map(_unified, a, b))
+    if not sources_of([b]):
+        return a
+    if not sources_of([a]):
         return b
     return a if len(a) >= len(b) else b
+
+
+def _unified(a: AxisSegment, b: AxisSegment) -> AxisSegment:
+    """Merge two segments of one size. What either is composed of is kept, and no source is lost."""
+    in_order = a.in_order and b.in_order
+    if list(map(axis_size, a.composed_of)) == list(map(axis_size, b.composed_of)):
+        factors = tuple(map(unify, a.composed_of, b.composed_of))
+        part_of = a.part_of if a.part_of == b.part_of or not b.all_sources else b.part_of if not a.all_sources else None
+        return replace(a, sources=a.sources | b.sources, composed_of=factors, part_of=part_of, in_order=in_order)
+    kept, other = (a, b) if _tells_more(a, b) else (b, a)
+    return replace(kept, sources=kept.sources | (other.all_sources - kept.all_sources), in_order=in_order)
+
+
+def _tells_more(a: AxisSegment, b: AxisSegment) -> bool:
+    """Say which of two divisions to keep: the one with sources, else the one with axes."""
+    return bool(a.all_sources) if bool(a.all_sources) is not bool(b.all_sources) else bool(a.composed_of)
 
 
 def reshape_axes(axes: Axes, shape: Sequence[Any]) -> Axes:
@@ -167,7 +219,7 @@ def _product(axes: Sequence[Axis], size: Any) -> Axis:
 
 
 def slice_axis(axis: Axis, start: int, stop: int, size: Any) -> Axis:
-    """Return positions start..stop of an axis. A segment that is cut through keeps its sources and is no longer composed of others.
+    """Return positions start..stop of an axis. A segment that is cut through keeps its sources, and its axes if whole rows are left.
 
     Args:
         size: of the result.
@@ -179,9 +231,62 @@ def slice_axis(axis: Axis, start: int, stop: int, size: Any) -> Axis:
         if high - low == segment.size:
             segments.append(segment)
         elif high > low:
-            segments.append(AxisSegment(high - low, _length_of_part(segment, high - low, size), segment.all_sources))
+            segments.append(_part(segment, low - at, high - at, size))
         at += segment.size
     return tuple(segments) or new_axis(size)
+
+
+def _part(segment: AxisSegment, start: int, stop: int, size: Any) -> AxisSegment:
+    """Return positions start..stop of a segment."""
+    cut = segment.part_of or Cut(segment, 0, segment.size)
+    part = Cut(cut.whole, cut.start + start, cut.start + stop)
+    expr = _length_of_part(segment, stop - start, size)
+    rows = _rows(segment, start, stop, expr)
+    return AxisSegment(stop - start, expr, segment.sources if rows else segment.all_sources, rows, part, segment.in_order)
+
+
+def _rows(segment: AxisSegment, start: int, stop: int, expr: str) -> tuple[Axis, ...]:
+    """Return the axes of positions start..stop of a merged segment, if they are whole steps along the outermost; else ().
+
+    Args:
+        expr: the number of positions; a constant one is a whole number of steps by chance unless the steps are constant.
+    """
+    if len(segment.composed_of) < 2 or not segment.size:
+        return ()
+    outermost, *inner = segment.composed_of
+    step, exprs = segment.size // axis_size(outermost), [part.expr for axis in inner for part in axis]
+    if start % step or stop % step or len(exprs) > len(inner) or (expr.isdigit() and not all(map(str.isdigit, exprs))):
+        return ()
+    count = (stop - start) // step
+    if count == 1:
+        return tuple(inner) if len(inner) > 1 else ()
+    length = str(count) if all(part.expr.isdigit() for part in outermost) else f"({expr})//({'*'.join(f'({e})' for e in exprs)})"
+    return ((AxisSegment(count, length, sources_of([outermost]), in_order=is_in_order(outermost)),), *inner)
+
+
+def joined(segments: Iterable[AxisSegment]) -> Axis:
+    """Return the axis of segments one behind the other; parts of one segment that are neighbours as they were become one again."""
+    result: list[AxisSegment] = []
+    for segment in segments:
+        last = result[-1].part_of if result else None
+        if segment.part_of and last and last.whole == segment.part_of.whole and last.stop == segment.part_of.start:
+            result[-1] = _rejoined(result[-1], segment, Cut(last.whole, last.start, segment.part_of.stop))
+        elif segment.size:
+            result.append(segment)
+    return tuple(result)
+
+
+def _rejoined(a: AxisSegment, b: AxisSegment, cut: Cut) -> AxisSegment:
+    """Join two neighbouring parts of one segment; what either stems from beside it, both do."""
+    sources, whole = a.all_sources | b.all_sources | cut.whole.sources, cut.whole
+    if (cut.start, cut.stop) == (0, whole.size):
+        own = frozenset() if sources <= whole.all_sources else sources
+        return replace(whole, sources=whole.sources | own, in_order=a.in_order and b.in_order)
+    expr = f"{a.expr} + {b.expr}"
+    if a.expr.isdigit() and b.expr.isdigit():
+        expr = str(a.size + b.size)
+    rows = _rows(whole, cut.start, cut.stop, expr)
+    return AxisSegment(a.size + b.size, expr, sources, rows, cut, a.in_order and b.in_order)
 
 
 def _length_of_part(segment: AxisSegment, length: int, size: Any) -> str:
