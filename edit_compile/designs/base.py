@@ -201,9 +201,7 @@ def _one_or_several(grids: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...]
     return (grids[0], ()) if len(grids) == 1 else ((), grids)
 
 
-def tokens_of(
-    x: Tensor, dim: int, grid: Grids, kinds: Sequence[str], lengths: Sequence[int | None], keys: Tokens | None = None
-) -> Tokens:
+def tokens_of(x: Tensor, dim: int, grid: Grids, kinds: Sequence[str], lengths: Sequence[int | None], keys: Tokens | None = None) -> Tokens:
     """Make the layout of a token axis, as a rewritten site's graph does in every call.
 
     Args:

@@ -26,7 +26,8 @@ class MMEdit(Edit):
     image rows:  eta LinearAttn(Q_I, K_I, V_I) + (1 - eta) SDPA(Q_I, K_P, V_P)
     other rows:  SDPA(Q_P, [K_I; K_P], [V_I; V_P])
 
-    The linear part takes ReLU of Q_I and of the compressed K_I; the softmax parts take both as they are.
+    The linear part takes ReLU of Q_I and of the compressed K_I; the softmax parts take both as they are. Where image queries see
+    other tokens' keys, but these tokens have no queries there, there are image rows alone.
     """
 
     name = "mm-edit"
@@ -48,21 +49,24 @@ class MMEdit(Edit):
         problem = first_problem(site, GRID_DIMS)
         if problem is None and site.keys.only(TokenKind.IMAGE):
             problem = "it is for joint attention of image tokens and others"
-        return Verdict(problem is None, problem or "image tokens and others attend jointly")
+        jointly = "image tokens and others attend jointly"
+        return Verdict(problem is None, problem or (jointly if _has_others(site) else "image tokens attend to image tokens and others"))
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)
         self.eta, self.scale = options.eta, site.softmax_scale
-        self.needs_original = options.compresses and options.text_keys == "full"
+        self.needs_original = options.compresses and options.text_keys == "full" and _has_others(site)
         self.log_weight = nn.Parameter(torch.full((site.heads, 1, 1), START_LOG_WEIGHT)) if self.eta == "calibrated" else None
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
-        keys = tokens.thinned(self.stride)
+        keys = tokens.of_keys.thinned(self.stride)
         key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
         mask_I, mask_P = (keys.image(x.mask, -1), keys.others(x.mask, -1)) if x.mask is not None else (None, None)
         image = self._image_rows(
             tokens.image(x.query), keys.image(key), keys.image(value), mask_I, keys.others(key), keys.others(value), mask_P
         )
+        if tokens.only_image:
+            return image
         seen = x.original or x
         all_keys, all_values = matching_heads(x.query, seen.key), matching_heads(x.query, seen.value)
         others = F.scaled_dot_product_attention(tokens.others(x.query), all_keys, all_values, seen.mask, scale=self.scale)
@@ -96,5 +100,11 @@ class MMEdit(Edit):
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
         n, m = math.prod(grid), compressed_tokens(site, grid, options)
         seen = (n if options.text_keys == "full" else m) + others
-        softmax = 2 * site.heads * (site.head_dim + site.value_dim) * others * (n + seen)
+        pairs = others * (n + seen) if _has_others(site) else others * n
+        softmax = 2 * site.heads * (site.head_dim + site.value_dim) * pairs
         return super().flops(site, grid, others, options) + softmax
+
+
+def _has_others(site: Site) -> bool:
+    """Say whether other tokens than the image's have queries."""
+    return not site.queries.only(TokenKind.IMAGE)

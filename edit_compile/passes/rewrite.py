@@ -16,7 +16,7 @@ from edit_compile.designs.ops.token_spans import cut_image, on_images, sample_ax
 from edit_compile.ir.plan import Refusal
 from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Value, axes_of, axis_size, hint
+from edit_compile.passes.axes.algebra import Axis, Value, axes_of, hint
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.canonicalize import canonicalize, drop_returned_weights
 from edit_compile.passes.clone_branch import BranchCloner, thinned_sizes
@@ -326,7 +326,7 @@ def _replace_attention(site: SiteGraph, attention: Attention) -> None:
     graph, stride = site.graph, next((tap.stride for tap in site.taps if tap.stride), ())
     with graph.inserting_before(attention.node):
         mask = _row(site, attention.mask) if site.plan.mask != "none" else None
-        short = _sampled(site, mask, stride) if stride else mask
+        short = _sampled(site, mask, axes_of(attention.key, site.axes)[-2], stride) if stride and mask is not None else mask
         operands = tuple(site.operands[name] for name in _OPERANDS)
         own = (operands[0], attention.key, attention.value, mask)  # the model's own query would be computed for nothing
         original = graph.call_function(QKV, own) if site.chosen.needs_original else None
@@ -363,12 +363,9 @@ def _row(site: SiteGraph, mask: fx.Node | None) -> fx.Node | None:
     return row
 
 
-def _sampled(site: SiteGraph, mask: fx.Node | None, stride: tuple[int, ...]) -> fx.Node | None:
-    if mask is None:
-        return None
-    axes = axes_of(mask.meta.get("row_of", mask), site.axes)
-    if axis_size(axes[-1]) == 1:
+def _sampled(site: SiteGraph, mask: fx.Node, keys: Axis, stride: tuple[int, ...]) -> fx.Node:
+    """A mask for thinned keys. Its last dimension is the keys', whatever it was made of: inputs, or ones that the site makes itself."""
+    shape = shape_of(mask) or ()
+    if hint(shape[-1]) == 1:
         return mask
-    if not is_image(axes[-1]):
-        raise Refused(f"{site.plan.path}: the mask {mask.name} is not by token", mask)
-    return site.graph.call_function(sample_axis, (mask, len(axes) - 1, site.grid, *image_place(axes[-1]), stride))
+    return site.graph.call_function(sample_axis, (mask, len(shape) - 1, site.grid, *image_place(keys), stride))

@@ -93,6 +93,11 @@ def image_queries_of_joint_keys(g):
     return (attend(g, x, "a", keys=g(aten.cat.default, [x, g.input("t", B, T, C)], 1)),)
 
 
+def pooled(g):
+    x = tokens_of(g)
+    return (attend(g, x, "a", keys=g(aten.slice.Tensor, x, 1, 0, 17)),)
+
+
 def several_runs(g):
     x, t = tokens_of(g), g.input("t", B, T, C)
     parts = [g(aten.slice.Tensor, x, 1, 0, 10), t, g(aten.slice.Tensor, x, 1, 10, N)]
@@ -189,8 +194,7 @@ REASONS = {
     no_image: "no image tokens take part",
     cross: "cross-attention: linear in image tokens already",
     text_queries: "only text queries image: linear in image tokens already",
-    other_order: r"queries \[image 35, text 11\] and keys \[text 11, image 35\] differ: not self-attention",
-    image_queries_of_joint_keys: r"queries \[image 35\] and keys \[image 35, text 11\] differ",
+    pooled: r"the image tokens of the queries \[image 35\] are not those of the keys \[image 17\]: not self-attention",
     several_runs: "the image tokens are in several runs",
     outside: "the attention is in the model's own forward, outside any submodule",
     twice: "one module runs several attentions",
@@ -232,6 +236,8 @@ FACTS = {  # that a design judges
     mask_by_query: {"mask": "by_query"},
     no_linear: {"mask": "none"},
     video: {"grid_sizes": (3, 4, 5)},
+    other_order: {"query_sizes": (N, T), "key_sizes": (T, N)},
+    image_queries_of_joint_keys: {"query_sizes": (N,), "key_sizes": (N, T)},
 }
 
 
