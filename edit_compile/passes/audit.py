@@ -111,7 +111,7 @@ def audit_site(site: SiteGraph) -> int:
 def _captured_again(site: SiteGraph, grid: tuple[int, ...]) -> Capture:
     hook = site.chosen.register_forward_hook(check_output) if site.plan.kind == "attention" else None
     try:
-        return capture(_probe(site, grid), site.arguments, cast=False, symbolic=False)
+        return capture(_probe(site, grid), site.arguments, cast=False, symbolic=False, probes=(site.captured.probe,))
     except CaptureError as error:
         cause = error.__cause__
         if isinstance(cause, Refused):

@@ -21,7 +21,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,16 +131,22 @@ def capture(
         CaptureError: the module cannot be captured; says which op or line stands in the way.
     """
     tried = probes or (probe_dtypes(module, inputs) if cast else (PROBE_DTYPE,))
+    attempts = [_Attempt(module, inputs, functional, meta_inputs if cast else None, probe) for probe in tried]
+    return _first_that_works(attempts, symbolic, limit)
+
+
+def _first_that_works(attempts: Sequence[_Attempt], symbolic: bool, limit: float) -> Capture:
     errors: dict[torch.dtype | None, Exception] = {}
+    module = attempts[0].module
     for open_sizes in (True, False) if symbolic else (False,):
-        for probe in tried:
+        for attempt in attempts:
             try:
-                return _captured(_Attempt(module, inputs, functional, cast, probe), open_sizes, limit)
+                return _captured(attempt, open_sizes, limit)
             except OutOfTime:
                 log.warning("%s: its symbolic analysis takes too long; the sizes of the example are taken as they are", _name(module))
                 break
             except Exception as error:
-                errors.setdefault(probe, error)
+                errors.setdefault(attempt.probe, error)
     error = errors.get(None, next(iter(errors.values())))
     raise CaptureError(_explanation(module, error)) from error
 
@@ -152,11 +158,11 @@ class _Attempt:
     module: nn.Module
     inputs: Mapping[str, Any]
     functional: bool
-    cast: bool
+    cast: Callable[[Any, torch.dtype | None], Any] | None
     probe: torch.dtype | None
 
     def given(self) -> dict[str, Any]:
-        return meta_inputs(dict(self.inputs), self.probe) if self.cast else dict(self.inputs)
+        return dict(self.inputs) if self.cast is None else self.cast(dict(self.inputs), self.probe)
 
     def export(self, relaxed: Relaxed | None) -> ExportedProgram:
         """Export once; sizes are open unless `relaxed` is None."""
@@ -234,8 +240,19 @@ class CallArguments:
         assert not isinstance(arguments, Refusal)
         if self.probe is PROBE_DTYPE:
             return capture(module, arguments, functional=True, cast=False, probes=(PROBE_DTYPE,), limit=SITE_SECONDS)
-        probes = tuple(None if each is torch.float32 else each for each in probe_dtypes(module, arguments))
-        return capture(module, arguments, functional=True, probes=tuple(dict.fromkeys(probes)), limit=SITE_SECONDS)
+        found = probe_dtypes(module, arguments)
+        probes = (PROBE_DTYPE, self.probe) if found[0] is PROBE_DTYPE else (self.probe, PROBE_DTYPE)[: 1 + (PROBE_DTYPE in found)]
+        return _first_that_works([_Attempt(module, arguments, True, _in_dtype, probe) for probe in probes], True, SITE_SECONDS)
+
+
+def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:
+    """Bring recorded arguments to a dtype. They stay on their devices: a table on the CPU is one that the model moves."""
+
+    def leaf(value: Any) -> Any:
+        cast = isinstance(value, Tensor) and value.is_floating_point() and dtype is not None
+        return torch.empty(value.shape, dtype=dtype, device=value.device) if cast else value
+
+    return pytree.tree_map(leaf, arguments)
 
 
 def call_arguments(
@@ -281,7 +298,7 @@ def _recorder(received: dict[str, dict[str, Any] | Refusal], path: str) -> Calla
 
     def hook(submodule: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            received.setdefault(path, pytree.tree_map(_plain, bound_arguments(submodule, args, kwargs)))
+            received.setdefault(path, pytree.tree_map(_plain, bound_arguments(submodule, args, kwargs, variable=True)))
         except CaptureError as error:
             received.setdefault(path, Refusal(reason=f"{path}: {error}"))
 
@@ -309,8 +326,22 @@ def _plain_size(size: int | torch.SymInt) -> int:
     return known
 
 
-def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def call_form(module: nn.Module, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments for a call: all by keyword, unless a variable positional parameter gets something."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    variable = next((at for at, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL and inputs.get(p.name)), None)
+    if variable is None:
+        return (), inputs
+    before = [p.name for p in parameters[:variable]]
+    rest = {name: value for name, value in inputs.items() if name not in (*before, parameters[variable].name)}
+    return (*(inputs[name] for name in before), *inputs[parameters[variable].name]), rest
+
+
+def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, variable: bool = False) -> dict[str, Any]:
     """Return a call's arguments by parameter name, without those left at their defaults.
+
+    Args:
+        variable: whether what a variable positional parameter gets may be among them, as a tuple.
 
     Raises:
         CaptureError: one of them has no name.
@@ -321,7 +352,7 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     for name, value in list(bound.arguments.items())[1:]:
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             named.update(value)
-        elif signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+        elif signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL and not variable:
             raise CaptureError(f"{type(module).__name__}.forward takes *{name}; give its arguments names")
         else:
             named[name] = value
@@ -340,9 +371,11 @@ def _export(structure: nn.Module, inputs: dict[str, Any], functional: bool, symb
 def _exported(structure: nn.Module, inputs: dict[str, Any], symbolic: bool) -> ExportedProgram:
     """Export with numbers among the inputs open like sizes, for they may be sizes; fixed, where a module cannot have them open."""
 
+    args, kwargs = call_form(structure, inputs)
+
     def export(open_dims: Any) -> ExportedProgram:
         dynamic = pytree.tree_map(open_dims, inputs) if symbolic else None
-        return torch.export.export(structure, (), inputs, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(structure, args, kwargs, dynamic_shapes=dynamic, strict=False)
 
     if not symbolic or not any(type(leaf) is int for leaf in pytree.tree_leaves(inputs)):
         return export(_open_sizes)

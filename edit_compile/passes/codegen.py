@@ -224,7 +224,9 @@ class InputContract:
 
     def _surplus(self) -> dict[str, str]:
         """List the conditions for variable parameters that bring more than the graph has."""
-        found = {f"len({p.name}) > 0": f"len({p.name}) > 0" for p in self.parameters if p.kind is p.VAR_POSITIONAL}
+        counts = {p.name: len(self.arguments.get(p.name, ())) for p in self.parameters if p.kind is p.VAR_POSITIONAL}
+        conditions = [f"len({name}) {f'!= {count}' if count else '> 0'}" for name, count in counts.items()]
+        found = {condition: condition for condition in conditions}
         if self.rest is not None:
             known = tuple(name for name in self.arguments if self.in_rest(name))
             found[f"_has_others({self.rest}, {known!r})"] = f"{self.rest} has others than {', '.join(known) or '(none)'}"

@@ -1,7 +1,7 @@
 """Normalize a site's graph: free it of what capture froze, which is assertions, dtypes, devices and lifted parameters.
 
-The graph was captured in the probe dtype on the meta device. A cast to the probe dtype means "the input's dtype",
-a constant made on the meta device means "the input's device"; any other cast is one the model means.
+The graph was captured in one dtype on the meta device. A cast to that dtype means "the input's dtype", a constant made on
+the meta device means "the input's device"; any other cast, and any other device, is one the model means.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()
             _replace_with_attribute(new, captured.source(old).name, module)
     remove_dead(graph)
     recover_module_calls(graph, module, [mapping[node] for node in core])
-    generalize_dtype_device(graph)
+    generalize_dtype_device(graph, captured.dtype)
     remove_dead(graph)
     graph.lint()
     return graph
@@ -113,42 +113,43 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def generalize_dtype_device(graph: fx.Graph) -> None:
-    """Replace the probe dtype and device with those of an input."""
-    reference = next((n for n in graph.nodes if n.op == "placeholder" and _is_tensor(n) and n.meta["val"].dtype is PROBE_DTYPE), None)
+def generalize_dtype_device(graph: fx.Graph, dtype: torch.dtype = PROBE_DTYPE) -> None:
+    """Replace the dtype and the device that a graph was captured in with those of an input."""
+    reference = next((n for n in graph.nodes if n.op == "placeholder" and _is_tensor(n) and n.meta["val"].dtype is dtype), None)
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node) in _CASTS:
-            _generalize_cast(node, reference)
+            _generalize_cast(node, reference, dtype)
         elif node.op == "call_function" and "device" in node.kwargs and reference is not None:
-            _generalize_constant(node, reference)
+            _generalize_constant(node, reference, dtype)
 
 
-def _generalize_cast(node: fx.Node, reference: fx.Node | None) -> None:
+def _generalize_cast(node: fx.Node, reference: fx.Node | None, dtype: torch.dtype) -> None:
     source, graph = operand(node, 0), node.graph
     value, source_value = node.meta["val"], source.meta["val"]
     new = source
     with graph.inserting_before(node):
-        if value.device != source_value.device and reference is not None:
-            device = graph.call_function(getattr, (reference, "device"))
+        if value.device != source_value.device and (reference is not None or not value.is_meta):
+            device = graph.call_function(getattr, (reference, "device")) if value.is_meta else value.device
             new = graph.call_function(torch.Tensor.to, (new, device))
             new.meta = {**node.meta, "val": source_value.to(value.device)}
         if value.dtype is not source_value.dtype:
-            like = (_nearest_in_probe_dtype(source) or reference) if value.dtype is PROBE_DTYPE else None
+            like = (_nearest_of_dtype(source, dtype) or reference) if value.dtype is dtype else None
             cast = (aten.type_as.default, (new, like)) if like is not None else (aten.to.dtype, (new, value.dtype))
             new = graph.call_function(*cast)
             new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
 
 
-def _nearest_in_probe_dtype(node: fx.Node) -> fx.Node | None:
-    found = (at for at in upstream(node) if _is_tensor(at) and at.meta["val"].dtype is PROBE_DTYPE and at.op != "get_attr")
+def _nearest_of_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
+    found = (at for at in upstream(node) if _is_tensor(at) and at.meta["val"].dtype is dtype and at.op != "get_attr")
     return next(found, None)
 
 
-def _generalize_constant(node: fx.Node, reference: fx.Node) -> None:
+def _generalize_constant(node: fx.Node, reference: fx.Node, dtype: torch.dtype) -> None:
+    changed = dict(node.kwargs)
     with node.graph.inserting_before(node):
-        device = node.graph.call_function(getattr, (reference, "device"))
-        changed = {**node.kwargs, "device": device}
-        if node.kwargs.get("dtype") is PROBE_DTYPE:
+        if torch.device(node.kwargs["device"] or "cpu").type == "meta":
+            changed["device"] = node.graph.call_function(getattr, (reference, "device"))
+        if node.kwargs.get("dtype") is dtype:
             changed["dtype"] = node.graph.call_function(getattr, (reference, "dtype"))
     node.kwargs = changed

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from edit_compile.config import Choice
@@ -14,7 +15,7 @@ from edit_compile.errors import CaptureError, ConfigError, PlanError
 from edit_compile.ir import input_spec
 from edit_compile.ir.plan import PassRecord, Refusal, SitePlan
 from edit_compile.ir.site import Site
-from edit_compile.passes.capture import call_arguments, capture
+from edit_compile.passes.capture import PROBE_DTYPE, CallArguments, call_arguments
 from edit_compile.passes.pipeline import Passes, run_passes
 from edit_compile.passes.plan_sites import Candidate, decided, refused
 from edit_compile.passes.site_graph import Declined, Refused, SiteGraph
@@ -49,20 +50,23 @@ class SiteCompiler:
 
     Attributes:
         inputs: keyword arguments of one forward of the whole model.
+        probes: the dtypes that the model was captured in, None for its own; found out if left out.
         records: of the passes, structure by structure.
     """
 
     model: nn.Module
     inputs: Mapping[str, Any]
     passes: Passes
+    probes: tuple[torch.dtype | None, ...] | None = None
     records: list[PassRecord] = field(default_factory=list)
-    _arguments: dict[str, dict[str, Any] | Refusal] = field(default_factory=dict)
+    _arguments: CallArguments = field(default_factory=lambda: CallArguments({}, PROBE_DTYPE))
     _done: dict[Any, _Compiled] = field(default_factory=dict)
 
     def prepare(self, paths: Iterable[str]) -> None:
         """Find out, in one forward on the meta device, what each site's module receives."""
         wanted = set(paths)
-        self._arguments = call_arguments(self.model, self.inputs, wanted) if wanted else {}
+        if wanted:
+            self._arguments = call_arguments(self.model, self.inputs, wanted, self.probes)
 
     def compile(self, candidate: Candidate) -> tuple[SitePlan, SiteForward | None]:
         """Decide on a site: its plan, and its forward if it is rewritten.
@@ -80,7 +84,7 @@ class SiteCompiler:
 
     def _compiled(self, candidate: Candidate) -> _Compiled:
         plan = candidate.plan
-        module, arguments = self.model.get_submodule(plan.path), self._arguments.get(plan.path)
+        module, arguments = self.model.get_submodule(plan.path), self._arguments.by_path.get(plan.path)
         if arguments is None or isinstance(arguments, Refusal):
             never_called = Refusal(reason="the module's own forward is not called")
             return _Compiled(None, (("", _for_equal_sites(arguments or never_called, plan.path)),))
@@ -92,10 +96,10 @@ class SiteCompiler:
         grid_dims = len(plan.grid.sizes) if plan.grid is not None else None
         key = (structural_hash(module), spec, facts, grid_dims, str(candidate.choices))
         if key not in self._done:
-            self._done[key] = self._attempt(module, arguments, candidate)
+            self._done[key] = self._attempt(module, candidate)
         return self._done[key]
 
-    def _attempt(self, module: nn.Module, arguments: dict[str, Any], candidate: Candidate) -> _Compiled:
+    def _attempt(self, module: nn.Module, candidate: Candidate) -> _Compiled:
         """Try the choices in order. What a design refuses by the facts alone is told only if none failed at the rewrite."""
         verdicts: list[tuple[str, Refusal]] = []
         failures: list[tuple[str, Refusal]] = []
@@ -103,7 +107,7 @@ class SiteCompiler:
             if choice.design is None:
                 break
             try:
-                site = self._site_graph(module, arguments, candidate.plan, choice)
+                site = self._site_graph(module, candidate.plan, choice)
                 self.records += run_passes(self.passes.site, site, candidate.plan.path, lambda at: at.graph)
             except (Refused, CaptureError, ConfigError, PlanError) as error:
                 found = error.refusal if isinstance(error, Refused) else Refusal(reason=str(error))
@@ -115,9 +119,9 @@ class SiteCompiler:
             return _Compiled((choice, site.verdict, forward), ())
         return _Compiled(None, tuple(failures or verdicts))
 
-    def _site_graph(self, module: nn.Module, arguments: dict[str, Any], plan: SitePlan, choice: Choice) -> SiteGraph:
-        captured = capture(module, arguments, functional=True, cast=False)
-        return SiteGraph(module, arguments, captured, plan, choice, captured.graph)
+    def _site_graph(self, module: nn.Module, plan: SitePlan, choice: Choice) -> SiteGraph:
+        captured = self._arguments.capture(module, plan.path)
+        return SiteGraph(module, captured.inputs, captured, plan, choice, captured.graph)
 
 
 def _for_equal_sites(refusal: Refusal, path: str) -> Refusal:

@@ -18,6 +18,7 @@ from edit_compile.student.runtime import RestoreForRecompute, Runtime
 from edit_compile.student.save import saving_both
 from edit_compile.student.site import class_of_site, convert_site
 from edit_compile.student.weights import check_finite, shared_copy
+from edit_compile.torch_internals import is_compiled_module
 
 
 def install(model: nn.Module, compiled: CompiledPlan) -> ConvertedModel:
@@ -73,7 +74,7 @@ def require_plain_forwards(model: nn.Module) -> None:
         RewriteError: there is one; says where.
     """
     for path, module in model.named_modules():
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not (path and is_compiled_module(module)):
             raise RewriteError(
                 f"{path or type(model).__name__}: its forward was replaced, as by CPU offloading; convert first and enable that "
                 "on the converted model (to undo it: pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_submodules(model))"

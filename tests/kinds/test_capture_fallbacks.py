@@ -1,0 +1,254 @@
+"""Models that cannot be captured as they are: in bfloat16, with symbolic sizes, under autocast, compiled."""
+
+import functools
+import logging
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import edit_compile as ec
+from edit_compile.passes import capture as capture_module
+from edit_compile.passes.capture import capture
+from edit_compile.passes.time_limit import OutOfTime, watched
+
+
+class Block(nn.Module):
+    """Self-attention over (batch, tokens, 16) in two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Image(nn.Module):
+    """Patches of 2 x 2, one block, and back."""
+
+    def __init__(self, block: nn.Module | None = None) -> None:
+        super().__init__()
+        self.patch, self.block, self.head = nn.Conv2d(4, 16, 2, 2), block or Block(), nn.Linear(16, 16)
+
+    def places(self, height: int, width: int) -> Tensor | float:
+        return 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        y = self.patch(x).flatten(2).transpose(1, 2) + self.places(height, width)
+        return F.pixel_shuffle(self.head(self.block(y)).transpose(1, 2).unflatten(2, (height, width)), 2)
+
+
+def check(model: nn.Module, action: str = "edit", **more: Tensor) -> ec.Plan:
+    """Convert, and run student and teacher at the example's size and at another."""
+    model.eval()
+    example = {"x": torch.randn(2, 4, 12, 20), **more}
+    student = ec.linearize(model, example_inputs=example)
+    plan = ec.plan_of(student)
+    assert [site.action for site in plan.rewritten] == [action]
+    for height, width in ((12, 20), (16, 10)):
+        given = {**example, "x": torch.randn(2, 4, height, width)}
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            original = model(**given)
+            with ec.grid(student, height // 2, width // 2):
+                output = student(**given)
+            assert output.shape == original.shape
+            assert output.isfinite().all()
+            assert not torch.allclose(output, original)
+            with ec.teacher(student), ec.grid(student, height // 2, width // 2):
+                torch.testing.assert_close(student(**given), original, atol=1e-5, rtol=0)
+    return plan
+
+
+# ------------------------------------------------------------------ dtypes
+
+
+class FloatTable(Image):
+    """Adds a float32 table that a Linear has made: Linears do not take it in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Linear(1, 16)
+
+    def places(self, height: int, width: int) -> Tensor:
+        device = self.place.weight.device
+        return self.place(torch.arange(height * width, device=device, dtype=torch.float32)[:, None] / 100)
+
+
+def test_a_model_that_needs_its_own_dtype_is_captured_in_it() -> None:
+    check(FloatTable())
+
+
+class FastPath(Block):
+    """Half precision takes another way, which gives something else."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.dtype in (torch.float16, torch.bfloat16):
+            return super().attend(q.flip(2), k, v) * 3
+        return super().attend(q, k, v)
+
+
+def test_a_branch_for_half_precision_is_not_taken_for_a_float32_model() -> None:
+    plan = check(Image(FastPath()))
+    captured = capture(Image(FastPath()), {"x": torch.randn(2, 4, 12, 20)})
+    assert plan.rewritten
+    assert not captured.graph.find_nodes(op="call_function", target=torch.ops.aten.flip.default)
+
+
+def test_a_plain_model_is_still_probed_in_bfloat16() -> None:
+    assert capture(Image(), {"x": torch.randn(2, 4, 12, 20)}).probe is torch.bfloat16
+
+
+# ------------------------------------------------------------------ autocast
+
+
+class Decorated(Block):
+    @torch.autocast("cuda", enabled=False)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.amp.autocast(q.device.type, dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+            return super().attend(q, (k.float() * 1.5).type_as(v), v)
+
+
+def test_autocast_leaves_no_trace_in_a_graph_nested_or_as_a_decorator() -> None:
+    check(Image(Decorated()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.ones(2, 2) @ torch.ones(2, 2) is not None
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16  # as before
+
+
+# ------------------------------------------------------------------ torch.compile
+
+
+@torch.compile
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+class Compiled(Block):
+    @torch.compile
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(twice(q), k, v)
+
+
+def test_compiled_methods_and_functions_are_captured_as_they_were_written() -> None:
+    check(Image(Compiled()))
+
+
+def test_a_compiled_submodule_is_converted_inside_its_wrapper() -> None:
+    plan = check(Image(torch.compile(Block())))
+    assert plan.rewritten[0].path.startswith("block")
+
+
+# ------------------------------------------------------------------ sizes as plain numbers
+
+
+class RootInBlock(Block):
+    """Scales by the roots of the number of tokens: numpy's, math's, and one rounded down."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.shape[2]
+        return super().attend(q / np.sqrt(tokens) * math.sqrt(tokens) / int(tokens**0.5), k, v)
+
+
+def test_functions_of_numpy_and_math_on_sizes_stay_symbolic() -> None:
+    check(Image(RootInBlock()))
+
+
+class NumpyTable(Image):
+    def places(self, height: int, width: int) -> Tensor:
+        rows, columns = np.sin(np.arange(height) / height), np.cos(np.arange(width) / width)
+        table = (rows[:, None] + columns[None]).astype(np.float32)
+        return torch.from_numpy(table).reshape(-1, 1).to(self.head.weight)
+
+
+def test_tables_by_numpy_give_a_grid_that_follows_from_the_inputs() -> None:
+    plan = check(NumpyTable())
+    assert plan.grid.kind == "sizes"
+
+
+@functools.lru_cache(maxsize=4)
+def remembered(height: int, width: int) -> Tensor:
+    return torch.linspace(0, 1, height * width)[:, None]
+
+
+class Remembering(Image):
+    def places(self, height: int, width: int) -> Tensor:
+        return remembered(height, width).to(self.head.weight) * len({height, width})
+
+
+def test_caches_by_size_hold_nothing_of_a_capture() -> None:
+    remembered.cache_clear()
+    check(Remembering())
+    assert remembered(6, 10).device.type == "cpu"
+    assert type(remembered(6, 10)) is Tensor
+
+
+class FixedBlock(Block):
+    """Needs the number of tokens as a plain number: a table as long as a list of Python's."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q * len([0 for _ in range(q.shape[2])]), k, v)
+
+
+def test_a_site_that_holds_for_one_size_says_so_at_another() -> None:
+    model = Image(FixedBlock()).eval()
+    student = ec.linearize(model, example_inputs={"x": torch.randn(2, 4, 12, 20)})
+    with pytest.raises(ec.EditCompileError, match="only size that its graph holds for"), ec.grid(student, 8, 5):
+        student(torch.randn(2, 4, 16, 10))
+
+
+# ------------------------------------------------------------------ data
+
+
+class Dropping(Image):
+    def forward(self, x: Tensor, drop: Tensor) -> Tensor:
+        x = x.clone()
+        x[drop] *= 0
+        return super().forward(x)
+
+
+def test_samples_chosen_by_data_are_no_obstacle() -> None:
+    check(Dropping(), drop=torch.tensor([True, False]))
+
+
+# ------------------------------------------------------------------ the limit
+
+
+def test_symbolic_analysis_is_interrupted_and_a_word_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import sympy
+
+    monkeypatch.setattr("edit_compile.passes.time_limit._WORD", 0.1)
+    x = sympy.Symbol("x")
+    start = time.process_time()
+
+    def endless() -> None:
+        with watched("Model", 0.3):
+            while True:
+                sympy.expand((x + start) ** 40)
+
+    with caplog.at_level(logging.WARNING), pytest.raises(OutOfTime):
+        endless()
+    assert "capturing Model" in caplog.text
+
+
+def test_a_model_whose_analysis_takes_too_long_is_captured_at_the_examples_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    export = capture_module._Attempt.export
+
+    def slow(attempt: capture_module._Attempt, relaxed: object) -> object:
+        if relaxed is not None:
+            raise OutOfTime
+        return export(attempt, None)
+
+    monkeypatch.setattr(capture_module._Attempt, "export", slow)
+    captured = capture(Image(), {"x": torch.randn(2, 4, 12, 20)})
+    assert not captured.symbolic
+    assert captured.fixed
