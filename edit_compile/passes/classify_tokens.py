@@ -38,8 +38,8 @@ class TokenMap:
 
     def operator_without_rule(self, *axes: Axis) -> str | None:
         """Return the name of an operator because of which it is not known what image positions became; None if there is none."""
-        of_images = (axis for axis in axes if self.layout(axis)[0].has(TokenKind.IMAGE))
-        return next((name for axis in of_images if (name := operator_without_rule([axis])) is not None), self.lost_in)
+        of_images = (segment for axis in axes for segment in axis if self.kind(segment) is TokenKind.IMAGE)
+        return next((name for segment in of_images if (name := operator_without_rule([(segment,)])) is not None), self.lost_in)
 
     def layout(self, axis: Axis) -> tuple[TokenLayout, tuple[int, ...]]:
         """Return an axis' segments, neighbours of one kind joined, and their sizes in the example."""

@@ -113,7 +113,8 @@ def entangled(size: Any, *axes: Axis) -> Axis:
 
 def without_rule(shape: Iterable[Any], operator_name: str, operands: Iterable[Axes]) -> Axes:
     """Return the axes of a tensor of which is only known what it was computed from: any axis may stem from any of the operands'."""
-    sources = frozenset((*sources_of(axis for axes in operands for axis in axes), WithoutRule(operator_name)))
+    sources = sources_of(axis for axes in operands for axis in axes)
+    sources |= {WithoutRule(operator_name)} if sources else set()
     return tuple((AxisSegment(hint(size), expression(size), sources, in_order=False),) for size in shape)
 
 

@@ -147,6 +147,13 @@ def diagonal(call: Call) -> Axes:
     return (*call.first[:a], *call.first[a + 1 : b], *call.first[b + 1 :], entangled(call.shape[-1], call.first[a], call.first[b]))
 
 
+def on_diagonal(call: Call) -> Axes:
+    """Put the last dimension's positions where two new ones have the same position: diag_embed."""
+    new = sorted(int(call.argument(name)) % len(call.shape) for name in ("dim1", "dim2"))
+    rest = iter(call.first[:-1])
+    return tuple(entangled(size, call.first[-1]) if d in new else next(rest) for d, size in enumerate(call.shape))
+
+
 def windows(call: Call) -> Axes:
     """Cut windows along one dimension, as Tensor.unfold does: their content is a new last one."""
     axes, dim = call.first, call.dim("dimension")
@@ -403,7 +410,7 @@ def run_written(axes: Axes, values: Axes, dim: int, start: int, stop: int) -> Ax
     """Return the axes of a tensor whose positions start..stop along a dimension were overwritten."""
     own = axes[dim]
     before, behind = slice_axis(own, 0, start, -1), slice_axis(own, stop, axis_size(own), -1)  # of no size that is known here
-    whole = joined(segment for part in (before, values[dim], behind) for segment in part if segment.size)
+    whole = joined(segment for part in (before, values[dim], behind) for segment in part if segment.size > 0)
     return tuple(
         whole if d == dim else unify(a, b) if axis_size(a) == axis_size(b) else a for d, (a, b) in enumerate(zip(axes, values, strict=True))
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, fx
 
-from edit_compile.passes.axes.algebra import Axes, Value, axis_size, new_axis, sources_of, unify, without_rule
+from edit_compile.passes.axes.algebra import Axes, Value, axis_size, entangled, new_axis, sources_of, unify, without_rule
 from edit_compile.passes.axes.call import Call, same_positions
 from edit_compile.passes.axes.moves import run_written
 from edit_compile.passes.axes.rules import apply_rule, operator_name, rule_of
@@ -78,7 +78,9 @@ def _write_back(node: fx.Node, axes: dict[fx.Node, Value]) -> None:
 def _with_part(view: fx.Node, base: Axes, written: Axes, axes: Mapping[fx.Node, Value]) -> Axes:
     """Return the axes of a tensor into a view of which was written."""
     call = Call(view, axes, tuple(shape_of(view) or ()))
-    if op_name(view) in ("slice", "narrow") and call.argument("step", 1) == 1:
+    if op_name(view) == "slice" and call.argument("step", 1) != 1:
+        return _every_nth_written(base, written, call.dim())
+    if op_name(view) in ("slice", "narrow"):
         dim = call.dim()
         length = axis_size(base[dim])
         start = call.position("start", 0, length)
@@ -90,3 +92,10 @@ def _with_part(view: fx.Node, base: Axes, written: Axes, axes: Mapping[fx.Node, 
     if sources_of(written) <= sources_of(base):
         return base
     return without_rule(map(axis_size, base), f"a write through {operator_name(view.target)}", [base, written])
+
+
+def _every_nth_written(base: Axes, written: Axes, dim: int) -> Axes:
+    """Return the axes of a tensor of which every n-th position along a dimension was overwritten: `y[..., 0::2] = x`."""
+    along = base[dim] if not sources_of([written[dim]]) else entangled(axis_size(base[dim]), base[dim], written[dim])
+    pairs = enumerate(zip(base, written, strict=True))
+    return tuple(along if d == dim else unify(a, b) if axis_size(a) == axis_size(b) else a for d, (a, b) in pairs)

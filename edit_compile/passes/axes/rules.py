@@ -16,7 +16,7 @@ from edit_compile.passes.axes import moves, sums
 from edit_compile.passes.axes.algebra import Axes, axis_size, hint
 from edit_compile.passes.axes.call import Call, Rule, same_positions
 
-__all__ = ["MOVING", "RULES", "Call", "Rule", "apply_rule", "operator_name", "rule_of", "same_positions"]
+__all__ = ["MOVING", "REFUSED", "RULES", "Call", "Rule", "apply_rule", "operator_name", "rule_of", "same_positions"]
 
 _MOVES: dict[Rule, str] = {
     moves.reshaped: """view reshape _unsafe_view flatten unflatten _reshape_alias view_as reshape_as ravel atleast_1d atleast_2d
@@ -40,15 +40,17 @@ _MOVES: dict[Rule, str] = {
     moves.stacked: "stack",
     moves.repeated: "repeat tile",
     moves.interleaved: "repeat_interleave",
-    moves.kept: """contiguous clone detach alias to _to_copy type_as pin_memory cpu cuda lift lift_fresh data requires_grad_ conj resolve_conj
-        resolve_neg real imag _conj _neg_view dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout bernoulli poisson
+    moves.kept: """contiguous clone detach alias to _to_copy type_as pin_memory cpu cuda lift lift_fresh data requires_grad_ conj
+        resolve_conj resolve_neg real imag _conj _neg_view dropout feature_dropout alpha_dropout feature_alpha_dropout
+        native_dropout bernoulli poisson
         zeros_like ones_like empty_like full_like rand_like randn_like randint_like fill zero normal uniform random exponential
+        cauchy geometric log_normal
         masked_fill index_fill tril triu""",
     moves.copied: "copy",
     moves.slice_written: "slice_scatter",
     moves.place_written: "select_scatter",
     moves.created: """zeros ones full empty rand randn randint randperm arange range linspace logspace eye tril_indices triu_indices
-        new_zeros new_ones new_empty new_full new_empty_strided empty_strided empty_permuted scalar_tensor tensor as_tensor 
+        new_zeros new_ones new_empty new_full new_empty_strided empty_strided empty_permuted scalar_tensor tensor as_tensor
         fft_fftfreq fft_rfftfreq hann_window hamming_window blackman_window bartlett_window kaiser_window affine_grid_generator""",
 }
 _PLACE_BY_PLACE: dict[Rule, str] = {  # pointwise, though torch does not say so of the operator of this name
@@ -57,7 +59,8 @@ _PLACE_BY_PLACE: dict[Rule, str] = {  # pointwise, though torch does not say so 
         log_sigmoid_forward mish multiply subtract negative prelu relu6 rrelu rrelu_with_noise special_digamma special_erf special_erfc
         special_erfinv special_exp2 special_expit special_expm1 special_gammainc special_gammaincc special_gammaln special_i0 special_log1p
         special_logit special_multigammaln special_ndtr special_polygamma special_psi special_round special_sinc special_xlogy threshold
-        true_divide __and__ __or__ __xor__ __lshift__ __rshift__ dequantize _conj_physical chalf float_power""",
+        true_divide __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__
+        __ixor__ __ilshift__ __irshift__ searchsorted dequantize _conj_physical chalf float_power""",
 }
 _SUMS: dict[Rule, str] = {
     sums.linear: "linear",
@@ -74,14 +77,14 @@ _SUMS: dict[Rule, str] = {
         _scaled_dot_product_fused_attention_overrideable""",
     sums.einsum: "einsum",
     sums.reduced: """mean sum nansum nanmean prod amax amin aminmax max min any all argmax argmin var std var_mean std_mean median nanmedian
-        mode count_nonzero logsumexp special_logsumexp norm frobenius_norm linalg_vector_norm linalg_norm linalg_matrix_norm
+        mode kthvalue count_nonzero logsumexp special_logsumexp norm frobenius_norm linalg_vector_norm linalg_norm linalg_matrix_norm
         nuclear_norm trace""",
     moves.expanded: "sum_to_size",
     sums.reduced_pairs: "cosine_similarity pairwise_distance linalg_vecdot",
     sums.loss: """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div soft_margin_loss
         poisson_nll_loss dist""",
-    sums.along_dim: """softmax _softmax _safe_softmax special_softmax log_softmax _log_softmax special_log_softmax cumsum cumprod cummax cummin
-        logcumsumexp glu diff cross linalg_cross fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2
+    sums.along_dim: """softmax _softmax _safe_softmax special_softmax log_softmax _log_softmax special_log_softmax cumsum cumprod cummax
+        cummin logcumsumexp glu diff cross linalg_cross fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2
         fft_irfft2 fft_hfft2 fft_ihfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn""",
     sums.along_all_but: "renorm",
     sums.over_last: "layer_norm rms_norm native_layer_norm _fused_rms_norm",
@@ -109,6 +112,7 @@ _REORDERS: dict[Rule, str] = {
     moves.padded: """pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
         replication_pad3d _pad_circular _pad_enum""",
     moves.windows: "unfold",
+    moves.on_diagonal: "diag_embed",
     moves.diagonal: "diagonal linalg_diagonal",
     moves.flipped: "flip fliplr flipud msort",
     moves.sorted_along: "sort argsort topk",
@@ -130,6 +134,41 @@ def _by_name(*tables: dict[Rule, str]) -> dict[str, Rule]:
 
 RULES = _by_name(_MOVES, _PLACE_BY_PLACE, _SUMS, _REORDERS)
 MOVING = frozenset(_by_name(_MOVES))  # operators whose result holds an operand's numbers, one by one and in order
+
+
+REFUSED = frozenset(  # public operators that have been looked at and get no rule: sparse, quantized, recurrent, sizes that are data
+    """
+    __interpolate __upsample __upsample_bilinear __upsample_nearest argwhere as_strided as_strided_scatter batch_norm_elemt
+    batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_stats batch_norm_update_stats bincount binomial block_diag
+    cartesian_prod ccol_indices cholesky_inverse choose_qparams_optimized coalesce col_indices combinations conv_tbc
+    convolution_overrideable copy_sparse_to_sparse corrcoef cosine_embedding_loss cov cross_entropy_loss crow_indices ctc_loss
+    cudnn_affine_grid_generator cudnn_batch_norm cudnn_convolution cudnn_convolution_add_relu cudnn_convolution_relu
+    cudnn_convolution_transpose cudnn_grid_sampler cumulative_trapezoid diag diagflat diagonal_scatter dict embedding_bag
+    embedding_renorm empty_quantized fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask
+    fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask fbgemm_linear_fp16_weight
+    fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight fbgemm_linear_int8_weight_fp32_activation
+    fbgemm_linear_quantize_weight fbgemm_pack_gemm_matrix_fp16 fbgemm_pack_quantized_matrix fill_diagonal_ flatten_dense_tensors
+    fractional_max_pool2d fractional_max_pool3d fused_moving_avg_obs_fake_quant geqrf glu_jvp grad gradient gru gru_cell hash_tensor
+    hinge_embedding_loss histc histogram histogramdd hspmm indices int_repr istft items keys kron linalg__powsum
+    linalg_householder_product linalg_ldl_factor linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu linalg_lu_factor
+    linalg_lu_factor_ex linalg_lu_solve linalg_matrix_rank linalg_matrix_sqrth linalg_polar linalg_solve_ex linalg_tensorinv
+    linalg_tensorsolve linalg_vander lstm lstm_cell lu_solve lu_unpack margin_ranking_loss masked_scatter masked_select
+    miopen_batch_norm miopen_convolution miopen_convolution_add_relu miopen_convolution_relu miopen_convolution_transpose
+    miopen_ctc_loss miopen_depthwise_convolution miopen_rnn mkldnn_adaptive_avg_pool2d mkldnn_convolution mkldnn_linear
+    mkldnn_max_pool2d mkldnn_max_pool3d mkldnn_reorder_conv2d_weight mkldnn_reorder_conv3d_weight mkldnn_rnn_layer multi_margin_loss
+    multilabel_margin_loss multilabel_margin_loss_forward multinomial nanquantile native_norm nested_to_padded_tensor nll_loss
+    nll_loss2d nll_loss2d_forward nll_loss_forward nll_loss_nd nonzero nonzero_numpy nonzero_static norm_except_dim normal_functional
+    orgqr ormqr pad_sequence pdist popitem put q_per_channel_scales q_per_channel_zero_points quantile quantize_per_channel
+    quantize_per_tensor quantize_per_tensor_dynamic quantized_batch_norm quantized_gru quantized_gru_cell quantized_lstm
+    quantized_lstm_cell quantized_max_pool1d quantized_max_pool2d quantized_max_pool3d quantized_rnn_relu_cell quantized_rnn_tanh_cell
+    resize resize_as resize_as_sparse rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell row_indices rrelu_with_noise_functional
+    segment_reduce set shallow_copy_data_ slice_inverse slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d
+    slow_conv_transpose2d slow_conv_transpose3d smm sorted sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor
+    sparse_coo_tensor sparse_csc_tensor sparse_csr_tensor sparse_mask sparse_resize sparse_resize_and_clear sparse_sampled_addmm
+    sspaddmm stft to_dense to_mkldnn to_padded_tensor to_sparse to_sparse_bsc to_sparse_bsr to_sparse_csc to_sparse_csr trapezoid trapz
+    triplet_margin_loss unflatten_dense_tensors unique_consecutive unique_dim unique_dim_consecutive values vander
+    """.split()  # noqa: SIM905
+)
 
 
 def operator_name(target: Any) -> str:
