@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,9 @@ from edit_compile.torch_internals import (
 )
 
 _NOT_OF_MODELS = ("torch", "sympy", "numpy", "mpmath", "builtins")  # packages whose functions are left alone
+
+
+_one_at_a_time = threading.RLock()  # what is changed inside belongs to the process
 
 
 @dataclass
@@ -57,7 +61,7 @@ def capturing(module: nn.Module, relaxed: Relaxed | None = None) -> Iterator[Non
         module: the one that is captured; the packages of its classes are taken for its own code.
         relaxed: what to do for code that wants sizes as plain numbers; None where sizes are plain anyway.
     """
-    with ExitStack() as stack:
+    with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(native_attention())
         stack.enter_context(eager_instead_of_compiled())
         stack.enter_context(constants_of_any_kind())
