@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from edit_compile.config import LinearizeConfig
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture
@@ -18,6 +20,7 @@ from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
 from edit_compile.passes.find_attention import Attention, find_attention
 from edit_compile.passes.find_feed_forward import FeedForward, find_feed_forward
 from edit_compile.passes.plan_sites import Candidate, plan_sites
+from edit_compile.passes.token_cuts import canonicalize_cuts
 
 
 @dataclass
@@ -41,7 +44,8 @@ AnalysisPass = Callable[[Analysis], int]  # returns how many it has found
 
 
 def canonicalize_model(analysis: Analysis) -> int:
-    """Rewrite attention written by hand to one node each."""
+    """Rewrite attention written by hand to one node each, and cuts along axes of any size as slices."""
+    canonicalize_cuts(analysis.captured.graph, lambda size: isinstance(size, torch.SymInt))
     return canonicalize(analysis.captured.graph)
 
 
