@@ -144,7 +144,7 @@ def test_position_ids_are_a_whole_grid_or_refused(rows, columns, data):
     broken = ids.clone()
     broken[0, 1] = float("nan")
     with pytest.raises(ec.GridError, match="holds no positions"):
-        grid_of_ids(broken, "ids")
+        grids_of_ids(broken, "ids")
 
 
 leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=3), st.lists(st.integers(0, 4), max_size=3).map(torch.zeros))

@@ -78,7 +78,7 @@ def _roles(runs: list[_Grid]) -> tuple[int, int] | None:
 
 def _are_images(ids_ND: Tensor, runs: list[_Grid]) -> bool:
     """Say whether runs of positions are images of their own, and not the pieces of one in another order, or of a part of one."""
-    counting = sorted({column for run in runs for column in run.columns})
+    counting = sorted({column for run in runs for column in run.columns[-2:]})  # columns and rows: frames tell images apart too
     others = [column for column in range(ids_ND.shape[1]) if column not in counting]
     firsts = ids_ND[[sum(math.prod(run.sizes) for run in runs[:i]) for i in range(len(runs))]]
     names = [tuple(first) for first in firsts[:, others].tolist()]
@@ -111,13 +111,15 @@ def _runs(ids_ND: Tensor) -> list[_Grid] | None:
     return runs
 
 
-def _leading_grid(ids_ND: Tensor) -> _Grid:
+def _leading_grid(ids_ND: Tensor, dims: int = MAX_GRID_DIMS) -> _Grid:
     """Find the longest full grid that positions begin with: blocks of one dimension more, as long as they repeat in even steps."""
     sizes: list[int] = []
     columns: list[int] = []
     block = 1  # tokens that the dimensions found so far hold
-    while len(sizes) < MAX_GRID_DIMS:
+    while len(sizes) < dims:
         count, column = _repetitions(ids_ND, block, columns)
+        if len(sizes) == 2 and count > 1 and _leading_grid(ids_ND[(count - 1) * block :], 2).sizes != tuple(reversed(sizes)):
+            count -= 1  # what looks like a last frame is the beginning of a larger image
         if count < 2:
             break
         sizes.append(count)

@@ -143,7 +143,14 @@ class GridFinder:
         """Return the path of the sequence that all symbols are numbers of."""
         read = [self.symbols[name] for name in symbols]
         sequences = {path.rpartition("[")[0] if dim is None and path.endswith("]") else "" for path, dim in read}
-        return sequences.pop() or None if len(sequences) == 1 else None
+        sequence = sequences.pop() if len(sequences) == 1 else ""
+        return self._list_of_images(sequence) if sequence else None
+
+    def _list_of_images(self, sequence: str) -> str:
+        """Return the sequence around a sequence of one image's sizes if it holds nothing else, so that it lists images, not samples."""
+        around = sequence.rpartition("[")[0] if sequence.endswith("]") and not sequence.endswith("']") else ""
+        alone = around and all(path.startswith(f"{sequence}[") for path in self.leaves if path.startswith(f"{around}["))
+        return around if alone else sequence
 
     def _given(self, site: SitePlan) -> Given:
         """Say how many image tokens a stated grid must have, if a call tells; the example's number says nothing of other calls."""
@@ -239,7 +246,7 @@ class GridFinder:
             for count in (2, 3):
                 grid = self._grid(paths[-count:], patch)
                 if len(paths) >= count and grid is not None and prod(grid) == tokens and (count == 2 or grid[0] > 1):
-                    yield _Numbers(self._expressions(paths[-count:], patch), grid, parent)
+                    yield _Numbers(self._expressions(paths[-count:], patch), grid, self._list_of_images(parent))
         names = [path for path in self.numbers if not path.endswith("]") or path.endswith("']")][:MAX_NUMBERS]
         for count in (2, 3):
             for paths in itertools.combinations(names, count):
