@@ -1,4 +1,4 @@
-"""Tiny offline text-to-image pipelines with random weights; nothing is downloaded, and all three can be saved and loaded.
+"""Tiny offline text-to-image pipelines with random weights; nothing is downloaded, and all can be saved and loaded.
 
 Every 8x8 pixels become one token: an image of 32x48 is 24 tokens. PixArt maps every request to a resolution of about 256x256 pixels unless
 `use_resolution_binning=False` is passed.
@@ -25,6 +25,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -137,6 +139,24 @@ def flux_pipeline() -> FluxPipeline:
         "transformer": FluxTransformer2DModel(**SIZES, **shape, **text).eval(),
     }
     return quiet(FluxPipeline(**parts))
+
+
+def unet_pipeline() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    clip = clip_tokenizer()
+    shape = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "norm_num_groups": 8}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    unet = UNet2DConditionModel(**shape, **blocks, layers_per_block=1, cross_attention_dim=CLIP_DIM, attention_head_dim=8)
+    parts = {
+        "vae": autoencoder(scaling_factor=0.13),
+        "text_encoder": CLIPTextModel(clip_config(len(clip))).eval(),
+        "tokenizer": clip,
+        "unet": unet.eval(),
+        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    return quiet(StableDiffusionPipeline(**parts, requires_safety_checker=False))
 
 
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {"sd3": sd3_pipeline, "pixart": pixart_pipeline, "flux": flux_pipeline}

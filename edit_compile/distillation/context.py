@@ -16,6 +16,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.api import teacher
 from edit_compile.distillation.data import BatchRequest, DataSource
 from edit_compile.distillation.data.seeding import low_discrepancy, noise_for
+from edit_compile.distillation.data.source import CallSource
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.errors import DistillError
 from edit_compile.passes.site_graph import ADDED
@@ -32,16 +33,16 @@ class NoisyBatch:
     """The inputs of one forward.
 
     Attributes:
-        x: noisy latents, (B, C, H, W).
+        x: noisy latents, (B, C, H, W); (B, 0) where `conditions` holds them too.
         timesteps: (B,), in [0, 1000).
         conditions: keyword arguments of the model's forward.
-        target: what the task loss compares the prediction with, shaped as `x`.
+        target: what the task loss compares the prediction with, shaped as `x`; None if that is unknown.
     """
 
     x: Tensor
     timesteps: Tensor
     conditions: dict[str, Any]
-    target: Tensor
+    target: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,13 @@ class Context:
 
     def noisy_batch(self, request: BatchRequest, timesteps: Tensor | None = None) -> NoisyBatch:
         """Read a batch and add noise, on the CPU, at timesteps (B,) or, if None, at the recipe's."""
-        batch, schedule = self.source.batch(request), self.schedule_at(request.height, request.width)
+        schedule = self.schedule_at(request.height, request.width)
         if timesteps is None:
             timesteps = schedule.timesteps(low_discrepancy(request.positions, self.recipe.seed), self.recipe.timesteps)
+        if isinstance(self.source, CallSource):
+            calls = self.source.recorded(request, timesteps)
+            return NoisyBatch(torch.empty(len(timesteps), 0), calls.timesteps, calls.arguments, None)
+        batch = self.source.batch(request)
         noise = noise_for(request.positions, batch.latents.shape[1:], self.recipe.seed, request.split)
         x, target = schedule.add_noise(batch.latents, noise, timesteps)
         return NoisyBatch(x, timesteps, batch.conditions, target)

@@ -50,7 +50,7 @@ def make_student(recipe: Recipe, *, structure_only: bool = False) -> Student:
                 f"{recipe.model} is structure only, without weights to distill; data: {{kind: random}} tries speed and memory "
                 "with random weights"
             )
-    return Student(linearize(loaded.model, recipe.convert), _base(loaded))
+    return Student(linearize(loaded, recipe.convert), _base(loaded))
 
 
 def load_original(recipe: Recipe, *, structure_only: bool = False) -> tuple[nn.Module, str]:
@@ -75,7 +75,8 @@ def noise_schedule(recipe: Recipe, base: str | None) -> NoiseSchedule:
     """
     if recipe.prediction != "auto":
         return default_schedule(recipe.prediction)
-    if base in demo.SOURCES or recipe.data.random_weights:  # from random weights nothing is learned: any schedule will do
+    # From random weights nothing is learned, and recorded calls are noisy already: any schedule will do.
+    if base in demo.SOURCES or recipe.data.random_weights or recipe.data.recorded_calls:
         return default_schedule("rectified-flow")
     if base is None:
         raise DistillError("what the model predicts is not known without its pipeline; set prediction: in the recipe")

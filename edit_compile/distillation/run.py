@@ -14,6 +14,7 @@ from torch import nn
 
 from edit_compile.adapters.denoise import denoise as denoise_by_family
 from edit_compile.adapters.noise_schedule import NoiseSchedule
+from edit_compile.adapters.pipeline_calls import call_as_recorded
 from edit_compile.api import plan_of
 from edit_compile.distillation.context import Context, Denoise, trained_parameters
 from edit_compile.distillation.data import DataSource, open_source
@@ -107,7 +108,8 @@ def distill(
     if not converted_sites(made.model):
         raise DistillError(f"{type(made.model).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
     schedule = schedule or noise_schedule(recipe, made.base)
-    run = Run(recipe, folder, accelerator, made, schedule, denoise or denoise_by_family, report or (lambda row: None))
+    denoise = denoise or (call_as_recorded if recipe.data.recorded_calls else denoise_by_family)
+    run = Run(recipe, folder, accelerator, made, schedule, denoise, report or (lambda row: None))
     with only_trainable(made.model, run.trained), raise_recompile_limit(compiled=recipe.compile):
         run.prepare(source, resume=resume)
         return run.finish(run.train())

@@ -7,32 +7,13 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
+from diffusers import StableDiffusionPipeline
 
 import edit_compile as ec
 from edit_compile.adapters.pipeline_structure import pipeline_structure
 from edit_compile.adapters.record_inputs import inputs_of
 from edit_compile.cli import main
-from pipelines import CLIP_DIM, PIPELINES, autoencoder, clip_config, clip_tokenizer, quiet
-
-
-def unet_pipeline():
-    torch.manual_seed(0)
-    clip = clip_tokenizer()
-    shape = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "norm_num_groups": 8}
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    unet = UNet2DConditionModel(**shape, **blocks, layers_per_block=1, cross_attention_dim=CLIP_DIM, attention_head_dim=8)
-    parts = {
-        "vae": autoencoder(scaling_factor=0.13),
-        "text_encoder": CLIPTextModel(clip_config(len(clip))).eval(),
-        "tokenizer": clip,
-        "unet": unet.eval(),
-        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-    return quiet(StableDiffusionPipeline(**parts, requires_safety_checker=False))
+from pipelines import PIPELINES, quiet, unet_pipeline
 
 
 @pytest.fixture(scope="module")

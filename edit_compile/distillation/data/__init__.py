@@ -17,7 +17,7 @@ or named in an entry point of the group `edit_compile.data`. Here, that is a mod
 
 from edit_compile.distillation.data.registry import AnyData, DataConfig, data_kinds, open_source, register_data
 from edit_compile.distillation.data.source import Batch, BatchRequest, DataSource, SourceContext, Split
-from edit_compile.distillation.data.sources import cached, dataset, images, prompts, random, shapes, webdataset  # noqa: F401 - they register themselves
+from edit_compile.distillation.data.sources import cached, dataset, images, pipeline, prompts, random, shapes, webdataset  # noqa: F401 - they register themselves
 
 __all__ = [
     "AnyData",

@@ -24,6 +24,7 @@ class DataConfig(Frozen):
     """Selects the kind of data."""
 
     random_weights: ClassVar[bool] = False  # whether a model without weights may be trained on it, with random ones
+    recorded_calls: ClassVar[bool] = False  # whether it has calls of the model instead of images: its source is a `CallSource`
     sampled_by_teacher: ClassVar[bool] = False  # whether the teacher's weights and the seed decide on the samples
 
     def open(self, context: SourceContext) -> DataSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Batch:
     """What the transformer is trained on.
 
     Attributes:
-        latents: (B, C, H, W), without noise, in the model's latent space and scale, on the CPU.
+        latents: (B, C, H, W), of videos (B, C, T, H, W), without noise, in the model's latent space and scale, on the CPU.
         conditions: keyword arguments of the model's forward that carry the captions; tensors are (B, ...).
         captions: as text, if the source knows them, for sample grids.
     """
@@ -50,6 +50,19 @@ class Batch:
     latents: Tensor
     conditions: dict[str, Any]
     captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordedCalls:
+    """Calls of the model as its pipeline made them.
+
+    Attributes:
+        arguments: keyword arguments of one forward for all B of them, on the CPU.
+        timesteps: (B,), in [0, 1000): how far from the end of sampling they are.
+    """
+
+    arguments: dict[str, Any]
+    timesteps: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,5 +108,21 @@ class DataSource(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor | None:
-        """Decode latents (B, C, H, W) to images in [0, 1], (B, 3, height, width). None if nothing here can decode them."""
+        """Decode latents (B, C, H, W) to images in [0, 1], (B, 3, height, width); those of videos to (B, 3, frames, height, width).
+
+        None if nothing here can decode them.
+        """
+        ...
+
+
+@runtime_checkable
+class CallSource(Protocol):
+    """A source of calls of the model instead of images."""
+
+    def recorded(self, request: BatchRequest, timesteps: Tensor) -> RecordedCalls:
+        """Return the calls of the requested rows, in order, those nearest to timesteps (B,); the answer depends on both alone.
+
+        Raises:
+            DistillError: they cannot be recorded, or not be put into one batch.
+        """
         ...

@@ -119,7 +119,7 @@ def _set(content: Any, key: Key, value: Any, override: str) -> None:
 
 
 def _in_words(path: Path, content: dict[str, Any], lines: dict[Key, str], problem: Any) -> str:
-    is_key = problem["loc"][-1] == "[key]"  # the key of a mapping is wrong, not its value
+    is_key = problem["loc"][-1:] == ("[key]",)  # the key of a mapping is wrong, not its value
     key: Key = problem["loc"][:-1] if is_key else problem["loc"]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -127,7 +127,7 @@ def _in_words(path: Path, content: dict[str, Any], lines: dict[Key, str], proble
     elif problem["type"] != "missing" and not is_key and isinstance(problem["input"], bool | int | float | str):
         message = f"{problem['input']!r}: {message}"
     known = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), str(path))
-    return f"{known}: {_name(key)}: {message}"
+    return ": ".join(part for part in (known, _name(key), message) if part)  # what is wrong between keys has none
 
 
 def _section(key: Key, content: Any) -> type[BaseModel]:

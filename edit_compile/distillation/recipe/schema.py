@@ -12,7 +12,7 @@ from edit_compile.config import LinearizeConfig
 from edit_compile.distillation.data import AnyData
 from edit_compile.distillation.data.sources.shapes import ShapesData
 from edit_compile.distillation.registry import suggestion
-from edit_compile.distillation.train.losses import DEFAULT_WEIGHTS, loss_names
+from edit_compile.distillation.train.losses import DEFAULT_WEIGHTS, LOSSES, loss_names
 from edit_compile.frozen import Frozen
 
 FREE: dict[str, Any] = {"resume": "free"}  # marks a field that may differ when a run is resumed: the result does not depend on it
@@ -179,6 +179,17 @@ class Recipe(Frozen):
     """Accelerate's trackers; null for TensorBoard, [] for none."""
     seed: NonNegativeInt = 0
     """Of everything that is random."""
+
+    @model_validator(mode="after")
+    def _losses_fit_the_data(self) -> Self:
+        for number, stage in enumerate(self.stages):
+            unknown = [name for name, weight in stage.losses.items() if weight and LOSSES.get(name).needs_target]
+            if unknown and self.data.recorded_calls:
+                raise ValueError(
+                    f"stages.{number}.losses.{unknown[0]}: data of kind {self.data.kind} has no clean images, "
+                    "from which this loss is computed; leave it out"
+                )
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -22,18 +22,29 @@ class Comparison:
 
     Attributes:
         prediction: the student's, (B, C, H, W) float32, with gradient.
-        target: what the teacher was trained to predict, (B, C, H, W) float32: noise, velocity, ...
+        true_target: what the teacher was trained to predict, (B, C, H, W) float32: noise, velocity, ...; None if that is unknown.
         timesteps: (B,), in [0, 1000).
         features: the tensors that each converted site put out, by the site's path.
         teacher, teacher_features: the same of the teacher, without gradient; None and empty unless some loss needs it.
     """
 
     prediction: Tensor
-    target: Tensor
+    true_target: Tensor | None
     timesteps: Tensor
     features: Features
     teacher: Tensor | None
     teacher_features: Features
+
+    @property
+    def target(self) -> Tensor:
+        """What the teacher was trained to predict.
+
+        Raises:
+            DistillError: that is unknown: the data holds no clean images.
+        """
+        if self.true_target is None:
+            raise DistillError("a loss reads the target, which this data does not tell; register it with needs_target=True, or weight it 0")
+        return self.true_target
 
     @property
     def teacher_prediction(self) -> Tensor:
@@ -62,18 +73,22 @@ class Loss:
     Attributes:
         compute: from a comparison to a scalar.
         needs_teacher: whether the teacher must run for it.
+        needs_target: whether it reads what the teacher was trained to predict, which calls of a pipeline do not tell.
         default_weight: its weight in recipes that do not mention it; losses from outside are not measured there.
     """
 
     compute: Compute
     needs_teacher: bool
+    needs_target: bool
     default_weight: float
 
 
 Registered = TypeVar("Registered", bound=Callable[..., Any])
 
 
-def register_loss(name: str, *, needs_teacher: bool = True, default_weight: float = 0.0) -> Callable[[Registered], Registered]:
+def register_loss(
+    name: str, *, needs_teacher: bool = True, needs_target: bool = False, default_weight: float = 0.0
+) -> Callable[[Registered], Registered]:
     """Make a decorator that registers a loss for recipes with `losses: {name: weight}`.
 
     It decorates a function from a `Comparison` to a scalar tensor, or a class whose instances have it as `compute`. Packages
@@ -87,7 +102,7 @@ def register_loss(name: str, *, needs_teacher: bool = True, default_weight: floa
         compute: Any = loss().compute if isinstance(loss, type) else loss
         if not callable(compute):
             raise ConfigError(f"loss {name!r} must be a function of a Comparison, or a class with `compute`, not {loss!r}")
-        LOSSES.add(name, Loss(compute, needs_teacher, default_weight), f"{loss.__module__}.{loss.__qualname__}")
+        LOSSES.add(name, Loss(compute, needs_teacher, needs_target, default_weight), f"{loss.__module__}.{loss.__qualname__}")
         return loss
 
     return register
@@ -101,7 +116,7 @@ def loss_names() -> tuple[str, ...]:
     return LOSSES.names()
 
 
-@register_loss("task", needs_teacher=False)
+@register_loss("task", needs_teacher=False, needs_target=True)
 def task(comparison: Comparison) -> Tensor:
     """Compute the mean squared error of the prediction against what the teacher was trained to predict."""
     return F.mse_loss(comparison.prediction, comparison.target)

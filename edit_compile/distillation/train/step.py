@@ -36,17 +36,21 @@ class Measured:
 def measure_losses(context: Context, model: nn.Module, batch: NoisyBatch, weights: Mapping[str, float]) -> Measured:
     """Run teacher and student on a batch and compare them.
 
-    Every loss in `weights` is measured, also with weight 0, except that the teacher runs only if it has a part in the total.
+    Every loss in `weights` is measured, also with weight 0, except that the teacher runs only if it has a part in the total,
+    and losses against the target are left out where the data does not tell it.
 
     Args:
         model: the student as wrapped for training.
     """
     losses = {name: LOSSES.get(name) for name in weights}
-    needs_teacher = any(weight and losses[name].needs_teacher for name, weight in weights.items())
+    if batch.target is None:
+        losses = {name: loss for name, loss in losses.items() if not loss.needs_target}
+    needs_teacher = any(weights[name] and loss.needs_teacher for name, loss in losses.items())
     teacher, teacher_features = _run_teacher(context, batch) if needs_teacher else (None, {})
     with captured(context.student) as features:
         prediction = context.predict(model, batch)
-    comparison = Comparison(prediction.float(), batch.target.float(), batch.timesteps, features, teacher, teacher_features)
+    target = None if batch.target is None else batch.target.float()
+    comparison = Comparison(prediction.float(), target, batch.timesteps, features, teacher, teacher_features)
     parts = {name: loss.compute(comparison) for name, loss in losses.items() if needs_teacher or not loss.needs_teacher}
     # A weight of zero stays in the sum: the backward pass must begin at the model's output, where wrappers start it.
     total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()

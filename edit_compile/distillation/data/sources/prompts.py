@@ -67,19 +67,20 @@ class PromptsData(DataConfig):
         sample = make_sampler(context.model, context.base, context.device, context.dtype, options)
         return PromptDataset(self, context.model, encoder_for(context, self.text_tokens), sample, context.seed)
 
-    def prompts(self) -> list[str]:
-        """Read the captions.
 
-        Raises:
-            DistillError: the file cannot be read, or has none.
-        """
-        try:
-            found = [line.strip() for line in self.path.read_text("utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DistillError(f"data.path: {self.path} cannot be read: {error}") from error
-        if not found:
-            raise DistillError(f"data.path: {self.path} has no prompts")
-        return found
+def read_prompts(path: Path) -> list[str]:
+    """Read a text file with a prompt per line; empty lines do not count.
+
+    Raises:
+        DistillError: it cannot be read, or has none.
+    """
+    try:
+        found = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DistillError(f"data.path: {path} cannot be read: {error}") from error
+    if not found:
+        raise DistillError(f"data.path: {path} has no prompts")
+    return found
 
 
 class PromptDataset:
@@ -87,7 +88,7 @@ class PromptDataset:
 
     def __init__(self, data: PromptsData, model: nn.Module, encoder: Encoder, sample: LatentSampler, seed: int) -> None:
         self.data, self.model, self.encoder, self.sample, self.seed = data, model, encoder, sample, seed
-        self.prompts = data.prompts()
+        self.prompts = read_prompts(data.path)
 
     def __len__(self) -> int:
         return len(self.prompts) * self.data.samples_per_prompt
