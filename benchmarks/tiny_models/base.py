@@ -35,7 +35,8 @@ ATTENTION: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim":
 REWRITE, KEEP = "rewrite", "keep"
 TEXT = "keep: no image tokens"
 CROSS = "keep: cross-attention"
-LINEAR = "keep: already linear"
+LINEAR, CHANNEL_ATTENTION = "keep: already linear", "keep: attention between channels"
+EITHER = "rewrite|keep"  # left as it is, or rewritten: both are right
 
 Inputs = Callable[[Size], dict[str, Any]]
 
@@ -48,8 +49,8 @@ class Configuration:
         name: the class, then a variant after a slash, if there are several.
         group: the heading it is listed under.
         model, inputs: make the model, and the keyword arguments of a forward of a given size.
-        sites: by pattern of paths, the first that matches: "rewrite", "keep", or "keep: " and a regular expression that the
-            reason shown must match. Decided by reading the model.
+        sites: by pattern of paths, the first that matches: "rewrite", "keep", both with a bar between where both are right, or
+            "keep: " and a regular expression that the reason shown must match. Decided by reading the model.
         stated: whether nothing in the inputs tells the grid, so that the caller has to state it.
         dimensions: of the grid, 3 for video.
         sizes: of the example and of the second forward.

@@ -251,13 +251,23 @@ def ideogram_inputs(size: Size) -> dict[str, Any]:
     )
 
 
-@configuration(GROUP, ideogram_inputs, stated=True, note="which tokens are the image's is data")
+@configuration(
+    GROUP,
+    ideogram_inputs,
+    {"*": "keep: .*differs from query to query"},
+    note="which tokens are the image's is data, and so is who sees whom",
+)
 def Ideogram4Transformer2DModel() -> nn.Module:
     options = {"in_channels": PACKED, "num_layers": 1, "intermediate_size": 40, "adaln_dim": 20, "llm_features_dim": TEXT_DIM}
     return make(diffusers.Ideogram4Transformer2DModel, **ATTENTION, **options, rope_theta=10_000, mrope_section=(4, 2, 2))
 
 
-@configuration(GROUP, lambda s: {**image_and_text(s), "hidden_states": video(s._replace(frames=1), CHANNELS)}, dimensions=3, sizes=STILL)
+@configuration(
+    GROUP,
+    lambda s: {**image_and_text(s), "hidden_states": video(s._replace(frames=1), CHANNELS)},
+    sizes=STILL,
+    note="an image is a video of one frame",
+)
 def JoyImageEditTransformer3DModel() -> nn.Module:
     options = {"in_channels": CHANNELS, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_layers": 1, "rope_dim_list": [4, 6, 6]}
     return make(diffusers.JoyImageEditTransformer3DModel, **options, patch_size=[1, 2, 2], text_dim=TEXT_DIM)
@@ -268,7 +278,7 @@ def joy_plus_inputs(size: Size) -> dict[str, Any]:
     return {**image_and_text(size), "hidden_states": patches, "shape_list": [[(1, size.height, size.width)] for _ in range(size.batch)]}
 
 
-@configuration(GROUP, joy_plus_inputs, dimensions=3, sizes=STILL)
+@configuration(GROUP, joy_plus_inputs, sizes=STILL, note="an image is a video of one frame")
 def JoyImageEditPlusTransformer3DModel() -> nn.Module:
     options = {"in_channels": CHANNELS, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_layers": 1, "rope_dim_list": [4, 6, 6]}
     return make(diffusers.JoyImageEditPlusTransformer3DModel, **options, patch_size=[1, 2, 2], text_dim=TEXT_DIM)
@@ -372,7 +382,13 @@ def omnigen_inputs(size: Size) -> dict[str, Any]:
     )
 
 
-@configuration(GROUP, omnigen_inputs, {"*": "keep: differs from query to query"}, note="text is causal beside an image that is not")
+@configuration(
+    GROUP,
+    omnigen_inputs,
+    {"*": "keep: .*differs from query to query"},
+    error="control flow",
+    note="text is causal beside an image that is not",
+)
 def OmniGenTransformer2DModel() -> nn.Module:
     heads = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "intermediate_size": 40, "num_layers": 1}
     rope = {"rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}}

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from tiny_models.base import CHANNEL_ATTENTION as CHANNELS
 from tiny_models.base import CROSS, KEEP, LINEAR, REWRITE, SIZES, Size, configuration, lively, normal
 
 GROUP = "Vision transformers of timm"
@@ -125,7 +126,7 @@ tiny(
 )
 tiny(
     "xcit_nano_12_p16_224",
-    {"blocks*": LINEAR, "cls*": CROSS},
+    {"blocks*": CHANNELS, "cls*": CROSS},
     options={"depth": 1, "cls_attn_layers": 1},
     note="attention between channels",
 )
@@ -146,7 +147,7 @@ tiny(
     sizes=FIXED,
     options={"depths": (1, 1, 1, 1), "window_sizes": (2, 2, 2, 2)},
 )
-tiny("davit_tiny", {"*spatial_block*": WINDOWS, "*channel_block*": LINEAR}, patch=32, options={"depths": (1, 1, 1, 1), "window_size": 2})
+tiny("davit_tiny", {"*spatial_block*": WINDOWS, "*channel_block*": CHANNELS}, patch=32, options={"depths": (1, 1, 1, 1), "window_size": 2})
 tiny("mobilevit_xxs", {"*": WINDOWS}, patch=32, note="attention between the same places of all patches")
 tiny("maxvit_rmlp_pico_rw_256", {"*": KEEP}, patch=64, sizes=FIXED, options={"img_size": pixels(64)}, note="windows and sparse grids")
 

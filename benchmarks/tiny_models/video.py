@@ -11,6 +11,7 @@ from torch import nn
 from tiny_models.base import (
     ATTENTION,
     CROSS,
+    EITHER,
     HEAD_DIM,
     HEADS,
     KEEP,
@@ -164,7 +165,7 @@ def helios_inputs(size: Size) -> dict[str, Any]:
 
 
 @configuration(
-    CROSSED_GROUP, helios_inputs, {"*attn1": KEEP, "*attn2": CROSS}, **CLIP, note="four grids of different fineness in one sequence"
+    CROSSED_GROUP, helios_inputs, {"*attn1": EITHER, "*attn2": CROSS}, **CLIP, note="four grids of different fineness in one sequence"
 )
 def HeliosTransformer3DModel__history() -> nn.Module:
     options = {key: value for key, value in WAN.items() if key != "rope_max_seq_len"}
@@ -488,7 +489,7 @@ def framepack_inputs(size: Size) -> dict[str, Any]:
 @configuration(
     JOINT_GROUP,
     framepack_inputs,
-    {"transformer_blocks.*": KEEP, "single_transformer_blocks.*": KEEP, "context_embedder*": TEXT},
+    {"transformer_blocks.*": EITHER, "single_transformer_blocks.*": EITHER, "context_embedder*": TEXT},
     **CLIP,
     note="four grids of different fineness in one sequence",
 )
@@ -525,6 +526,7 @@ def MotifVideoTransformer3DModel() -> nn.Module:
     lambda s: {**video_and_text(s), "encoder_attention_mask": text_mask(s).bool()},
     {**MAIN, "time_embed*": TEXT},
     **CLIP,
+    error="data",
     note="every sample's own number of text tokens, in a loop over the batch",
 )
 def MochiTransformer3DModel() -> nn.Module:
