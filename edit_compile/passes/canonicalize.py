@@ -47,8 +47,9 @@ def drop_returned_weights(graph: fx.Graph) -> int:
 
 
 def _made_of(leaf: fx.Node, weights: set[fx.Node]) -> bool:
-    """Say whether a tensor is made of attention weights, without a product in between."""
-    return not weights.isdisjoint(upstream(leaf, enter=lambda at: product_of(at) is None))
+    """Say whether a tensor is made of attention weights and of no product, such as that with the values."""
+    found = set(upstream(leaf, enter=lambda at: product_of(at) is None and at not in weights))
+    return not weights.isdisjoint(found) and all(product_of(at) is None for at in found)
 
 
 # ------------------------------------------------------------------ attention written by hand
@@ -145,7 +146,7 @@ class _Emitter:
     def ordered(self, placed: Placed, wanted: Names, *, short: bool = False) -> fx.Node:
         """Bring a tensor's dimensions into this order; those that it has not get size 1, unless they come first and `short` is set."""
         node, names = placed.node, list(placed.names)
-        while (order := permutation(node)) is not None:  # back to where its dimensions were not yet reordered
+        while tuple(names) != wanted and (order := permutation(node)) is not None:  # back to where its dimensions were not yet reordered
             names = [names[order.index(dim)] for dim in range(len(order))]
             node = node.args[0]  # type: ignore[assignment]
         for dim in reversed(range(len(names))):

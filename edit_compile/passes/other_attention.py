@@ -54,7 +54,8 @@ def _unread(graph: fx.Graph, tokens: TokenMap) -> Iterator[OtherAttention]:
         if (op_name(node) not in SOFTMAXES and why is None) or not isinstance(axes, tuple) or path in seen:
             continue
         column = number(node, 1, "dim") % len(axes) if op_name(node) in SOFTMAXES else len(axes) - 1
-        rows = [axis for dim, axis in enumerate(axes) if dim != column and _has_image(axis, tokens)]
+        batch = 0 if len(axes) > len(("rows", "columns")) else None
+        rows = [axis for dim, axis in enumerate(axes) if dim not in (batch, column) and _has_image(axis, tokens)]
         if rows and _has_image(axes[column], tokens):
             seen.add(path)
             reason = f"softmax attention in a form that is not recognised{': ' if why else ''}{why or ''}"
@@ -109,7 +110,7 @@ def _summary_of_tokens(node: fx.Node, tokens: TokenMap) -> str | None:
             product = product_of(at)
             others = [each for each in at.all_input_nodes if each not in reached]
             if product is not None and any(_by_token(each, tokens) for each in others):
-                return _CHANNELS if softmax else _LINEAR
+                return CHANNELS if softmax else _LINEAR
             axes = tokens.axes.get(at)
             if isinstance(axes, list) or (isinstance(axes, tuple) and not any(_has_image(axis, tokens) for axis in axes)):
                 reached.add(at)
@@ -124,4 +125,4 @@ def _by_token(node: fx.Node, tokens: TokenMap) -> bool:
 
 
 _LINEAR = "already linear attention: keys and values are summed over the image tokens"
-_CHANNELS = "attention between channels, not between tokens: linear in image tokens already"
+CHANNELS = "attention between channels, not between tokens: linear in image tokens already"

@@ -18,7 +18,7 @@ from edit_compile.passes.find_attention import Attention
 from edit_compile.passes.find_feed_forward import FeedForward
 from edit_compile.passes.graph_walk import shape_of
 from edit_compile.passes.masks import mask_facts
-from edit_compile.passes.other_attention import other_attention
+from edit_compile.passes.other_attention import CHANNELS, other_attention
 from edit_compile.passes.site_graph import refusal
 
 MAX_GRID_DIMS = 3
@@ -142,7 +142,8 @@ def _lost(facts: _Facts) -> str | None:
 def _takes_no_part(facts: _Facts) -> str | None:
     image_queries, image_keys = facts.queries.has(TokenKind.IMAGE), facts.keys.has(TokenKind.IMAGE)
     if not image_queries and not image_keys:
-        return "no image tokens take part"
+        channels, _ = facts.tokens.layout(axes_of(facts.attention.query, facts.tokens.axes)[-1])
+        return CHANNELS if channels.has(TokenKind.IMAGE) else "no image tokens take part"
     if not image_keys:
         return "cross-attention: linear in image tokens already"
     return None if image_queries else "only text queries image: linear in image tokens already"
@@ -199,6 +200,13 @@ def _unknown_start(layout: TokenLayout) -> str | None:
     return f"where the image tokens begin in {layout} does not follow from the grid"
 
 
+def _video_in_unknown_order(facts: _Facts) -> str | None:
+    """Refuse a video whose tokens have no known grid: whoever states one must not be asked for that of an image."""
+    if facts.tokens.grid(facts.query_axis) is not None or not facts.tokens.from_video(facts.query_axis):
+        return None
+    return "the image tokens are those of a video, in an order in which its grid of frames, rows and columns is not known"
+
+
 def _grid_in_blocks(facts: _Facts) -> str | None:
     grid = facts.tokens.grid(facts.query_axis)
     return f"the image tokens are in blocks, not row by row: {grid}" if grid is not None and len(grid.sizes) > MAX_GRID_DIMS else None
@@ -230,6 +238,7 @@ _CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
     _other_rank,
     _scale_by_size,
     _start_unknown,
+    _video_in_unknown_order,
     _grid_in_blocks,
     _part_of_the_image,
 )
