@@ -105,11 +105,12 @@ def size_hint(size: torch.SymInt) -> int:
     known = known_size(size)
     if known is not None:
         return known
-    expr, backed = size.node.expr, size.node.shape_env
+    expr: Any = size.node.expr
+    shapes: Any = size.node.shape_env
     for symbol in _unbacked(size):
         expr = expr.subs(symbol, _UNKNOWN_SIZE + 2 * int(str(symbol)[1:]))
     for symbol in expr.free_symbols:
-        expr = expr.subs(symbol, backed.backed_var_to_val[symbol])
+        expr = expr.subs(symbol, shapes.backed_var_to_val[symbol])
     return int(expr)
 
 
@@ -134,7 +135,8 @@ def conditions_on(sizes: Mapping[str, torch.SymInt]) -> list[str]:
     written = PythonPrinter()
     written._print_Symbol = lambda symbol: code[symbol]
     found = []
-    for guard in next(iter(sizes.values())).node.shape_env.guards:
+    shapes: Any = next(iter(sizes.values())).node.shape_env
+    for guard in shapes.guards:
         symbols = guard.expr.free_symbols
         small = guard.expr.is_Relational and guard.expr.lhs.is_symbol and guard.expr.rhs in (-1, 0, 1, 2)
         if symbols and symbols <= set(code) and not small:
@@ -170,7 +172,8 @@ def autocast_without_effect() -> Iterator[None]:
     from torch.amp.autocast_mode import autocast
 
     here = threading.get_ident()
-    make, enter, leave = autocast.__init__, autocast.__enter__, autocast.__exit__
+    original: Any = autocast
+    make, enter, leave = original.__init__, original.__enter__, original.__exit__
 
     def made(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         make(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
@@ -199,16 +202,17 @@ def _patched(target: Any, **attributes: Any) -> Iterator[None]:
 
 
 _LN2, _LOG10_2 = math.log(2), math.log10(2)
+_log2: Callable[[Any], Any] = getattr(torch, "_sym_log2")  # noqa: B009 (made when torch is loaded: no type checker sees it)
 _SYMBOLIC: dict[str, Callable[[Any], Any]] = {
     **{name: getattr(torch, f"_sym_{name}") for name in ("sqrt", "sin", "cos", "tan", "tanh", "sinh", "cosh", "log2")},
-    "log": lambda x: torch._sym_log2(x) * _LN2,
-    "log10": lambda x: torch._sym_log2(x) * _LOG10_2,
+    "log": lambda x: _log2(x) * _LN2,
+    "log10": lambda x: _log2(x) * _LOG10_2,
     "exp": lambda x: math.e ** torch.sym_float(x),
 }
 _OF_MATH: dict[str, Callable[..., Any]] = {
     **_SYMBOLIC,
     "pow": lambda x, y: torch.sym_float(x) ** y,
-    "isqrt": lambda x: torch.sym_int(torch._sym_sqrt(x)),
+    "isqrt": lambda x: torch.sym_int(torch.sym_sqrt(x)),
 }
 _OF_NUMPY: dict[str, Callable[[Any], Any]] = {
     **_SYMBOLIC,

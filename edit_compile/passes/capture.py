@@ -43,7 +43,7 @@ from edit_compile.torch_internals import TORCH_FOLDER, drop_size_checks, known_s
 log = logging.getLogger(__name__)
 
 PROBE_DTYPE = torch.bfloat16
-MODEL_SECONDS, SITE_SECONDS = 30.0, 10.0  # of computing, for the symbolic analysis of one model and of one site
+SECONDS, MODULES_PER_SECOND = 10.0, 40  # of computing, for the symbolic analysis of a module, and more for what it is made of
 _UNHASHABLE = "unhashable type: non-nested SymInt"
 _OWN_FOLDER = f"{Path(__file__).parent}{os.sep}"
 
@@ -112,7 +112,7 @@ def capture(
     cast: bool = True,
     symbolic: bool = True,
     probes: tuple[torch.dtype | None, ...] | None = None,
-    limit: float = MODEL_SECONDS,
+    limit: float | None = None,
 ) -> Capture:
     """Capture `module(**inputs)`, every tensor dimension symbolic where the module allows it.
 
@@ -125,7 +125,7 @@ def capture(
             float32 tensor is one that the model means.
         symbolic: keep sizes open. Where only one size matters, False is many times faster on models with many guards.
         probes: dtypes to try, in order, None for the module's own; found out if left out.
-        limit: for symbolic analysis, in seconds of computing.
+        limit: for symbolic analysis, in seconds of computing; by the number of its modules if left out.
 
     Raises:
         CaptureError: the module cannot be captured; says which op or line stands in the way.
@@ -135,20 +135,33 @@ def capture(
     return _first_that_works(attempts, symbolic, limit)
 
 
-def _first_that_works(attempts: Sequence[_Attempt], symbolic: bool, limit: float) -> Capture:
+def _first_that_works(attempts: Sequence[_Attempt], symbolic: bool, limit: float | None = None) -> Capture:
     errors: dict[torch.dtype | None, Exception] = {}
     module = attempts[0].module
+    seconds = limit or SECONDS + len(list(module.modules())) / MODULES_PER_SECOND
     for open_sizes in (True, False) if symbolic else (False,):
-        for attempt in attempts:
+        for attempt in _with_one_device_after(attempts, errors):
             try:
-                return _captured(attempt, open_sizes, limit)
+                return _captured(attempt, open_sizes, seconds)
             except OutOfTime:
                 log.warning("%s: its symbolic analysis takes too long; the sizes of the example are taken as they are", _name(module))
                 break
             except Exception as error:
                 errors.setdefault(attempt.probe, error)
-    error = errors.get(None, next(iter(errors.values())))
-    raise CaptureError(_explanation(module, error)) from error
+    raise _capture_error(module, errors)
+
+
+def _with_one_device_after(attempts: Sequence[_Attempt], errors: Mapping[torch.dtype | None, Exception]) -> Iterator[_Attempt]:
+    """Yield the attempts; behind each that has met tensors on the CPU, the same with all on one device."""
+    for attempt in attempts:
+        yield attempt
+        if attempt.probe in errors and _two_devices(errors[attempt.probe]):
+            yield replace(attempt, one_device=True)
+
+
+def _two_devices(error: Exception) -> bool:
+    """Say whether an error is that tensors of the CPU meet those of the meta device."""
+    return all(word in str(error) for word in ("device", "meta", "cpu"))
 
 
 @dataclass(frozen=True)
@@ -160,13 +173,14 @@ class _Attempt:
     functional: bool
     cast: Callable[[Any, torch.dtype | None], Any] | None
     probe: torch.dtype | None
+    one_device: bool = False
 
     def given(self) -> dict[str, Any]:
         return dict(self.inputs) if self.cast is None else self.cast(dict(self.inputs), self.probe)
 
     def export(self, relaxed: Relaxed | None) -> ExportedProgram:
         """Export once; sizes are open unless `relaxed` is None."""
-        with capturing(self.module, relaxed):
+        with capturing(self.module, relaxed, one_device=self.one_device):
             return _export(meta_copy(self.module, self.probe), self.given(), self.functional, relaxed is not None)
 
 
@@ -239,10 +253,10 @@ class CallArguments:
         arguments = self.by_path[path]
         assert not isinstance(arguments, Refusal)
         if self.probe is PROBE_DTYPE:
-            return capture(module, arguments, functional=True, cast=False, probes=(PROBE_DTYPE,), limit=SITE_SECONDS)
+            return capture(module, arguments, functional=True, cast=False, probes=(PROBE_DTYPE,))
         found = probe_dtypes(module, arguments)
         probes = (PROBE_DTYPE, self.probe) if found[0] is PROBE_DTYPE else (self.probe, PROBE_DTYPE)[: 1 + (PROBE_DTYPE in found)]
-        return _first_that_works([_Attempt(module, arguments, True, _in_dtype, probe) for probe in probes], True, SITE_SECONDS)
+        return _first_that_works([_Attempt(module, arguments, True, _in_dtype, probe) for probe in probes], True)
 
 
 def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:
@@ -268,20 +282,21 @@ def call_arguments(
     """
     errors: dict[torch.dtype | None, Exception] = {}
     tried = probes or probe_dtypes(module, inputs)
-    for run in (_run, _run_in_export):
+    for run, one_device in ((_run, False), (_run, True), (_run_in_export, False), (_run_in_export, True)):
         for probe in tried:
+            if one_device and not _two_devices(errors[probe]):
+                continue
             structure = meta_copy(module, probe)
             received: dict[str, dict[str, Any] | Refusal] = {}
             for path in paths:
                 structure.get_submodule(path).register_forward_pre_hook(_recorder(received, path), with_kwargs=True)
             try:
-                with capturing(module), torch.no_grad():
+                with capturing(module, one_device=one_device), torch.no_grad():
                     run(structure, meta_inputs(dict(inputs), probe))
                 return CallArguments(received, probe)
             except Exception as error:
                 errors.setdefault(probe, error)
-    error = errors.get(None, next(iter(errors.values())))
-    raise CaptureError(_explanation(module, error)) from error
+    raise _capture_error(module, errors)
 
 
 def _run(structure: nn.Module, inputs: dict[str, Any]) -> None:
@@ -451,6 +466,14 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _capture_error(module: nn.Module, errors: Mapping[torch.dtype | None, Exception]) -> CaptureError:
+    """Say why a module cannot be captured, in its own dtypes if that was tried."""
+    told = errors.get(None, next(iter(errors.values())))
+    found = CaptureError(_explanation(module, told))
+    found.__cause__ = told
+    return found
 
 
 def _explanation(module: nn.Module, error: Exception) -> str:

@@ -54,12 +54,13 @@ class Relaxed:
 
 
 @contextmanager
-def capturing(module: nn.Module, relaxed: Relaxed | None = None) -> Iterator[None]:
+def capturing(module: nn.Module, relaxed: Relaxed | None = None, *, one_device: bool = False) -> Iterator[None]:
     """Run a module inside as a graph can hold it.
 
     Args:
         module: the one that is captured; the packages of its classes are taken for its own code.
         relaxed: what to do for code that wants sizes as plain numbers; None where sizes are plain anyway.
+        one_device: make tensors on the meta device that the module makes on none in particular, as it may if it runs on the CPU only.
     """
     with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(native_attention())
@@ -67,6 +68,8 @@ def capturing(module: nn.Module, relaxed: Relaxed | None = None) -> Iterator[Non
         stack.enter_context(constants_of_any_kind())
         stack.enter_context(autocast_without_effect())
         stack.enter_context(_caches_as_before())
+        if one_device:
+            stack.enter_context(torch.device("meta"))
         if relaxed is not None:
             stack.enter_context(symbolic_math())
             stack.enter_context(counting_plain_numbers(relaxed.frozen))
@@ -159,4 +162,5 @@ def functions_called(module: nn.Module, inputs: dict[str, Any]) -> list[str] | N
             module(**inputs)
         except Exception:
             return None
-    return calls.names
+    names: list[str] = calls.names
+    return names
