@@ -136,7 +136,7 @@ def _repetitions(ids_ND: Tensor, block: int, taken: list[int]) -> tuple[int, int
     whole = len(ids_ND) // block
     if whole < 2:
         return 1, -1
-    blocks = ids_ND[: whole * block].unflatten(0, (whole, block))
+    blocks = ids_ND[: whole * block].reshape(whole, block, -1)
     steps = blocks[1:] - blocks[:-1]  # (blocks - 1, block, D)
     first = steps[0, 0]
     moving = first != 0

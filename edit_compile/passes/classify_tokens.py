@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, Value, WithoutRule, hint, new_axis, operator_without_rule, sources_of
+from edit_compile.passes.axes.algebra import (
+    Axes,
+    Axis,
+    AxisSegment,
+    Value,
+    WithoutRule,
+    axis_size,
+    hint,
+    new_axis,
+    operator_without_rule,
+    sources_of,
+)
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import shape_of
-
-MAX_ID_COLUMNS = 4  # more numbers than this per token are features, not a position
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,14 @@ class TokenMap:
         if sources & self.image_inputs:
             return TokenKind.IMAGE
         return TokenKind.TEXT if any(not isinstance(source, WithoutRule) for source in sources) else TokenKind.OTHER
+
+    def from_video(self, axis: Axis) -> bool:
+        """Say whether image tokens stem from an input (B, C, t, h, w) of several frames, rows and columns."""
+        sources = sources_of([tuple(segment for segment in axis if self.kind(segment) is TokenKind.IMAGE)])
+        inputs = [
+            found for node, found in self.axes.items() if node.op == "placeholder" and node.name in sources and isinstance(found, tuple)
+        ]
+        return any(len(found) == 5 and all(axis_size(dim) > 1 for dim in found[2:]) for found in inputs)
 
     def operator_without_rule(self, *axes: Axis) -> str | None:
         """Return the name of an operator because of which it is not known what image positions became; None if there is none."""
@@ -107,7 +123,7 @@ def _image_inputs(captured: Capture, axes: Mapping[fx.Node, Value]) -> tuple[fro
     most = max((_rank(node) for node in inputs.values() if node.meta["val"].is_floating_point()), default=0)
     pictures = frozenset(name for name, node in inputs.items() if _rank(node) == most >= 4 and node.meta["val"].is_floating_point())
     outputs = [found for node in captured.graph.output_node().all_input_nodes if isinstance(found := axes.get(node), tuple)]
-    positions = [axis for output in outputs for axis in output[1:]]
+    positions = [axis for output in outputs if len(output) >= 3 for axis in output[1:]]  # (batch, channels) has none
     carried = frozenset(source for source in sources_of(positions) if not isinstance(source, WithoutRule))
     if (lost_in := operator_without_rule(positions)) is not None:
         return (carried & pictures or carried), None if len(carried & pictures) == 1 or len(carried) < 2 else lost_in
@@ -118,15 +134,3 @@ def _image_inputs(captured: Capture, axes: Mapping[fx.Node, Value]) -> tuple[fro
 
 def _rank(node: fx.Node) -> int:
     return len(shape_of(node) or ())
-
-
-def position_ids(captured: Capture, tokens: TokenMap, length: int) -> str | None:
-    """Find the input that holds the image tokens' positions: (N, D) or (B, N, D) with few columns, feeding no Linear."""
-    for node in captured.graph.nodes:
-        if node.op != "placeholder" or node.name not in tokens.image_inputs:
-            continue
-        shape = shape_of(node)
-        by_token = shape is not None and len(shape) in (2, 3) and hint(shape[-2]) == length and 2 <= hint(shape[-1]) <= MAX_ID_COLUMNS
-        if by_token and not any(user.target is torch.ops.aten.linear.default for user in node.users):
-            return captured.source(node).name
-    return None

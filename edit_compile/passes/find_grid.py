@@ -142,13 +142,13 @@ class GridFinder:
     def _sequence_of(self, symbols: set[str]) -> str | None:
         """Return the path of the sequence that all symbols are numbers of."""
         read = [self.symbols[name] for name in symbols]
-        sequences = {path.rpartition("[")[0] if dim is None and path.endswith("]") else "" for path, dim in read}
+        sequences = {path.rpartition("[")[0] if dim is None and _in_sequence(path) else "" for path, dim in read}
         sequence = sequences.pop() if len(sequences) == 1 else ""
         return self._list_of_images(sequence) if sequence else None
 
     def _list_of_images(self, sequence: str) -> str:
         """Return the sequence around a sequence of one image's sizes if it holds nothing else, so that it lists images, not samples."""
-        around = sequence.rpartition("[")[0] if sequence.endswith("]") and not sequence.endswith("']") else ""
+        around = sequence.rpartition("[")[0] if _in_sequence(sequence) else ""
         alone = around and all(path.startswith(f"{sequence}[") for path in self.leaves if path.startswith(f"{around}["))
         return around if alone else sequence
 
@@ -247,17 +247,17 @@ class GridFinder:
                 grid = self._grid(paths[-count:], patch)
                 if len(paths) >= count and grid is not None and prod(grid) == tokens and (count == 2 or grid[0] > 1):
                     yield _Numbers(self._expressions(paths[-count:], patch), grid, self._list_of_images(parent))
-        names = [path for path in self.numbers if not path.endswith("]") or path.endswith("']")][:MAX_NUMBERS]
+        names = [path for path in self.numbers if not _in_sequence(path)][:MAX_NUMBERS]
         for count in (2, 3):
-            for paths in itertools.combinations(names, count):
-                grid = self._grid(paths, patch)
+            for chosen in itertools.combinations(names, count):
+                grid = self._grid(chosen, patch)
                 if grid is not None and min(grid) > 1 and prod(grid) == tokens:
-                    yield _Numbers(self._expressions(paths, patch), grid, None)
+                    yield _Numbers(self._expressions(chosen, patch), grid, None)
 
     def _of_several(self, tokens: int, patch: int) -> Iterator[_Numbers]:
         parents: dict[str, list[list[str]]] = {}
         for sequence, paths in self._sequences().items():
-            if sequence.endswith("]"):
+            if _in_sequence(sequence):
                 parents.setdefault(sequence.rpartition("[")[0], []).append(paths)
         for parent, images in parents.items():
             for count in (2, 3):
@@ -270,7 +270,7 @@ class GridFinder:
         """List the sequences among the inputs that hold numbers alone, two to four of them: their elements' paths."""
         found: dict[str, list[str]] = {}
         for path, leaf in self.leaves.items():
-            if path.endswith("]") and not path.endswith("']"):
+            if _in_sequence(path):
                 found.setdefault(path.rpartition("[")[0], []).append(path if type(leaf) is int and leaf > 0 else "")
         return {parent: paths for parent, paths in found.items() if 2 <= len(paths) <= 4 and all(paths)}
 
@@ -313,6 +313,11 @@ def image_length(site: SitePlan) -> str:
 
 def _image_at(layout: TokenLayout) -> int:
     return next(i for i, s in enumerate(layout.segments) if s.kind is TokenKind.IMAGE)
+
+
+def _in_sequence(path: str) -> bool:
+    """Say whether a path ends in a sequence's index, not in a name or a dict's key."""
+    return path.endswith("]") and not path.endswith("']")
 
 
 def _leaves(value: Any) -> Sequence[tuple[Any, Any]]:

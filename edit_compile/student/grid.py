@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from edit_compile.errors import GridError
-from edit_compile.student.handle import conversion_of
+from edit_compile.student.grid_sources import Grids
+from edit_compile.student.handle import conversion_of, unwrap
 from edit_compile.student.runtime import Statement, as_grid
 
 
@@ -30,14 +31,14 @@ def grid(model: Any, *sizes: int | Sequence[int]) -> Iterator[None]:
     Raises:
         GridError: not a grid, or (in the forward) one that the model's inputs cannot have.
     """
-    images = sizes if sizes and all(isinstance(each, Sequence) and not isinstance(each, str) for each in sizes) else (sizes,)
+    images: Sequence[Any] = sizes if sizes and all(isinstance(each, Sequence) and not isinstance(each, str) for each in sizes) else (sizes,)
     if not all(_is_grid(each) for each in images):
         found = ", ".join(map(repr, sizes)) or "none"
         raise GridError(
             f"a grid is two positive whole numbers of image tokens (three for video), or a sequence of them for each of several images, "
             f"not {found}"
         )
-    grids = tuple(as_grid(tuple(each)) for each in images if isinstance(each, Sequence))
+    grids = tuple(as_grid(tuple(each)) for each in images)
     with conversion_of(model).runtime.stating(Statement(grid=grids)):
         yield
 
@@ -45,3 +46,16 @@ def grid(model: Any, *sizes: int | Sequence[int]) -> Iterator[None]:
 def _is_grid(sizes: object) -> bool:
     counts = isinstance(sizes, Sequence) and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
     return counts and isinstance(sizes, Sequence) and len(sizes) in (2, 3)
+
+
+def grid_of_inputs(model: Any, inputs: Mapping[str, Any]) -> Grids | None:
+    """Tell the grids that a forward with these keyword arguments would find: of the image, or of each of several.
+
+    Of a model with several resolutions, the finest that a site is on. None if the grid has to be stated.
+    """
+    source = conversion_of(model).runtime.source
+    try:
+        grids = source.sizes(unwrap(model), (), inputs, None)
+    except GridError:
+        return None
+    return next((each for number, each in enumerate(grids) if source.is_base(number)), grids[0])

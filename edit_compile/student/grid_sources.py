@@ -192,7 +192,7 @@ class _Input:
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Find its value; None if the call has none."""
         position = _positions(type(model)).get(self.name, len(args))
-        value = kwargs[self.name] if self.name in kwargs else args[position] if position < len(args) else None
+        value: Any = kwargs[self.name] if self.name in kwargs else args[position] if position < len(args) else None
         for step in self.steps:
             try:
                 value = value[step]

@@ -8,7 +8,7 @@ import pytest
 
 from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.axes.algebra import AxisSegment
-from edit_compile.passes.classify_tokens import TokenMap, classify_tokens, position_ids
+from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
 from hand_built import Built, aten, attend
 
 H, W, C = 5, 7, 8
@@ -163,17 +163,3 @@ def test_tokens_that_come_packed_have_no_grid_but_a_number():
     assert tokens.grid(tokens.axes[x][1]) is None
     assert tokens.grid_sizes(tokens.axes[x][1]) == (N,)
     assert tokens.kind(tokens.axes[x][1][0]) is TokenKind.IMAGE
-
-
-@pytest.mark.parametrize(("columns", "found"), [(2, True), (3, True), (1, False), (5, False)])
-def test_position_ids_are_by_token_and_feed_no_linear(columns, found):
-    built = Built()
-    x, ids = text(built, "packed", N), built.input("where", N, columns)
-    table = built(aten.unsqueeze.default, built(aten.sum.dim_IntList, ids, [1], True), 0)
-    other = built.input("features", 2, N, 3)
-    y = built(aten.add.Tensor, built(aten.add.Tensor, x, table), built.linear(other, "embed", C))
-    built.output(y)
-    captured = built.capture()
-    tokens = classify_tokens(captured)
-    assert position_ids(captured, tokens, N) == ("where" if found else None)
-    assert position_ids(captured, tokens, N + 1) is None
