@@ -247,7 +247,8 @@ def _faults(one: Any, plan: Any) -> list[str]:
         elif site.rewritten and site.grid is not None and len(site.grid.sizes) != one.dimensions:
             faults.append(f"{site.path} {site.action} on the grid {site.grid}, not one of {one.dimensions} dimensions")
     paths = [site.path for site in plan.sites]
-    faults += [f"no attention at {pattern}" for pattern in one.sites if not any(fnmatch.fnmatchcase(path, pattern) for path in paths)]
+    wanted = [pattern for pattern, word in one.sites.items() if word == "rewrite"]
+    faults += [f"no attention at {pattern}" for pattern in wanted if not any(fnmatch.fnmatchcase(path, pattern) for path in paths)]
     return faults
 
 

@@ -347,7 +347,13 @@ def kandinsky6_inputs(size: Size) -> dict[str, Any]:
     return {**video_and_text(size), "hidden_states": clip, "pooled_projections": pooled(size)}
 
 
-@configuration(CROSSED_GROUP, kandinsky6_inputs, {"*": REWRITE, "*text*": TEXT}, **CLIP, note="channels last")
+@configuration(
+    CROSSED_GROUP,
+    kandinsky6_inputs,
+    {"*text*": TEXT, "*cross_attention*": CROSS, "*self_attention*": REWRITE},
+    **CLIP,
+    note="channels last",
+)
 def Kandinsky6Transformer3DModel() -> nn.Module:
     options = {"in_visual_dim": VIDEO, "out_visual_dim": VIDEO, "in_text_dim": TEXT_DIM, "in_text_dim2": POOLED_DIM, "time_dim": 32}
     blocks = {"num_text_blocks": 1, "num_visual_blocks": 1, "model_dim": WIDTH, "ff_dim": 40, "axes_dims": (4, 6, 6)}
@@ -509,13 +515,13 @@ def hunyuan15_inputs(size: Size) -> dict[str, Any]:
     }
 
 
-@configuration(JOINT_GROUP, hunyuan15_inputs, WITH_REFINER, **CLIP)
+@configuration(JOINT_GROUP, hunyuan15_inputs, {"transformer_blocks.*": REWRITE, "context_embedder*": TEXT}, **CLIP)
 def HunyuanVideo15Transformer3DModel() -> nn.Module:
     more = {"text_embed_2_dim": 20, "image_embed_dim": 22, "target_size": 16, "task_type": "t2v", "patch_size": 1}
     return make(diffusers.HunyuanVideo15Transformer3DModel, **HUNYUAN, **more)
 
 
-@configuration(JOINT_GROUP, lambda s: {**video_and_text(s), "encoder_attention_mask": text_mask(s)}, WITH_REFINER, **CLIP)
+@configuration(JOINT_GROUP, lambda s: {**video_and_text(s), "encoder_attention_mask": text_mask(s)}, MAIN, **CLIP)
 def MotifVideoTransformer3DModel() -> nn.Module:
     options = {**ATTENTION, **LATENTS, "num_layers": 1, "num_single_layers": 1, "text_embed_dim": TEXT_DIM, "rope_axes_dim": (4, 6, 6)}
     return make(diffusers.MotifVideoTransformer3DModel, **options)
@@ -524,7 +530,7 @@ def MotifVideoTransformer3DModel() -> nn.Module:
 @configuration(
     JOINT_GROUP,
     lambda s: {**video_and_text(s), "encoder_attention_mask": text_mask(s).bool()},
-    {**MAIN, "time_embed*": TEXT},
+    {"transformer_blocks.*": "keep: one module runs several attentions", "time_embed*": TEXT},
     **CLIP,
     error="data",
     note="every sample's own number of text tokens, in a loop over the batch",
