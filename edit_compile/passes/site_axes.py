@@ -59,10 +59,15 @@ def _token_axes(sizes: Sequence[Any], site: SiteGraph) -> dict[int, Axis]:
 
 def _may_vary(sizes: Sequence[Any], site: SiteGraph) -> bool:
     """Say whether sizes may be numbers of tokens: symbolic ones, or any where the site was captured with constant sizes."""
-    if all(isinstance(size, torch.SymInt) for size in sizes):
+    if all(map(_is_open, sizes)):
         return True
     inputs = [n for n in site.captured.graph.nodes if n.op == "placeholder" and site.captured.source(n).kind == "input"]
-    return not any(isinstance(size, torch.SymInt) for n in inputs for size in shape_of(n) or ())
+    return not any(_is_open(size) for n in inputs for size in shape_of(n) or ())
+
+
+def _is_open(size: Any) -> bool:
+    """Say whether a size is a symbol's, and not one that turned out to be a constant while the site was captured."""
+    return isinstance(size, torch.SymInt) and not expression(size).isdigit()
 
 
 def _constant(axis: Axis) -> bool:
@@ -78,7 +83,7 @@ def _batch_size(site: SiteGraph) -> int | None:
 
 def counts_tokens(size: Any, site: SiteGraph) -> bool:
     """Say whether a dimension of this size may be one of tokens."""
-    return isinstance(size, torch.SymInt) or (hint(size) in _known_lengths(site) and _may_vary([size], site))
+    return _is_open(size) or (hint(size) in _known_lengths(site) and _may_vary([size], site))
 
 
 def _known_lengths(site: SiteGraph) -> dict[int, Axis]:
