@@ -322,7 +322,8 @@ def indexed(call: Call) -> Axes:
     """Index with tensors: the indexed dimensions become the indices', in front where they are not neighbours; the rest stays."""
     axes, given = call.of(0), call.argument("indices")
     indices: dict[int, fx.Node] = {}
-    used, dim = [], 0
+    used: list[int] = []
+    dim = 0
     for each in given:
         width = _indexed_dims(each)
         if each is not None:

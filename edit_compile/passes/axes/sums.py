@@ -159,7 +159,7 @@ def mixed_along(call: Call, dims: set[int]) -> Axes:
 def along_dim(call: Call) -> Axes:
     """Compute along one or several dimensions: softmax, cumsum, fft, glu."""
     fixed = {"fft_fft2": (-2, -1), "fft_ifft2": (-2, -1), "fft_rfft2": (-2, -1), "fft_irfft2": (-2, -1), "fft_hfft2": (-2, -1)}
-    default = fixed.get(op_name(call.node), -1)
+    default: tuple[int, ...] | int = fixed.get(op_name(call.node), -1)
     if op_name(call.node) in ("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_hfftn", "fft_ihfftn"):
         default = tuple(range(len(call.first)))
     return mixed_along(call, call.dims(default=default))
