@@ -91,7 +91,7 @@ class SiteCompiler:
         try:
             spec = str(input_spec.encode(arguments))
         except PlanError as error:
-            return _Compiled(None, (("", Refusal(reason=str(error))),))
+            return _Compiled(None, (("", Refusal(reason=f"an object among the arguments of its forward: {error}")),))
         facts = plan.model_copy(update={"path": "", "index": 0, "grid": None}).model_dump_json()
         grid_dims = len(plan.grid.sizes) if plan.grid is not None else None
         key = (structural_hash(module), spec, facts, grid_dims, str(candidate.choices))

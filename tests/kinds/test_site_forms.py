@@ -1,0 +1,329 @@
+"""Sites in unusual forms: what their forward takes, how they project, in which order their tensors are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import edit_compile as ec
+from small_picture import HEADS, SIZES, WIDTH, Block, Picture, check_converted, image, reasons
+
+DIM = WIDTH // HEADS
+
+
+def places(x: Tensor, height: int, width: int) -> Tensor:
+    """(height * width, 1): a number for every place."""
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return (rows[:, None] + 0.1 * columns).reshape(-1, 1)
+
+
+class WithPlaces(Picture):
+    """Blocks get what `extra` makes of the grid."""
+
+    def extra(self, y: Tensor, height: int, width: int) -> tuple:
+        return (places(y, height, width).cos().to(y.dtype),)
+
+    def run(self, y):
+        for block in self.blocks:
+            y = block(y, *self.extra(y, *self.grid))
+        return y
+
+    def forward(self, x):
+        self.grid = x.shape[2] // 2, x.shape[3] // 2
+        return super().forward(x)
+
+
+# ------------------------------------------------------------------ complex numbers
+
+
+def as_complex(t: Tensor, table: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(t.float().reshape(*t.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(t)
+
+
+def of_two_parts(t: Tensor, table: Tensor) -> Tensor:
+    real, imaginary = t.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.view_as_real(torch.complex(real, imaginary) * table).flatten(-2).type_as(t)
+
+
+@pytest.mark.parametrize("turn", [as_complex, of_two_parts])
+def test_rotations_by_complex_numbers(turn):
+    class Rotates(Block):
+        def forward(self, x, table):
+            self.attend = lambda q, k, v: F.scaled_dot_product_attention(turn(q, table), turn(k, table), v)
+            return super().forward(x)
+
+    class Model(WithPlaces):
+        def extra(self, y, height, width):
+            angle = places(y, height, width).float().expand(-1, DIM // 2)
+            return (torch.polar(torch.ones_like(angle), angle),)
+
+    check_converted(Model(lambda: Rotates(None)), "edit")
+
+
+# ------------------------------------------------------------------ projections by convolution
+
+
+class Convolves(nn.Module):
+    """Attention over (B, C, h, w)."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.out = nn.Conv2d(WIDTH, WIDTH, 1), nn.Conv2d(WIDTH, 2 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        k, v = self.kv(x).chunk(2, 1)
+        q, k, v = (t.view(batch, HEADS, DIM, height * width).mT for t in (self.q(x), k, v))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
+
+
+class ConvolvesTokens(nn.Module):
+    """Attention over (B, N, C) by convolutions over (B, C, N)."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Conv1d(WIDTH, 3 * WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.mT).unflatten(1, (3, HEADS, DIM)).mT.unbind(1)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)).mT
+
+
+class Rows(nn.Module):
+    """Attention over (B, h, w, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = (t.flatten(1, 2).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class TokensFirst(Rows):
+    """Attention over (N, B, C)."""
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).permute(1, 2, 0, 3) for t in self.qkv(x).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2))
+
+
+class Map(Picture):
+    """Blocks over what `there` makes of (B, C, h, w)."""
+
+    def __init__(self, block, there, back):
+        super().__init__(block)
+        self.there, self.back = there, back
+
+    def forward(self, x):
+        y = self.patch(x)
+        height, width = y.shape[2:]
+        y = self.back(self.run(self.there(y)), height, width)
+        return F.pixel_shuffle(self.head(y.movedim(1, -1)).movedim(-1, 1), 2)
+
+
+LAYOUTS = {
+    "channels, rows, columns": (Convolves, lambda y: y, lambda y, h, w: y),
+    "rows, columns, channels": (Rows, lambda y: y.permute(0, 2, 3, 1), lambda y, h, w: y.permute(0, 3, 1, 2)),
+    "tokens, batch, channels": (
+        TokensFirst,
+        lambda y: y.flatten(2).permute(2, 0, 1),
+        lambda y, h, w: y.permute(1, 2, 0).unflatten(2, (h, w)),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_may_be_in_any_order(layout):
+    check_converted(Map(*LAYOUTS[layout]), "edit")
+
+
+def test_projections_by_convolutions_over_tokens():
+    check_converted(Picture(ConvolvesTokens), "edit")
+
+
+def test_orders_of_one_attention_give_the_same():
+    """A 1 x 1 convolution with a Linear's weights is that Linear: so are the students."""
+    torch.manual_seed(0)
+    models = [Picture(ConvolvesTokens), Map(*LAYOUTS["rows, columns, channels"]), Map(*LAYOUTS["tokens, batch, channels"])]
+    weights = {name: w.squeeze(-1) if w.ndim == 3 else w for name, w in models[0].state_dict().items()}
+    for model in models[1:]:
+        model.load_state_dict(weights)
+    students = [ec.linearize(model.eval(), example_inputs=image(*SIZES[0])) for model in models]
+    for size in SIZES:
+        inputs = image(*size)
+        with torch.no_grad():
+            first, *others = (student(**inputs) for student in students)
+        for other in others:
+            torch.testing.assert_close(other, first, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------ arguments
+
+
+class TakesMore(Block):
+    def forward(self, x, *extra):
+        return super().forward(x * extra[0])
+
+
+class TakesMoreByName(Block):
+    def forward(self, x, **extra):
+        return super().forward(x * extra["table"])
+
+
+class ByName(WithPlaces):
+    def run(self, y):
+        for block in self.blocks:
+            (table,) = self.extra(y, *self.grid)
+            y = block(y, table=table)
+        return y
+
+
+def test_arguments_without_names():
+    check_converted(WithPlaces(TakesMore), "edit")
+
+
+def test_arguments_by_any_name():
+    check_converted(ByName(TakesMoreByName), "edit")
+
+
+def test_another_number_of_arguments_is_refused():
+    model = WithPlaces(TakesMore).eval()
+    student = ec.linearize(model, example_inputs=image(*SIZES[0]))
+    student.extra = lambda y, height, width: (places(y, height, width).to(y.dtype), None)
+    with pytest.raises(ec.RewriteError, match=r"len\(extra\) != 1"):
+        student(**image(*SIZES[0]))
+
+
+@dataclass
+class Settings:
+    scale: float = 0.5
+
+
+class Scale(nn.Module):
+    scale = 0.5
+
+
+@pytest.mark.parametrize("given", [Settings(), SimpleNamespace(scale=0.5), Scale()], ids=lambda given: type(given).__name__)
+def test_a_site_that_is_given_an_object_is_kept_and_no_other(given):
+    class Takes(Block):
+        def forward(self, x, given):
+            return super().forward(x * given.scale)
+
+    class Model(Picture):
+        def run(self, y):
+            return self.blocks[1](self.blocks[0](y, given))
+
+    model = Model(Block)
+    model.blocks[0] = Takes()
+    plan = ec.plan(model.eval(), example_inputs=image(*SIZES[0]))
+    assert [site.action for site in plan.sites] == ["keep", "edit"]
+    assert type(given).__name__ in plan.sites[0].reason
+
+
+# ------------------------------------------------------------------ tables
+
+
+class BeforeHeads(Block):
+    """Queries and keys times a table (N, 1, D), before their heads stand in front of the tokens."""
+
+    def forward(self, z, table):
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)) for t in self.qkv(z).chunk(3, -1))
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q * table, k * table, v)))
+        return z + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Registers(WithPlaces):
+    """Three registers before the image: the sequence is joint."""
+
+    def __init__(self, block):
+        super().__init__(block)
+        self.registers = nn.Parameter(torch.randn(1, 3, WIDTH))
+
+    def extra(self, y, height, width):
+        table = places(y, height, width).cos().to(y.dtype)
+        return (torch.cat([table.new_ones(3, 1), table])[:, None].expand(-1, 1, DIM),)
+
+    def run(self, y):
+        return super().run(torch.cat([self.registers.expand(y.shape[0], -1, -1), y], 1))[:, 3:]
+
+
+def test_a_table_by_token_with_a_dimension_for_heads():
+    check_converted(Registers(BeforeHeads), "mm-edit")
+
+
+class OnPatches(Block):
+    """Tables for the image alone, whose number of tokens tells where the registers end: as DINOv3 does."""
+
+    def forward(self, z, table):
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in self.qkv(z).chunk(3, -1))
+
+        def on_patches(t):
+            front, patches = t.split((t.shape[-2] - table.shape[-2], table.shape[-2]), -2)
+            return torch.cat([front, patches * table], -2)
+
+        y = F.scaled_dot_product_attention(on_patches(q), on_patches(k), v)
+        return z + self.out(y.transpose(1, 2).flatten(2))
+
+
+class RegistersApart(Registers):
+    def extra(self, y, height, width):
+        return WithPlaces.extra(self, y, height, width)
+
+
+def test_a_table_for_the_patches_alone():
+    check_converted(RegistersApart(OnPatches), "mm-edit")
+
+
+# ------------------------------------------------------------------ heads
+
+
+class Grouped(Block):
+    """Two heads of keys and values for four of queries, norms over all heads, a gated output; keys and values by another Linear."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared, self.norms = shared, nn.ModuleList([nn.RMSNorm(WIDTH), nn.RMSNorm(2 * DIM)])
+        self.query, self.kv, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4 * DIM), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = self.norm(x)
+        k, v = self.kv(y).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (-1, DIM)).transpose(1, 2) for t in (self.norms[0](self.query(y)), self.norms[1](k), v))
+        y = self.shared(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(y * self.gate(x).sigmoid())
+
+
+def grouped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def repeated(q, k, v):
+    return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+
+def expanded(q, k, v):
+    k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(t.shape[0], HEADS, -1, DIM) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("shared", [grouped, repeated, expanded])
+def test_heads_of_keys_may_be_shared(shared):
+    check_converted(Picture(lambda: Grouped(shared)), "edit")
+
+
+def test_a_sum_of_two_projections_is_kept_for_what_it_is():
+    class Twice(Grouped):
+        def forward(self, x):
+            q, v = self.query(x), self.gate(x)
+            q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in (q, q + v, v))
+            return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    assert all("comes from 2 projections of image tokens" in reason for reason in reasons(Picture(lambda: Twice(grouped))).values())
