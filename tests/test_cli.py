@@ -205,8 +205,8 @@ def test_sample_draws_teacher_and_student_side_by_side(run, converted, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--prompt", "a red elephant"), "do not know ['elephant']"),
-        (("--prompt", PROMPT, "--height", "33"), "33 x 32 px: the demo models sample images whose sides are multiples of 2"),
+        (("--prompt", "a red elephant"), "does not know ['elephant']"),
+        (("--prompt", PROMPT, "--height", "33"), "33 x 32 px: demo/mm-dit makes samples whose sides are multiples of 2"),
         (("--prompt", PROMPT, "--dtype", "bfloat16"), "the demo models sample in float32, not in bfloat16"),
     ],
 )

@@ -125,6 +125,8 @@ def make_encoder(
         DistillError: the pipeline is not known or cannot be loaded, or how captions reach the model is not known.
     """
     if base in demo.SOURCES:
+        if demo.draws_video(model):
+            raise DistillError(f"{base} makes videos, and these data are images; use data of kind moving-shapes")
         return DemoEncoder(model)
     if base is None:
         raise DistillError("images and captions need the model's pipeline, which is not known; use data of kind cached")

@@ -168,7 +168,7 @@ class TextToImageFamily(DiffusionFamily):
 
 def is_pixel_space(model: Any) -> bool:
     """Return whether a diffusers model works on pixels, not latents, as the demo models do."""
-    return bool(model.config.in_channels == RGB)
+    return RGB in (model.config.in_channels, getattr(model.config, "out_channels", None))
 
 
 def lookup_family(model: nn.Module) -> Family | None:

@@ -1,12 +1,17 @@
-"""Wan 2.x, and the demo video model, which has its structure: videos, conditioned on text through cross-attention."""
+"""Wan 2.x, and the demo video model, which has its structure: videos, conditioned on text through cross-attention.
+
+The demo model works on pixels, and is given their positions as further channels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from edit_compile.adapters.family import VAE_SCALE, Extent, InputSizes, TextToImageFamily, is_pixel_space
+from edit_compile.adapters.family import RGB, VAE_SCALE, Extent, InputSizes, TextToImageFamily, is_pixel_space
+from edit_compile.demo import models as demo
 from edit_compile.demo import motion
 
 _FRAMES, _VAE_FRAMES = 81, 4  # of the pipeline's videos; that the VAE makes one of, after the first
@@ -34,6 +39,15 @@ class Wan(TextToImageFamily):
         """Make the latents (B, C, T, H, W)."""
         frames, rows, columns = model.config.patch_size
         return sizes.floats(model.config.in_channels, frames * sizes.frames, rows * sizes.rows, columns * sizes.columns)
+
+    def denoise(self, model: Any, x_BCHW: Tensor, timesteps_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """Call the model once, on videos; returns its prediction, (B, C, T, H, W) to (B, C, T, H, W)."""
+        x = demo.with_positions(x_BCHW) if is_pixel_space(model) else x_BCHW
+        return super().denoise(model, x, timesteps_B, conditions)[:, : x_BCHW.shape[1]]
+
+    def latents(self, inputs: Mapping[str, Any], grid: Extent) -> Tensor:
+        x: Tensor = inputs["hidden_states"]
+        return x[:, :RGB] if x.shape[1] == RGB + demo.POSITION_CHANNELS else x
 
     def pixels_per_token(self, model: Any) -> int:
         return self.latent_patch(model) * (1 if is_pixel_space(model) else VAE_SCALE)

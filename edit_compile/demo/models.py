@@ -19,11 +19,19 @@ IMAGE_NAMES, VIDEO_NAME = ("mm-dit", "dit"), "video-dit"
 NAMES = (*IMAGE_NAMES, VIDEO_NAME)
 SOURCES = tuple(f"demo/{name}" for name in NAMES)  # what users call them
 GUIDANCE = 2.0
+RGB, _WAVES = 3, 2
+_DIRECTIONS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 1, 0), (-0.5, 1, 0), (0.5, 0, 1), (-0.5, 0, 1))  # of time, rows, columns
+POSITION_CHANNELS = len(_DIRECTIONS) * 2 * _WAVES  # that the video model is given with a clip
 
 
 def folder(name: str) -> Path:
     """Return the folder with the trained model's `config.json` and weights."""
     return Path(__file__).parent / name
+
+
+def side_and_patch(source: str) -> tuple[int, int]:
+    """Return the side of a demo model's training data, and what sides must be multiples of, in pixels; `source` is demo/NAME."""
+    return (motion.SIDE, 4) if source == f"demo/{VIDEO_NAME}" else (shapes.IMAGE_SIZE, 2)
 
 
 def untrained(name: str) -> ModelMixin:
@@ -70,8 +78,8 @@ def untrained(name: str) -> ModelMixin:
             patch_size=(1, 4, 4),
             num_attention_heads=3,
             attention_head_dim=32,
-            in_channels=3,
-            out_channels=3,
+            in_channels=RGB + POSITION_CHANNELS,
+            out_channels=RGB,
             text_dim=text.TEXT_CHANNELS,
             freq_dim=128,
             ffn_dim=384,
@@ -102,7 +110,21 @@ def draws_video(model: nn.Module) -> bool:
 
 def predict(model: Callable[..., Any], x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
     """Predict the rectified-flow velocity noise - x_0 from x = (1 - sigma) x_0 + sigma noise, (B, 3, ...); sigma is (B,)."""
+    x = with_positions(x) if x.ndim == 5 else x
     return cast("Tensor", model(hidden_states=x, timestep=sigma * 1000, return_dict=False, **condition)[0])
+
+
+def with_positions(x: Tensor) -> Tensor:
+    """Append the channels that tell the video model where a pixel is: clips (B, 3, T, H, W) to (B, 31, T, H, W).
+
+    They are the sines and cosines of plane waves, along the axes and along directions in which something moves. Wan's attention
+    knows relative positions only; full-size models find the border by their VAE's latents, which pixels do not tell.
+    """
+    axes = [torch.linspace(-1, 1, size, dtype=x.dtype, device=x.device) * (torch.pi / 2) for size in x.shape[2:]]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    phases = torch.einsum("da,athw->dthw", torch.tensor(_DIRECTIONS, dtype=x.dtype, device=x.device), places)
+    waves = torch.cat([wave(number * phases) for number in range(1, _WAVES + 1) for wave in (torch.sin, torch.cos)])
+    return torch.cat([x, waves.expand(len(x), -1, -1, -1, -1)], 1)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ RADIUS = 4.5  # pixels
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (rows, columns)
 SPEEDS = {"slowly": 0.75, "quickly": 1.5}  # pixels a frame
 _STILL = 0.4  # pixels a frame: what is slower does not move
-_MARGIN = 0.5  # pixels that an object stays off the border
+_JITTER = 1.5  # pixels that the middle of the way is off the image's, in rows and in columns
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class ClipCheck:
 
 
 def random_clip(rng: random.Random) -> Clip:
-    """Choose a clip uniformly; its object stays inside the image."""
+    """Choose a clip uniformly; its object is near the image's centre when half of the clip is over, and stays inside."""
     direction, speed = rng.choice(sorted(DIRECTIONS)), rng.choice(sorted(SPEEDS))
     travel = [(FRAMES - 1) * SPEEDS[speed] * along for along in DIRECTIONS[direction]]
-    edge = RADIUS + _MARGIN
-    row, column = (rng.uniform(edge - min(0, way), SIDE - edge - max(0, way)) for way in travel)
+    row, column = (SIDE / 2 + rng.uniform(-_JITTER, _JITTER) - way / 2 for way in travel)
     colour, shape, background = rng.choice(sorted(shapes.COLOURS)), rng.choice(shapes.SHAPES), rng.choice(sorted(shapes.BACKGROUNDS))
     return Clip(colour, shape, direction, speed, background, (row, column))
 

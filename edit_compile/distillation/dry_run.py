@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edit_compile.adapters.denoise import denoise, random_batch
-from edit_compile.adapters.inputs import pixels_per_token
+from edit_compile.adapters.inputs import inputs_for_size
 from edit_compile.api import plan_of
 from edit_compile.bench import matmul_flops_per_second, peak_memory
 from edit_compile.distillation.context import Context, NoisyBatch, trained_parameters
@@ -136,9 +136,8 @@ def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) ->
     size = options.micro_batch_size or options.global_batch_size
     x, conditions = random_batch(structure, phase.height, phase.width, size, "meta", dtype)
     batch = NoisyBatch(x, torch.empty(size, device="meta", dtype=dtype), conditions, x)
-    step = pixels_per_token(structure)
     call = partial(_layerwise_step if phase.losses is None else _stage_step, _context(recipe, structure), batch, phase)
-    with grid(structure, phase.height // step, phase.width // step):
+    with grid(structure, *inputs_for_size(structure, phase.height, phase.width).grid):
         with FlopCounterMode(display=False) as counter:
             call()
         activations = peak_memory(call)  # the gradients of the first call are there now, as with accumulation

@@ -42,10 +42,29 @@ def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()
             _replace_with_attribute(new, captured.source(old).name, module)
     remove_dead(graph)
     recover_module_calls(graph, module, [mapping[node] for node in core])
+    _differentiable_copies(graph)
     generalize_dtype_device(graph, captured.dtype)
     remove_dead(graph)
     graph.lint()
     return graph
+
+
+def _differentiable_copies(graph: fx.Graph) -> None:
+    """Replace `copy(y, x)`, which capture makes of `y[...] = x`, with x in the form of y: the operator has no derivative."""
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        written, value = node.args[:2]
+        before, after = node.meta["val"], value.meta["val"] if isinstance(value, fx.Node) else None
+        if not isinstance(after, Tensor):
+            continue
+        with graph.inserting_before(node):
+            if tuple(map(str, before.shape)) != tuple(map(str, after.shape)):
+                value = graph.call_function(aten.expand_as.default, (value, written))
+                value.meta = dict(node.meta)
+            if before.dtype != after.dtype:
+                value = graph.call_function(aten.type_as.default, (value, written))
+                value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
 
 
 def _replace_with_attribute(node: fx.Node, name: str, module: nn.Module) -> None:

@@ -18,10 +18,10 @@ def video() -> torch.nn.Module:
 
 def test_sizes_have_frames(video):
     assert default_sizes(video) == ((8, 24, 24), (8, 48, 48), (8, 96, 96))
-    assert example_inputs(video)["hidden_states"].shape == (2, 3, 5, 24, 36)
+    assert example_inputs(video)["hidden_states"].shape == (2, 31, 5, 24, 36)
     made = inputs_for_size(video, 24, 32, frames=3)
     assert (made.grid, made.frames) == ((3, 6, 8), 3)
-    assert made.inputs["hidden_states"].shape == (1, 3, 3, 24, 32)
+    assert made.inputs["hidden_states"].shape == (1, 31, 3, 24, 32)
     assert inputs_for_size(video, 24, 32).grid == (8, 6, 8)
 
 

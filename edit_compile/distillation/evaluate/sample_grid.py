@@ -14,7 +14,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation.context import Context, NoisyBatch
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.seeding import noise_for
-from edit_compile.report.image_grid import image_grid, save_image
+from edit_compile.report.image_grid import animated_grid, image_grid, save_image
 
 
 @dataclass
@@ -30,8 +30,13 @@ class GridSampler:
     teacher_latents: Tensor | None = field(default=None, init=False)
 
     def save(self, path: Path) -> None:
-        """Write a grid as PNG: caption, teacher, student. Does nothing where the data's latents cannot be decoded."""
+        """Write a grid as PNG: caption, teacher, student; of videos an animated GIF too, beside it.
+
+        Does nothing where the data has no latents, or they cannot be decoded.
+        """
         context, count = self.context, self.context.recipe.samples.count
+        if context.recipe.data.recorded_calls:
+            return
         request = BatchRequest(0, count, range(count), self.height, self.width, "validation")
         batch = context.source.batch(request)
         if context.source.decode(batch.latents[:1]) is None:
@@ -45,11 +50,15 @@ class GridSampler:
         student_latents = sample(context, schedule, context.student, start)
         if context.accelerator.is_main_process:
             columns = [("teacher", self._images(self.teacher_latents)), ("student", self._images(student_latents))]
-            save_image(image_grid(batch.captions or [""] * count, columns), path)
+            captions = batch.captions or [""] * count
+            save_image(image_grid(captions, columns), path)
+            if columns[0][1][0].ndim == 4:
+                first, *further = animated_grid(captions, columns)
+                save_image(first, path.with_suffix(".gif"), *further)
 
     def _images(self, latents: Tensor) -> list[np.ndarray]:
         one_by_one = (self.context.source.decode(one[None]) for one in latents.cpu())  # one fits on any device
-        return [images[0].permute(1, 2, 0).float().numpy() for images in one_by_one if images is not None]
+        return [images[0].movedim(0, -1).float().numpy() for images in one_by_one if images is not None]
 
 
 @torch.no_grad()
@@ -57,7 +66,7 @@ def sample(context: Context, schedule: NoiseSchedule, model: nn.Module, start: N
     """Sample deterministically from noise, without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps).
 
     Returns:
-        Latents, (B, C, H, W).
+        Latents, (B, C, H, W), of videos (B, C, T, H, W).
     """
     x, steps = start.x, context.recipe.samples.steps
     timesteps = schedule.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6)
