@@ -5,12 +5,12 @@ pyproject.toml pins torch below the first version on which they have not been ch
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -301,10 +301,40 @@ def _number_type(plain: type, symbolic: Callable[[Any], Any]) -> Any:
     return Meta(plain.__name__, (plain,), {})
 
 
-def raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an exception in another thread as soon as it runs Python code; None takes one back that was not raised yet."""
-    kind = ctypes.py_object(error) if error is not None else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
+_ANALYSIS = ("evaluate_expr", "_maybe_evaluate_static", "simplify", "replace", "produce_guards_verbose")  # where sympy is called from
+
+
+@contextmanager
+def on_symbolic_analysis(report: Callable[[float], None]) -> Iterator[None]:
+    """Call a function inside, in this thread, after every question to a graph's sizes, with the seconds of computing since the last.
+
+    It may raise, which ends the capture.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    here, depth = threading.get_ident(), [0]
+    began = [0.0]
+
+    def timed(question: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(question)
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != here:
+                return question(*args, **kwargs)
+            if depth[0] == 0:
+                began[0] = time.thread_time()
+            depth[0] += 1
+            try:
+                return question(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                now = time.thread_time()
+                seconds, began[0] = now - began[0], now
+                report(seconds)
+
+        return asked
+
+    with _patched(ShapeEnv, **{name: timed(vars(ShapeEnv)[name]) for name in _ANALYSIS if name in vars(ShapeEnv)}):
+        yield
 
 
 class SymbolicShapes:
