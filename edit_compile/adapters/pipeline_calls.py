@@ -80,15 +80,15 @@ def merged(calls: Sequence[Call]) -> Call:
     flat = [pytree.tree_flatten(call) for call in calls]
     if any(spec != flat[0][1] for _, spec in flat[1:]):
         raise DistillError("calls of this pipeline differ in their structure; set micro_batch_size: 1 and validation.batch_size: 1")
-    rows = _batch_size(flat[0][0])
+    rows = batch_size(calls[0])
     leaves = [_joined(column, rows) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
     merged_call: Call = pytree.tree_unflatten(leaves, flat[0][1])
     return merged_call
 
 
-def _batch_size(leaves: Sequence[Any]) -> int:
+def batch_size(call: Call) -> int:
     """Return the first dimension of the tensor with most dimensions, and of these the largest: the noisy images or videos."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.ndim > 1]
     return max(tensors, key=lambda x: (x.ndim, x.numel())).shape[0] if tensors else 1
 
 

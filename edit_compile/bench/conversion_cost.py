@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from edit_compile.adapters.family import Extent
-from edit_compile.adapters.inputs import default_sizes, inputs_for_size, pixels_per_token
+from edit_compile.adapters.family import Extent, lookup_family
+from edit_compile.adapters.inputs import pixels_per_token
 from edit_compile.adapters.load_model import load_model
 from edit_compile.api import plan_and_convert, plan_of, repeated_blocks, teacher, transformer_of
 from edit_compile.bench.flops import count_flops
+from edit_compile.bench.sized_inputs import InputMaker, SizedInputs, usual_sizes
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import GridError, PlanError
-from edit_compile.passes.capture import meta_copy, meta_inputs
+from edit_compile.passes.capture import meta_copy
 from edit_compile.passes.site_graph import ADDED
-from edit_compile.student.grid import grid
 from edit_compile.student.site import converted_sites
 
 
@@ -37,7 +37,7 @@ class Cost:
 
     Attributes:
         height, width: in pixels.
-        image, text: numbers of tokens.
+        image, text: numbers of tokens; text is None if unknown.
         before, after: FLOPs of the whole model.
         sites: FLOPs of each rewritten site.
         frames: of a video; None for an image.
@@ -46,7 +46,7 @@ class Cost:
     height: int
     width: int
     image: int
-    text: int
+    text: int | None
     before: int
     after: int
     sites: tuple[SiteCost, ...]
@@ -76,7 +76,7 @@ class CostReport:
         costs: in ascending order of image tokens.
         errors: why a size could not be counted, by the size as in `Cost.size`.
         break_even_tokens: image tokens from which the conversion needs fewer FLOPs; 0 if at every size, None if unknown.
-        pixels_per_token: along each side of the image.
+        pixels_per_token: along each side of the image; None if unknown.
     """
 
     parameters: int
@@ -84,7 +84,7 @@ class CostReport:
     costs: tuple[Cost, ...]
     errors: Mapping[str, str]
     break_even_tokens: int | None
-    pixels_per_token: int
+    pixels_per_token: float | None
 
 
 def added_parameters(student: nn.Module) -> int:
@@ -98,6 +98,7 @@ def cost(
     *,
     text: int | None = None,
     config: LinearizeConfig | None = None,
+    pipeline: str | None = None,
 ) -> CostReport:
     """Count a converted model against its teacher, or what converting a model would cost and save.
 
@@ -106,32 +107,36 @@ def cost(
         sizes: (height, width) in pixels, or of videos (frames, height, width); default: those the model is used at.
         text: number of text tokens; default: as many as the model's pipeline passes.
         config: how to convert a model that is not converted yet.
+        pipeline: the folder or hub id of the model's pipeline, asked for inputs where no adapter knows the model. Default: the
+            name that was given.
 
     Raises:
-        NoExampleInputsError: the model's family has no adapter.
+        NoExampleInputsError: no adapter knows the model, and its pipeline is not known or fails.
         PlanError: the model can not be converted.
     """
+    if isinstance(model, str):
+        model = load_model(model, structure_only=True)
+        pipeline = pipeline or model.pipeline
     structure = meta_copy(_converted(model, config))
+    maker = InputMaker(structure, pipeline)
     costs: list[Cost] = []
     errors: dict[str, str] = {}
-    for size in sizes if sizes is not None else default_sizes(structure):
+    for size in sizes if sizes is not None else usual_sizes(structure):
         try:
-            costs.append(_cost(structure, size, text))
+            costs.append(_cost(structure, size, maker.at(size, text)))
         except GridError as error:
             errors[size_in_words(size)] = str(error)
     costs.sort(key=lambda cost: cost.image)
     added = added_parameters(structure)
     total = sum(p.numel() for p in structure.parameters())
-    return CostReport(total - added, added, tuple(costs), errors, break_even_tokens(costs), pixels_per_token(structure))
+    return CostReport(total - added, added, tuple(costs), errors, break_even_tokens(costs), _pixels_per_token(structure, costs))
 
 
 def _converted(model: Any, config: LinearizeConfig | None) -> nn.Module:
-    if isinstance(model, str):
-        model = load_model(model, structure_only=True).model
     transformer = transformer_of(model)
     if converted_sites(transformer):
         return transformer
-    plan, student = plan_and_convert(transformer, config)
+    plan, student = plan_and_convert(model, config)
     if student is None:
         raise PlanError(f"no site of {plan.model} can be converted; print(edit_compile.plan(model)) says why")
     return student
@@ -142,16 +147,24 @@ def size_in_words(size: Extent) -> str:
     return " x ".join(map(str, size))
 
 
-def _cost(structure: nn.Module, size: Extent, text: int | None) -> Cost:
-    *frames, height, width = size
-    image = inputs_for_size(structure, height, width, frames=frames[0] if frames else None, text=text)
-    inputs, paths, blocks = meta_inputs(image.inputs), [site.path for site in plan_of(structure).rewritten], repeated_blocks(structure)
-    with grid(structure, *image.grid):
-        after = count_flops(structure, inputs, paths, blocks)
+def _cost(structure: nn.Module, size: Extent, made: SizedInputs) -> Cost:
+    *_, height, width = size
+    paths, blocks = [site.path for site in plan_of(structure).rewritten], repeated_blocks(structure)
+    with made.stated(structure):
+        after = count_flops(structure, made.inputs, paths, blocks)
     with teacher(structure):
-        before = count_flops(structure, inputs, paths, blocks)
-    sites = tuple(SiteCost(path, before.parts[path], after.parts[path]) for path in paths)
-    return Cost(height, width, math.prod(image.grid), image.text, before.total, after.total, sites, image.frames)
+        before = count_flops(structure, made.inputs, paths, blocks)
+    sites = tuple(SiteCost(path, before.parts[path] // made.batch, after.parts[path] // made.batch) for path in paths)
+    totals = before.total // made.batch, after.total // made.batch
+    return Cost(height, width, made.image_tokens, made.text, *totals, sites, made.frames)
+
+
+def _pixels_per_token(structure: nn.Module, costs: Sequence[Cost]) -> float | None:
+    """Return the side of an image token in pixels, as the adapter or the smallest image tells it."""
+    if lookup_family(structure) is not None:
+        return pixels_per_token(structure)
+    images = [cost for cost in costs if cost.frames is None]
+    return math.sqrt(images[0].height * images[0].width / images[0].image) if images else None
 
 
 def break_even_tokens(costs: Sequence[Cost]) -> int | None:

@@ -58,7 +58,7 @@ def cost_table(report: CostReport) -> RenderableType:
         table.add_column(name, justify="right")
     for cost in report.costs:
         style = "green" if cost.ratio >= BREAK_EVEN else "red"
-        sizes = (cost.size, f"{cost.image:,}", f"{cost.text:,}")
+        sizes = (cost.size, f"{cost.image:,}", "" if cost.text is None else f"{cost.text:,}")
         table.add_row(*sizes, format_si(cost.before), format_si(cost.after), f"[{style}]{cost.ratio:.2f}x[/]")
     errors = [f"[dim]{escape(reason)}[/]" for reason in report.errors.values()]
     return Group(*lines, *([table] if report.costs else []), *errors)
@@ -74,7 +74,7 @@ def _advice(report: CostReport) -> str:
     if not report.break_even_tokens:
         return ""
     where = f"{report.break_even_tokens:,} image tokens"
-    if not any(cost.frames for cost in report.costs):
+    if report.pixels_per_token and not any(cost.frames for cost in report.costs):
         where += f" ({report.break_even_tokens**0.5 * report.pixels_per_token:,.0f} px square)"
     return f" Break-even is near {where}; cheaper options of the design (--set) lower it."
 

@@ -72,3 +72,15 @@ def test_a_missing_part_is_named(unet_folder, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["nolibrary", "NoTokenizer"]}))
     with pytest.raises(ec.ModelNotFoundError, match="needs NoTokenizer of nolibrary"):
         pipeline_structure(str(tmp_path))
+
+
+def test_costs_are_counted_at_any_size_of_a_pipelines_folder(unet_folder):
+    report = ec.cost(str(unet_folder), sizes=[(64, 96), (512, 512)])
+    small, large = report.costs
+    assert (small.image, large.image) == (16 * 24, 128 * 128)
+    assert small.text is None
+    assert large.ratio > 2
+    assert report.pixels_per_token == pytest.approx(4)
+    result = CliRunner().invoke(main, ["inspect", str(unet_folder), "--size", "64x96"])
+    assert result.exit_code == 0, result.stderr
+    assert "64 x 96" in result.stdout
