@@ -509,13 +509,24 @@ _LEGEND = """
 
 
 def _totals(groups: dict[str, list[str]], rows: dict[str, Row], unknown: list[str]) -> list[str]:
-    lines = ["| | configurations | right | |", "|---|---|---|---|"]
+    lines = ["| | configurations | run | right | of those run |", "|---|---|---|---|---|"]
     for group, names in groups.items():
-        right = sum(rows.get(name, {}).get("right", False) for name in names)
-        lines.append(f"| {group} | {len(names)} | {right} | {right / len(names):.0%} |")
+        run = [rows[name] for name in names if name in rows]
+        right = sum(row["right"] for row in run)
+        lines.append(f"| {group} | {len(names)} | {len(run)} | {right} | {f'{right / len(run):.0%}' if run else ''} |")
     if unknown:
-        lines.append(f"| {WITHOUT} | {len(unknown)} | 0 | 0% |")
-    return lines
+        lines.append(f"| {WITHOUT} | {len(unknown)} | 0 | 0 | |")
+    return lines + _incomplete([name for names in groups.values() for name in names], rows)
+
+
+def _incomplete(names: list[str], rows: dict[str, Row]) -> list[str]:
+    """Say what the reader of a page must know that was not made in one go."""
+    found = [rows[name] for name in names if name in rows]
+    short, states = sum(row["right"] and row["until"] != STAGES[-1] for row in found), len({row["sources"] for row in found})
+    said = [f"{len(names) - len(found)} configurations were not run"] if len(found) < len(names) else []
+    said += [f"{short} were tried up to a stage only"] if short else []
+    said += [f"the rows are of {states} states of the sources"] if states > 1 else []
+    return ["", f"Not complete: {', '.join(said)}. `make support` goes on."] if said else []
 
 
 def _line(name: str, row: Row | None, note: str) -> str:

@@ -421,7 +421,13 @@ def z_image_inputs(size: Size) -> dict[str, Any]:
     return tuples(x=images, t=steps(size, 1.0), cap_feats=[normal(size.text, TEXT_DIM, seed=3 + i) for i in range(size.batch)])
 
 
-@configuration(GROUP, z_image_inputs, REFINED, sizes=(SIZES[0]._replace(height=8, width=12), SIZES[1]), note="lists of images, padded")
+@configuration(
+    GROUP,
+    z_image_inputs,
+    REFINED,
+    sizes=(SIZES[0]._replace(height=8, width=12), SIZES[1]._replace(height=16, width=10)),
+    note="lists of images; multiples of 32 tokens, others are padded",
+)
 def ZImageTransformer2DModel() -> nn.Module:
     options = {"dim": WIDTH, "n_layers": 1, "n_refiner_layers": 1, "n_heads": HEADS, "n_kv_heads": HEADS, "in_channels": CHANNELS}
     rope = {"axes_dims": [4, 6, 6], "axes_lens": [128, 32, 32]}

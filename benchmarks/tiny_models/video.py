@@ -515,7 +515,14 @@ def hunyuan15_inputs(size: Size) -> dict[str, Any]:
     }
 
 
-@configuration(JOINT_GROUP, hunyuan15_inputs, {"transformer_blocks.*": REWRITE, "context_embedder*": TEXT}, **CLIP)
+@configuration(
+    JOINT_GROUP,
+    hunyuan15_inputs,
+    {"transformer_blocks.*": REWRITE, "context_embedder*": TEXT},
+    **CLIP,
+    error="control flow",
+    note="whether the picture's embedding is zero decides the control flow",
+)
 def HunyuanVideo15Transformer3DModel() -> nn.Module:
     more = {"text_embed_2_dim": 20, "image_embed_dim": 22, "target_size": 16, "task_type": "t2v", "patch_size": 1}
     return make(diffusers.HunyuanVideo15Transformer3DModel, **HUNYUAN, **more)
