@@ -229,7 +229,11 @@ def test_sample_says_what_it_cannot_sample(run, converted, tmp_path, options, me
         (("inspect", "demo/mm-dit", "--set", "include=*"), 1, "error: --set include=*: this is the option --include"),
         (("inspect", "demo/mm-dit", "--set", "reduction=[2"), 1, "the value is not valid YAML"),
         (("inspect", "demo/mm-dit", "--design", "edti"), 1, "error: unknown design 'edti': did you mean 'edit'? there are: edit, mm-edit"),
-        (("inspect", "--model", "demo/mm-dit", "--size", "big"), 2, "'big' is neither PX nor HEIGHTxWIDTH nor, of videos, FRAMESxHEIGHTxWIDTH"),
+        (
+            ("inspect", "--model", "demo/mm-dit", "--size", "big"),
+            2,
+            "'big' is neither PX nor HEIGHTxWIDTH nor, of videos, FRAMESxHEIGHTxWIDTH",
+        ),
         (("inspect",), 2, "give one model, as MODEL or as --model MODEL"),
         (("inspect", "demo/dit", "--model", "demo/mm-dit"), 2, "give one model, as MODEL or as --model MODEL"),
         (("inspct", "demo/dit"), 2, "No such command 'inspct'"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_compile.adapters.family import VAE_SCALE, InputSizes, Size, TextToImageFamily
+from edit_compile.adapters.family import VAE_SCALE, Extent, InputSizes, Size, TextToImageFamily
 from edit_compile.adapters.packing import pack, position_ids, unpack
 
 PATCH = 2
@@ -48,7 +48,7 @@ class Flux(TextToImageFamily):
         )
         return unpack(tokens_BNC, (rows, columns), PATCH)
 
-    def latents(self, inputs: Mapping[str, Any], grid: Size) -> Tensor:
+    def latents(self, inputs: Mapping[str, Any], grid: Extent) -> Tensor:
         return unpack(inputs["hidden_states"], grid, PATCH)
 
     def encode_captions(self, pipe: Any, captions: list[str], options: dict[str, Any]) -> dict[str, Tensor]:

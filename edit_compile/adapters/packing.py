@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edit_compile.adapters.family import Size
+from edit_compile.adapters.family import Extent
 
 
 def pack(x_BCHW: Tensor, patch: int) -> Tensor:
@@ -15,7 +15,7 @@ def pack(x_BCHW: Tensor, patch: int) -> Tensor:
     return patches.flatten(2).transpose(1, 2)
 
 
-def unpack(tokens_BNC: Tensor, grid: Size, patch: int) -> Tensor:
+def unpack(tokens_BNC: Tensor, grid: Extent, patch: int) -> Tensor:
     """Undo `pack`, given (rows, columns)."""
     patches = tokens_BNC.transpose(1, 2)
     latents: Tensor = F.pixel_shuffle(patches.reshape(*patches.shape[:2], *grid), patch)

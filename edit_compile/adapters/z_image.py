@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.family import VAE_SCALE, InputSizes, Size, TextToImageFamily
+from edit_compile.adapters.family import VAE_SCALE, Extent, InputSizes, TextToImageFamily
 
 PATCH = 2
 
@@ -41,7 +41,7 @@ class ZImage(TextToImageFamily):
         )
         return -torch.stack(list(velocities))[:, :, 0]
 
-    def latents(self, inputs: Mapping[str, Any], grid: Size) -> Tensor:
+    def latents(self, inputs: Mapping[str, Any], grid: Extent) -> Tensor:
         return torch.stack(inputs["x"])[:, :, 0]
 
     def encode_captions(self, pipe: Any, captions: list[str], options: dict[str, Any]) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ def _unfold_heads(attention: fx.Node) -> bool:
     with graph.inserting_before(attention):
         unfolded = [_unfolded(emit, each, heads) if isinstance(each, fx.Node) else each for each in attention.args[:4]]
         new = graph.call_function(SDPA, (*unfolded, *attention.args[4:]), attention.kwargs)
-        new.meta = {**attention.meta, "val": _value(attention).unflatten(0, (-1, heads))}
+        new.meta = {**attention.meta, "val": aten.unflatten.int(_value(attention), 0, (-1, heads))}
         result = emit(aten.flatten.using_ints, new, 0, 1) if heads > 1 else emit(aten.squeeze.dim, new, 1)
     attention.replace_all_uses_with(result)
     graph.erase_node(attention)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, fx
 from edit_compile.errors import GridError
 from edit_compile.ir.size_expressions import evaluator, symbols_in
 from edit_compile.passes.axes.algebra import expression, hint
-from edit_compile.passes.graph_walk import writes_into_operand
+from edit_compile.torch_internals import writes_into_operand
 
 _SCALES = (1, 2, 8)  # of the example's sizes
 _MOST_NUMBERS = 1 << 25  # in one tensor
@@ -123,4 +122,4 @@ def _called(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         kwargs = {**kwargs, "device": "cpu"}
     args = tuple("cpu" if isinstance(each, torch.device) else each for each in args)
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
-    return operator.getitem(*args) if target is operator.getitem else target(*args, **kwargs)
+    return target(*args, **kwargs)

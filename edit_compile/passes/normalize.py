@@ -167,7 +167,7 @@ def _nearest_of_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
 def _generalize_constant(node: fx.Node, reference: fx.Node, dtype: torch.dtype) -> None:
     changed = dict(node.kwargs)
     with node.graph.inserting_before(node):
-        if torch.device(node.kwargs["device"] or "cpu").type == "meta":
+        if torch.device(str(node.kwargs["device"] or "cpu")).type == "meta":
             changed["device"] = node.graph.call_function(getattr, (reference, "device"))
         if node.kwargs.get("dtype") is dtype:
             changed["dtype"] = node.graph.call_function(getattr, (reference, "dtype"))

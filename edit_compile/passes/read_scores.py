@@ -5,7 +5,7 @@ Every dimension has a name, so that heads, queries and keys may stand in any ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -265,7 +265,7 @@ def _read_inserted(node: fx.Node) -> Scores:
     return replace(scores, names=(*scores.names[:dim], *scores.names[dim + 1 :])) if gone else scores
 
 
-_READERS: dict[str, Any] = {
+_READERS: dict[str, Callable[[fx.Node], Scores]] = {
     "mul": _read_scaled,
     "div": _read_scaled,
     "add": _read_added,

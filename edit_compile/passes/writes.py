@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from edit_compile.passes.graph_walk import op_name, writes_into_operand
+from edit_compile.passes.graph_walk import op_name
 from edit_compile.passes.op_traits import VIEW_OPS
+from edit_compile.torch_internals import writes_into_operand
 
 aten = torch.ops.aten
 _MAY_RETURN_THEIR_OPERAND = VIEW_OPS | frozenset("to type_as dropout expand expand_as view_as reshape_as narrow ravel".split())  # noqa: SIM905
