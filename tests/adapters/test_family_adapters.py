@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from diffusers import FluxPipeline
 import edit_compile as ec
 import families
 import pipelines
+from edit_compile import adapters
 from edit_compile.adapters import dit, flux, pixart, sd3, timm_vit
 from edit_compile.adapters.denoise import denoise, random_batch
 from edit_compile.adapters.family import DiffusionFamily, Family, TextToImageFamily, known_classes, lookup_family
 from edit_compile.adapters.inputs import inputs_for_size
 from edit_compile.adapters.load_model import load_model
+from edit_compile.adapters.packing import pack, position_ids, unpack
 from edit_compile.demo import models as demo
 
 CPU = torch.device("cpu")
@@ -35,7 +38,8 @@ def test_every_class_finds_its_family_and_so_do_classes_derived_from_it():
 
 
 def test_known_classes_are_those_that_offer_the_part():
-    assert known_classes(TextToImageFamily) == "PixArtTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel"
+    generative = ("PixArt", "SD3", "Flux", "Flux2", "QwenImage", "ZImage", "HunyuanImage")
+    assert known_classes(TextToImageFamily) == ", ".join([*(f"{name}Transformer2DModel" for name in generative), "WanTransformer3DModel"])
     assert known_classes(DiffusionFamily) == f"{known_classes(TextToImageFamily)}, DiTTransformer2DModel"
     assert known_classes(Family) == f"{known_classes(DiffusionFamily)}, VisionTransformer"
 
@@ -59,10 +63,10 @@ def test_denoise_gives_a_prediction_of_the_latents_shape(name):
 
 def test_flux_packs_and_numbers_as_its_pipeline():
     x = torch.randn(2, 4, 6, 10)
-    tokens = flux.pack(x)
+    tokens = pack(x, flux.PATCH)
     assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 4, 6, 10))
-    assert torch.equal(flux.unpack(tokens, (3, 5)), x)
-    assert torch.equal(flux.image_ids(3, 5), FluxPipeline._prepare_latent_image_ids(2, 3, 5, CPU, torch.float32))
+    assert torch.equal(unpack(tokens, (3, 5), flux.PATCH), x)
+    assert torch.equal(position_ids(3, 5, 1, 0), FluxPipeline._prepare_latent_image_ids(2, 3, 5, CPU, torch.float32))
 
 
 def test_flux_is_called_as_its_pipeline_calls_it():
@@ -70,27 +74,15 @@ def test_flux_is_called_as_its_pipeline_calls_it():
     pipe = pipelines.flux_pipeline()
     recorded = ec.record(pipe, prompt="a cat", height=32, width=48, max_sequence_length=20)
     with torch.no_grad():
-        expected = flux.unpack(pipe.transformer(**recorded)[0], (4, 6))
-        x = flux.unpack(recorded["hidden_states"], (4, 6))
+        expected = unpack(pipe.transformer(**recorded)[0], (4, 6), flux.PATCH)
+        x = unpack(recorded["hidden_states"], (4, 6), flux.PATCH)
         conditions = {name: recorded[name] for name in ("encoder_hidden_states", "pooled_projections", "guidance")}
         torch.testing.assert_close(denoise(pipe.transformer, x, 1000 * recorded["timestep"], conditions), expected)
 
 
 def test_neither_diffusers_nor_timm_is_imported_with_the_adapters():
-    modules = (
-        "denoise",
-        "dit",
-        "encoders",
-        "flux",
-        "inputs",
-        "load_model",
-        "noise_schedule",
-        "pixart",
-        "record_inputs",
-        "sampling",
-        "sd3",
-        "timm_vit",
-    )
+    modules = sorted(path.stem for path in Path(adapters.__file__).parent.glob("*.py"))
+    assert len(modules) > 15
     imports = "; ".join(f"import edit_compile.adapters.{name}" for name in modules)
     code = f"import sys; {imports}; print([name for name in ('diffusers', 'timm', 'huggingface_hub') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
