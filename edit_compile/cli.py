@@ -184,6 +184,7 @@ def inspect(
     text: int | None,
 ) -> None:
     """Show what would be done to a model, site by site, and why; what it adds and saves. Needs no weights."""
+    from edit_compile.adapters.family import lookup_family
     from edit_compile.adapters.load_model import load_model
     from edit_compile.api import plan_and_convert
     from edit_compile.bench import cost
@@ -191,10 +192,13 @@ def inspect(
 
     loaded = load_model(model, structure_only=True)
     plan, student = plan_and_convert(loaded, config, example_inputs)
-    costs = cost(student, sizes or None, text=text) if student is not None else None
+    priced = lookup_family(loaded.model) is not None or loaded.pipeline is not None
+    costs = cost(student, sizes or None, text=text, pipeline=loaded.pipeline) if student is not None and priced else None
     _show(plan, as_json, {"source": loaded.source, "cost": costs and cost_summary(costs)})
     if costs and not as_json:
         _console().print(cost_table(costs))
+    if sizes and not priced:
+        click.echo("FLOPs are counted only of known models and pipelines: no adapter makes this model's inputs at another size", err=True)
 
 
 @main.command()
@@ -263,16 +267,23 @@ def _check_folder(folder: Path) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--base", help="the base pipeline: hub id or folder; default: as the checkpoint says")
 @_dtype_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="the PNG, JPEG or WebP file to write")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="the PNG, JPEG, WebP or GIF file to write; videos move in a GIF"
+)
 @_errors_in_one_line
 def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Path, **options: Any) -> None:
-    """Sample from teacher and student with the same noise and show their images side by side."""
+    """Sample from teacher and student with the same noise and show their images or videos side by side.
+
+    FOLDER is a checkpoint, or demo/NAME for the samples of a demo model alone.
+    """
     from edit_compile.report.compare_samples import sample as sample_both
     from edit_compile.report.image_grid import image_format
 
     image_format(output)
-    sample_both(folder, prompts, base=base, **options).save(output)
-    click.echo(f"teacher and student for {len(prompts)} prompt{'s' * (len(prompts) > 1)}, saved to {output}", err=True)
+    made = sample_both(folder, prompts, base=base, **options)
+    made.save(output)
+    who = "teacher and student" if made.student else folder
+    click.echo(f"{who} for {len(prompts)} prompt{'s' * (len(prompts) > 1)}, saved to {output}", err=True)
 
 
 @main.command()

@@ -16,8 +16,8 @@ from torch import nn
 import edit_compile as ec
 from edit_compile.adapters.load_model import load_model
 from edit_compile.cli import main as command_line
-from edit_compile.demo import models, shapes
-from edit_compile.demo.prompt_adherence import held_out_scenes, prompt_adherence
+from edit_compile.demo import models, motion, shapes
+from edit_compile.demo.prompt_adherence import held_out_clips, held_out_scenes, prompt_adherence
 from edit_compile.report.image_grid import image_grid, save_image
 from edit_compile.report.tables import speed_table
 
@@ -48,6 +48,7 @@ def main() -> None:
     run("inspect", "--model", MODEL)
     run("convert", "--model", MODEL, "-o", str(out / "converted"), "--overwrite")
     run("distill", "demo-mm-dit", *SHORTER, "-o", str(out / "distilled"))
+    run("sample", f"demo/{models.VIDEO_NAME}", "--prompt", motion.caption(held_out_clips(1)[0]), "-o", str(out / "video.gif"))
 
     teacher = load_model(MODEL).model
     columns = {"teacher": teacher, "untrained": ec.load(out / "converted"), "distilled": ec.load(out / "distilled")}
@@ -67,7 +68,7 @@ def main() -> None:
     student = columns["distilled"]
     speed = ec.compare_speed(student, [(side, side) for side in SIDES], inputs_for=functools.partial(denoising_inputs, student))
     console.print(speed_table(speed))
-    console.print(f"Images: {out / 'grid.png'}. Distilled model: edit_compile.load('{out / 'distilled'}')")
+    console.print(f"Images: {out / 'grid.png'}, {out / 'video.gif'}. Distilled model: edit_compile.load('{out / 'distilled'}')")
 
 
 if __name__ == "__main__":

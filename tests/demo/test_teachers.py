@@ -13,7 +13,14 @@ from edit_compile.demo.prompt_adherence import held_out_scenes, prompt_adherence
 MOST_BYTES = 8 * 10**6
 
 
-@pytest.mark.parametrize(("name", "kind"), [("mm-dit", diffusers.SD3Transformer2DModel), ("dit", diffusers.PixArtTransformer2DModel)])
+KINDS = {
+    "mm-dit": diffusers.SD3Transformer2DModel,
+    "dit": diffusers.PixArtTransformer2DModel,
+    "video-dit": diffusers.WanTransformer3DModel,
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_it_is_small_and_diffusers_loads_it(name, kind):
     folder = models.folder(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
