@@ -5,6 +5,7 @@ pyproject.toml pins torch below the first version on which they have not been ch
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import os
@@ -304,37 +305,82 @@ def _number_type(plain: type, symbolic: Callable[[Any], Any]) -> Any:
 _ANALYSIS = ("evaluate_expr", "_maybe_evaluate_static", "simplify", "replace", "produce_guards_verbose")  # where sympy is called from
 
 
-@contextmanager
-def on_symbolic_analysis(report: Callable[[float], None]) -> Iterator[None]:
-    """Call a function inside, in this thread, after every question to a graph's sizes, with the seconds of computing since the last.
+class SymbolicAnalysis:
+    """The questions to a graph's symbolic sizes, of one thread.
 
-    It may raise, which ends the capture.
+    Attributes:
+        thread: whose.
+        seconds: of computing, for all that are answered.
+        began: when the one that is being answered began, on the thread's own clock of computing; None between questions.
+    """
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.seconds = 0.0
+        self.began: float | None = None
+
+    def seconds_so_far(self) -> float:
+        """Return the seconds of computing, with those of a question that is not answered yet. Any thread may ask."""
+        began = self.began
+        return self.seconds if began is None else self.seconds + _computed(self.thread) - began
+
+
+def _computed(thread: int) -> float:
+    """Return the seconds that a thread has computed; where the system does not tell, the time of day."""
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(thread))
+    except (AttributeError, OSError):
+        return time.monotonic()
+
+
+@contextmanager
+def timing_symbolic_analysis(report: Callable[[float], None]) -> Iterator[SymbolicAnalysis]:
+    """Measure symbolic analysis inside, in this thread.
+
+    Args:
+        report: called in this thread after each question with the seconds so far. It may raise, which ends the capture.
     """
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    here, depth = threading.get_ident(), [0]
-    began = [0.0]
+    found = SymbolicAnalysis()
 
     def timed(question: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(question)
         def asked(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != here:
+            if found.began is not None or threading.get_ident() != found.thread:  # part of a question, or another's
                 return question(*args, **kwargs)
-            if depth[0] == 0:
-                began[0] = time.thread_time()
-            depth[0] += 1
+            found.began = _computed(found.thread)
             try:
                 return question(*args, **kwargs)
             finally:
-                depth[0] -= 1
-                now = time.thread_time()
-                seconds, began[0] = now - began[0], now
-                report(seconds)
+                found.seconds += _computed(found.thread) - found.began
+                found.began = None
+                report(found.seconds)
 
         return asked
 
     with _patched(ShapeEnv, **{name: timed(vars(ShapeEnv)[name]) for name in _ANALYSIS if name in vars(ShapeEnv)}):
-        yield
+        yield found
+
+
+_PURE = (f"{os.sep}sympy{os.sep}", f"torch{os.sep}utils{os.sep}_sympy{os.sep}")  # folders of functions that leave nothing half done
+
+
+def raise_in_sympy(thread: int, error: type[BaseException]) -> bool:
+    """Raise an exception in another thread if it is computing with symbols right now, and not otherwise; say whether.
+
+    Looking into a thread that exports keeps its tensors alive longer and makes constants of them: what it exports is spoilt.
+    """
+    frame = sys._current_frames().get(thread)
+    if frame is None or not any(part in frame.f_code.co_filename for part in _PURE):
+        return False
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+    return True
+
+
+def withdraw(thread: int) -> None:
+    """Take back an exception that was to be raised in a thread and has not been."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
 
 
 class SymbolicShapes:

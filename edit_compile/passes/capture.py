@@ -43,7 +43,7 @@ from edit_compile.torch_internals import TORCH_FOLDER, drop_size_checks, known_s
 log = logging.getLogger(__name__)
 
 PROBE_DTYPE = torch.bfloat16
-SECONDS, MODULES_PER_SECOND = 20.0, 40  # of computing, for the symbolic analysis of a module, and more for what it is made of
+SECONDS, MODULES_PER_SECOND = 12.0, 40  # of computing, for the symbolic analysis of a module, and more for what it is made of
 _UNHASHABLE = "unhashable type: non-nested SymInt"
 _OWN_FOLDER = f"{Path(__file__).parent}{os.sep}"
 

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-from edit_compile.torch_internals import on_symbolic_analysis
+from edit_compile.torch_internals import SymbolicAnalysis, raise_in_sympy, timing_symbolic_analysis, withdraw
 
 log = logging.getLogger(__name__)
 
-_WORD = 15.0  # seconds between two words
+_STEP, _WORD = 0.5, 15.0  # seconds between two looks, and between two words
 
 
 class OutOfTime(BaseException):
     """Ends a capture whose symbolic analysis has taken all its time; not an Exception, which torch's own code would handle."""
-
-
-@dataclass
-class _Watch:
-    """What a capture has taken so far. It is asked in the capture's own thread: looking on from another changes what export records."""
-
-    what: str
-    limit: float | None
-    spent: float = 0.0
-    start: float = field(default_factory=time.monotonic)
-    said: float = field(default_factory=time.monotonic)
-
-    def add(self, seconds: float) -> None:
-        """Add seconds of symbolic analysis.
-
-        Raises:
-            OutOfTime: the limit is reached.
-        """
-        self.spent += seconds
-        now = time.monotonic()
-        if now - self.said > _WORD:
-            self.said = now
-            self._say(now - self.start)
-        if self.limit is not None and self.spent > self.limit:
-            raise OutOfTime
-
-    def _say(self, seconds: float) -> None:
-        limit = f"; the sizes of the example are taken as they are after {self.limit:.0f} s of symbolic analysis" if self.limit else ""
-        log.warning("capturing %s: %.0f s so far%s", self.what, seconds, limit)
 
 
 @contextmanager
@@ -59,5 +30,38 @@ def watched(what: str, limit: float | None = None) -> Iterator[None]:
     Raises:
         OutOfTime: the limit is reached.
     """
-    with on_symbolic_analysis(_Watch(what, limit).add):
+
+    def check(seconds: float) -> None:
+        if limit is not None and seconds > limit:
+            raise OutOfTime
+
+    with timing_symbolic_analysis(check) as analysis, _watcher(what, limit, analysis):
         yield
+
+
+@contextmanager
+def _watcher(what: str, limit: float | None, analysis: SymbolicAnalysis) -> Iterator[None]:
+    """Speak up while the caller waits, and end a single question that takes longer than the limit."""
+    done, lock = threading.Event(), threading.Lock()
+
+    def watch() -> None:
+        start = said = time.monotonic()
+        while not done.wait(_STEP):
+            now = time.monotonic()
+            if now - said > _WORD:
+                said = now
+                then = f"; the sizes of the example are taken as they are after {limit:.0f} s of symbolic analysis" if limit else ""
+                log.warning("capturing %s: %.0f s so far%s", what, now - start, then)
+            with lock:
+                if limit is not None and not done.is_set() and analysis.began is not None and analysis.seconds_so_far() > limit:
+                    raise_in_sympy(analysis.thread, OutOfTime)
+
+    thread = threading.Thread(target=watch, name="edit_compile capture", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with lock:
+            done.set()
+            withdraw(analysis.thread)
+        thread.join()
