@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.family import Size, TextToImageFamily, known_classes, lookup_family
+from edit_compile.adapters.family import Size, TextToImageFamily, known_classes, lookup_family, makes_videos
 from edit_compile.adapters.hub_access import hub_access
 from edit_compile.adapters.latents import decode, encode
 from edit_compile.adapters.pipelines import dtype_kwarg, load_diffusers_pipeline
@@ -122,11 +122,12 @@ def make_encoder(
         text_tokens: the pipeline's `max_sequence_length`; None for its default.
 
     Raises:
-        DistillError: the pipeline is not known or cannot be loaded, or how captions reach the model is not known.
+        DistillError: the model makes videos, the pipeline is not known or cannot be loaded, or how captions reach the model is not known.
     """
+    if makes_videos(model):
+        kind = "moving-shapes" if base in demo.SOURCES else "pipeline"
+        raise DistillError(f"{base or type(model).__name__} makes videos, and these data are images; use data of kind {kind}")
     if base in demo.SOURCES:
-        if demo.draws_video(model):
-            raise DistillError(f"{base} makes videos, and these data are images; use data of kind moving-shapes")
         return DemoEncoder(model)
     if base is None:
         raise DistillError("images and captions need the model's pipeline, which is not known; use data of kind cached")

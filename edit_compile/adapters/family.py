@@ -177,6 +177,12 @@ def lookup_family(model: nn.Module) -> Family | None:
     return _family(name) if name is not None else None
 
 
+def makes_videos(model: nn.Module) -> bool:
+    """Return whether a model is known, and known to make videos."""
+    family = lookup_family(model)
+    return family is not None and family.default_frames(model) is not None
+
+
 def known_classes(kind: type) -> str:
     """List the model classes whose family is of a kind, for error messages: "A, B, C"."""
     return ", ".join(name for name in _MODULES if isinstance(_family(name), kind))

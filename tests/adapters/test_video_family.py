@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from edit_compile.adapters.denoise import denoise, random_batch
+from edit_compile.adapters.encoders import make_encoder
 from edit_compile.adapters.inputs import default_sizes, example_inputs, inputs_for_size
 from edit_compile.demo import models
-from edit_compile.errors import GridError
+from edit_compile.errors import DistillError, GridError
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,16 @@ def test_latents_of_a_full_size_model_are_compressed_in_time():
     assert inputs_for_size(model, 480, 832, frames=5).grid == (2, 30, 52)
     with pytest.raises(GridError, match="does not support 80 frames; it is usually used with 81"):
         inputs_for_size(model, 720, 1280, frames=80)
+
+
+def test_data_of_images_are_refused(video):
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        wan = WanTransformer3DModel(num_layers=1)
+    for model, base, kind in ((video, f"demo/{models.VIDEO_NAME}", "moving-shapes"), (wan, "some/pipeline", "pipeline")):
+        with pytest.raises(DistillError, match=f"{base} makes videos, and these data are images; use data of kind {kind}"):
+            make_encoder(model, base, torch.device("cpu"), torch.float32, None)
 
 
 def test_a_model_of_images_takes_no_frames():

@@ -64,8 +64,9 @@ class PromptsData(DataConfig):
         """Open the prompts, with an encoder and a sampler."""
         named = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "max_sequence_length": self.text_tokens}
         options = {name: value for name, value in named.items() if value is not None}
+        encoder = encoder_for(context, self.text_tokens)
         sample = make_sampler(context.model, context.base, context.device, context.dtype, options)
-        return PromptDataset(self, context.model, encoder_for(context, self.text_tokens), sample, context.seed)
+        return PromptDataset(self, context.model, encoder, sample, context.seed)
 
 
 def read_prompts(path: Path) -> list[str]:
