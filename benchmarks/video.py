@@ -4,7 +4,8 @@
 (sum |student - teacher|^2 / sum |teacher - mean|^2, over all timesteps) of the converted model and of the distilled one, and how many
 held-out captions their clips obey, read back by the checker of `edit_compile.demo.motion`. Teacher and students draw from the same noise.
 
-Finished runs are kept in `OUT`, so a rerun continues; `OUT/table.md` and `OUT/table.json` are written anew after each.
+Finished runs are kept in `OUT`, so a rerun continues, and `--temporal` and `--seeds` may ask for some of them at a time; `OUT/table.md`
+and `OUT/table.json`, of all that are there, are written anew after each.
 """
 
 from __future__ import annotations
@@ -54,13 +55,11 @@ def run(temporal: str, seed: int, folder: Path, clips: int, overrides: Sequence[
     if not finished.exists():
         recipe = load_recipe(RECIPE, [*overrides, f"convert.temporal={temporal}", f"seed={seed}"])
         drawn_before = motion_adherence(make_student(recipe).model, clips)
-        if not (folder / "result.json").exists():
-            distill(recipe, folder, resume=(folder / "checkpoints").exists())
+        unfinished = not (folder / "result.json").exists()
+        student = distill(recipe, folder, resume=(folder / "checkpoints").exists()).student if unfinished else ec.load(folder)
         result = json.loads((folder / "result.json").read_text())
-        errors = result["held_out_error"]
-        made = Run(
-            errors["before"]["total"], errors["after"]["total"], drawn_before, motion_adherence(ec.load(folder), clips), result["seconds"]
-        )
+        before, after = (result["held_out_error"][name]["total"] for name in ("before", "after"))
+        made = Run(before, after, drawn_before, motion_adherence(student, clips), result["seconds"])
         finished.write_text(json.dumps(asdict(made), indent=2))
     return Run.read(finished)
 
@@ -108,12 +107,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     teacher = of_teacher(args.out, args.clips)
-    runs: dict[str, list[Run]] = {}
     for seed in range(args.seeds):
         for temporal in args.temporal:
-            made = run(temporal, seed, args.out / f"{temporal}-{seed}", args.clips, args.overrides)
-            runs.setdefault(temporal, []).append(made)
-            content = {"teacher": asdict(teacher), "runs": {name: [asdict(one) for one in found] for name, found in runs.items()}}
+            run(temporal, seed, args.out / f"{temporal}-{seed}", args.clips, args.overrides)
+            found = {name: [Run.read(path) for path in sorted(args.out.glob(f"{name}-*/benchmark.json"))] for name in TEMPORAL}
+            runs = {name: some for name, some in found.items() if some}
+            content = {"teacher": asdict(teacher), "runs": {name: [asdict(one) for one in some] for name, some in runs.items()}}
             (args.out / "table.json").write_text(json.dumps(content, indent=2))
             (args.out / "table.md").write_text(table(teacher, runs))
             print(table(teacher, runs), flush=True)

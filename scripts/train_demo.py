@@ -1,9 +1,9 @@
 """Train a demo model from scratch: `python scripts/train_demo.py mm-dit --out runs/mm-dit`.
 
-Rectified flow on procedural images, with Muon for the blocks' matrices and AdamW for the rest, at a constant rate that
+Rectified flow on procedural images or clips, with Muon for the blocks' matrices and AdamW for the rest, at a constant rate that
 falls to zero in the last third, and an EMA of the weights. The run is seeded. Every `--save-every` steps its state is
 saved to `OUT/state.safetensors` (atomically), from which a rerun of the same command continues. The EMA weights are
-written to `OUT/model` in diffusers' folder format. One CPU core does about 2 steps a second.
+written to `OUT/model` in diffusers' folder format. One CPU core does about 2 steps a second, 4 of video-dit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edit_compile.demo import models, motion, shapes
 from edit_compile.demo.prompt_adherence import motion_adherence, prompt_adherence
 
 COOL_DOWN = 1 / 3
-STEPS = {"mm-dit": 4_500, "dit": 3_500, "video-dit": 6_000}
+STEPS = {"mm-dit": 4_500, "dit": 3_500, "video-dit": 3_600}
 BATCH = {"mm-dit": 16, "dit": 16, "video-dit": 8}
 SIGMA_SHIFT = {"mm-dit": 0.0, "dit": 0.0, "video-dit": 0.5}  # equal frames show through more noise
 

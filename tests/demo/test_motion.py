@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models, motion, shapes, text
+from edit_compile.demo.prompt_adherence import motion_adherence
 
 
 def some_clips(count: int, seed: int = 3) -> list[motion.Clip]:
@@ -94,3 +96,11 @@ def test_the_video_model_samples_clips():
     clips = models.sample(model, ["a red circle moves left slowly on a black background"] * 2, steps=1)
     assert clips.shape == (2, 3, motion.FRAMES, motion.SIDE, motion.SIDE)
     assert torch.isfinite(clips).all()
+
+
+def test_the_trained_model_obeys_its_captions():
+    """`benchmarks/demo_models.py` measures 200 captions; these few catch a model that has come to harm."""
+    found = motion_adherence(load_model("demo/video-dit").model, 16, steps=15)
+    assert found.colour >= 0.9
+    assert found.shape >= 0.8
+    assert found.motion >= 0.7
