@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # torch.compile follows `ContextVar.get`
 TORCH_FOLDER = f"{Path(torch.__file__).parent}{os.sep}"  # the names of torch's own files begin with it
@@ -36,6 +38,31 @@ def is_compiled_module(module: torch.nn.Module) -> bool:
     """Say whether a module is what torch.compile makes of one, a wrapper with a forward of its own; only if dynamo is loaded."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     return frames is not None and isinstance(module, frames.OptimizedModule)
+
+
+class _AsWritten(torch.nn.Module):
+    """Stands for what torch.compile makes of a module: calls the module as it was written, found by its name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        inner = self.__dict__["_modules"]["_orig_mod"]
+        return inner if name == "_orig_mod" else getattr(inner, name)
+
+
+def open_compiled_modules(model: torch.nn.Module) -> None:
+    """Have a model call what torch.compile has wrapped in it by its name: export notes no module that is called in another way."""
+    for module in list(model.modules()):
+        if is_compiled_module(module):
+            module.__dict__.pop("forward", None)
+            module.__class__ = _AsWritten
+
+
+def compile_again(module: torch.nn.Module) -> None:
+    """Have what torch.compile made of a module call the module that it holds now."""
+    initialize: Any = vars(type(module))["_initialize"]
+    initialize(module)
 
 
 def mark_dynamic(tensor: Tensor) -> None:
@@ -160,6 +187,35 @@ def constants_of_any_kind() -> Iterator[None]:
         yield
 
 
+class _MakesConstants(TorchFunctionMode):
+    """Makes tensors of plain numbers on the CPU, in full precision, and brings them to their device and dtype after."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and args and _plain_numbers(args[0]):
+            return _constant(args[0], kwargs.pop("dtype", None), kwargs.pop("device", None))
+        if func is Tensor.new_tensor and len(args) == 2 and _plain_numbers(args[1]):
+            like, data = args
+            return _constant(data, kwargs.pop("dtype", None) or like.dtype, kwargs.pop("device", None) or like.device)
+        return func(*args, **kwargs)
+
+
+def _plain_numbers(data: Any) -> bool:
+    return all(isinstance(leaf, bool | int | float | complex) for leaf in pytree.tree_leaves(data))
+
+
+def _constant(data: Any, dtype: torch.dtype | None, device: Any) -> Tensor:
+    made = torch.tensor(data, dtype=torch.float64 if dtype is not None and dtype.is_floating_point else dtype, device="cpu")
+    return made.to(device=device or torch.get_default_device(), dtype=dtype)
+
+
+@contextmanager
+def constants_with_content() -> Iterator[None]:
+    """Keep the content of tensors that a forward makes of plain numbers, and their casts in the graph, inside."""
+    with _MakesConstants():
+        yield
+
+
 @contextmanager
 def eager_instead_of_compiled() -> Iterator[None]:
     """Run what torch.compile has wrapped as it was written, inside."""
@@ -249,7 +305,7 @@ def symbolic_math() -> Iterator[None]:
 
 @contextmanager
 def counting_plain_numbers(count: list[int]) -> Iterator[None]:
-    """Count in `count[0]` how often a symbolic number is made a plain one inside, by `int` or `float`; torch's own do not count."""
+    """Count in `count[0]` how often a symbolic number is made a plain one inside, by `int`, `float` or `len`; torch's own do not count."""
 
     def counted(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def function(size: Any) -> Any:
@@ -258,10 +314,17 @@ def counting_plain_numbers(count: list[int]) -> Iterator[None]:
 
         return function
 
+    length = Tensor.__len__
+
+    def counted_length(tensor: Tensor) -> int:
+        count[0] += is_symbolic(tensor.shape[0]) and not sys._getframe(1).f_code.co_filename.startswith(TORCH_FOLDER)
+        return length(tensor)
+
     with ExitStack() as stack:
         for kind in (torch.SymInt, torch.SymFloat):
             found = {name: counted(vars(kind)[name]) for name in ("__int__", "__float__") if name in vars(kind)}
             stack.enter_context(_patched(kind, **found))
+        stack.enter_context(_patched(Tensor, __len__=counted_length))
         yield
 
 
@@ -280,6 +343,11 @@ def symbolic_int() -> Any:
 def symbolic_float() -> Any:
     """Make a stand-in for `float` whose calls keep symbolic numbers symbolic."""
     return _number_type(float, torch.sym_float)
+
+
+def symbolic_len(sized: Any) -> Any:
+    """Do what `len` does, but keep a tensor's symbolic: `len` itself returns plain numbers alone."""
+    return sized.shape[0] if isinstance(sized, Tensor) and sized.ndim else len(sized)
 
 
 def _number_type(plain: type, symbolic: Callable[[Any], Any]) -> Any:

@@ -38,7 +38,7 @@ from edit_compile.ir.plan import Refusal
 from edit_compile.passes.capture_context import Relaxed, capturing, functions_called
 from edit_compile.passes.graph_walk import path_in_package
 from edit_compile.passes.time_limit import OutOfTime, watched
-from edit_compile.torch_internals import TORCH_FOLDER, drop_size_checks, known_size, writes_into_operand
+from edit_compile.torch_internals import TORCH_FOLDER, drop_size_checks, known_size, open_compiled_modules, writes_into_operand
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,9 @@ def meta_copy(module: nn.Module, dtype: torch.dtype | None = PROBE_DTYPE) -> nn.
     memo: dict[int, Any] = {}
     for tensor in _tensors_of(module):
         memo[id(tensor)] = _meta(tensor, dtype)
-    return copy.deepcopy(module, memo).eval()
+    copied = copy.deepcopy(module, memo)
+    open_compiled_modules(copied)
+    return copied.eval()
 
 
 def meta_inputs(inputs: Any, dtype: torch.dtype | None = PROBE_DTYPE) -> Any:

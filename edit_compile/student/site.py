@@ -16,7 +16,7 @@ from edit_compile.errors import RewriteError
 from edit_compile.passes.site_compiler import SiteForward
 from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.handle import Conversion, Generated
-from edit_compile.torch_internals import is_sharded
+from edit_compile.torch_internals import compile_again, is_compiled_module, is_sharded
 
 TEACHER = "_edit_teacher"
 _SETTABLE = ("training", "forward")  # attributes that act on a converted site as on any module
@@ -131,7 +131,10 @@ def convert_site(model: nn.Module, path: str, compiled: SiteForward, cls: type[n
     own.train(module.training)
     own.__dict__ |= {TEACHER: teacher.requires_grad_(False), "edit_conversion": conversion, "edit_grid_index": grid, "edit_path": path}
     owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, own)
+    holder = model.get_submodule(owner)
+    setattr(holder, name, own)
+    if is_compiled_module(holder):
+        compile_again(holder)
 
 
 def converted_sites(model: nn.Module) -> dict[str, ConvertedSite]:

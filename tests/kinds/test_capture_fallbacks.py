@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -152,6 +153,42 @@ class Compiled(Block):
 
 def test_compiled_methods_and_functions_are_captured_as_they_were_written() -> None:
     check(Image(Compiled()))
+
+
+class Holding(nn.Module):
+    """Holds attention in a wrapper of its own, as code does that compiles parts of a model where it builds it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * 1.5
+
+
+@pytest.mark.parametrize(
+    ("block", "path"),
+    [
+        (lambda: Holding(torch.compile(Block(), backend="eager")), "block.inner._orig_mod"),
+        (lambda: torch.compile(Holding(Block()), backend="eager"), "block._orig_mod.inner"),
+    ],
+)
+def test_attention_in_a_compiled_submodule_is_converted_and_stays_compiled(block: Callable[[], nn.Module], path: str) -> None:
+    model = Image(block())
+    plan = check(model)
+    assert [site.path for site in plan.sites] == [path]
+    student = ec.linearize(model, plan=plan)
+    x = torch.randn(2, 4, 8, 12)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), ec.grid(student, 4, 6):
+        expected = student(x)
+    with torch.no_grad(), ec.grid(student, 4, 6):
+        torch.testing.assert_close(student(x), expected)
+
+
+def test_a_module_compiled_in_place_is_converted() -> None:
+    block = Block()
+    block.compile(backend="eager")
+    assert [site.path for site in check(Image(block)).sites] == ["block"]
 
 
 # ------------------------------------------------------------------ sizes as plain numbers
