@@ -47,7 +47,7 @@ def test_the_command_makes_continues_and_verifies_a_cache(recipe, tmp_path):
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)
     assert (found["samples"], found["shards"], found["resolutions"]) == (5, 3, ["32x32", "16x24"])
-    assert "002.png: its caption cannot be encoded: the demo models do not know ['zebra']" in made.stderr
+    assert "002.png: its caption cannot be encoded: this demo model does not know ['zebra']" in made.stderr
     again = run(recipe, "-o", tmp_path / "cache", "--shard-size", 2)
     assert again.exit_code == 0
     assert "5 samples at 32x32, 16x24 px in 3 shards" in again.stdout
