@@ -183,7 +183,7 @@ def test_sample_writes_what_the_ending_says(run, converted, tmp_path):
         assert image.format == "JPEG"
     result = run("sample", converted[0], "--prompt", PROMPT, "-o", tmp_path / "grid.txt")
     assert result.exit_code == 1
-    assert "grid.txt: images are written as .png, .jpg, .jpeg, .webp, not as .txt" in result.stderr
+    assert "grid.txt: images are written as .png, .jpg, .jpeg, .webp, .gif, not as .txt" in result.stderr
 
 
 def test_sample_draws_teacher_and_student_side_by_side(run, converted, tmp_path):
