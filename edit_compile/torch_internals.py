@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # torch.compile follows `ContextVar.get`
 TORCH_FOLDER = f"{Path(torch.__file__).parent}{os.sep}"  # the names of torch's own files begin with it
+THIS_FILE = __file__
 NO_BACKWARD = -1  # what `backward_id` gives outside a backward pass
 ROOT_CALL = "_empty_nn_module_stack"  # the path that export notes for operations in no module's forward
 
@@ -180,13 +181,6 @@ def writes_into_operand(target: object) -> bool:
 # ------------------------------------------------------------------ while a model is captured
 
 
-@contextmanager
-def constants_of_any_kind() -> Iterator[None]:
-    """Let an export hold constants without content inside, as tensors made outside of its sight are."""
-    with torch._export.config.patch(error_on_lifted_constant_tensors=False):
-        yield
-
-
 class _MakesConstants(TorchFunctionMode):
     """Makes tensors of plain numbers on the CPU, in full precision, and brings them to their device and dtype after."""
 
@@ -314,7 +308,7 @@ def counting_plain_numbers(count: list[int]) -> Iterator[None]:
 
         return function
 
-    length = Tensor.__len__
+    length: Callable[[Tensor], int] = Tensor.__len__
 
     def counted_length(tensor: Tensor) -> int:
         count[0] += is_symbolic(tensor.shape[0]) and not sys._getframe(1).f_code.co_filename.startswith(TORCH_FOLDER)

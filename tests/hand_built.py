@@ -60,7 +60,7 @@ class Built:
 
 
 def captured(graph: fx.Graph, sources: dict[str, Source]) -> Capture:
-    return Capture(SimpleNamespace(graph_module=SimpleNamespace(graph=graph)), sources)
+    return Capture(SimpleNamespace(graph_module=SimpleNamespace(graph=graph), constants={}), sources)
 
 
 def run(graph: fx.Graph, *inputs: Tensor) -> tuple[Tensor, ...]:

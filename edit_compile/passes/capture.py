@@ -38,7 +38,7 @@ from edit_compile.ir.plan import Refusal
 from edit_compile.passes.capture_context import Relaxed, capturing, functions_called
 from edit_compile.passes.graph_walk import path_in_package
 from edit_compile.passes.time_limit import OutOfTime, watched
-from edit_compile.torch_internals import TORCH_FOLDER, drop_size_checks, known_size, open_compiled_modules, writes_into_operand
+from edit_compile.torch_internals import THIS_FILE, TORCH_FOLDER, drop_size_checks, known_size, open_compiled_modules, writes_into_operand
 
 log = logging.getLogger(__name__)
 
@@ -499,5 +499,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _innermost_user_frame(error: Exception) -> str | None:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((TORCH_FOLDER, _OWN_FOLDER))]
+    others = (TORCH_FOLDER, _OWN_FOLDER, THIS_FILE)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
     return f"{path_in_package(frames[-1].filename)}:{frames[-1].lineno} ({frames[-1].line})" if frames else None

@@ -23,12 +23,13 @@ from torch import nn
 from edit_compile.passes.native_attention import native_attention
 from edit_compile.torch_internals import (
     autocast_without_effect,
-    constants_of_any_kind,
+    constants_with_content,
     counting_plain_numbers,
     eager_instead_of_compiled,
     hashable_sizes,
     symbolic_float,
     symbolic_int,
+    symbolic_len,
     symbolic_math,
 )
 
@@ -44,7 +45,7 @@ class Relaxed:
 
     Attributes:
         hashable: sizes may be in sets, dicts' keys and caches; they are then fixed to the example's.
-        open_numbers: `int(size)` and `float(size)` in the model's own code stay symbolic.
+        open_numbers: `int(size)`, `float(size)` and `len(tensor)` in the model's own code stay symbolic.
         frozen: how often a size has been made a plain number; filled while capturing.
     """
 
@@ -65,7 +66,7 @@ def capturing(module: nn.Module, relaxed: Relaxed | None = None, *, one_device: 
     with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(native_attention())
         stack.enter_context(eager_instead_of_compiled())
-        stack.enter_context(constants_of_any_kind())
+        stack.enter_context(constants_with_content())
         stack.enter_context(autocast_without_effect())
         stack.enter_context(_caches_as_before())
         if one_device:
@@ -110,15 +111,15 @@ def _module(function: Any) -> str:
     return str(getattr(function, "__module__", None) or _NOT_OF_MODELS[0])
 
 
-# ------------------------------------------------------------------ int() and float()
+# ------------------------------------------------------------------ int(), float() and len()
 
 
 @contextmanager
 def _symbolic_numbers(module: nn.Module) -> Iterator[None]:
-    """Have `int` and `float` leave sizes symbolic in the files of a module's own packages."""
+    """Have `int`, `float` and `len` leave sizes symbolic in the files of a module's own packages."""
     packages = {type(each).__module__.partition(".")[0] for each in module.modules()}
     packages = {package for package in packages if _is_of_models(package)}
-    names: dict[str, Any] = {"int": symbolic_int(), "float": symbolic_float()}
+    names: dict[str, Any] = {"int": symbolic_int(), "float": symbolic_float(), "len": symbolic_len}
     changed: list[tuple[dict[str, Any], str]] = []
     try:
         for name, loaded in list(sys.modules.items()):

@@ -219,7 +219,7 @@ class InputContract:
             for leaf in self.leaves()
             if leaf.read and isinstance(leaf.node.meta.get("val"), torch.Tensor)
             for dim, size in enumerate(leaf.node.meta["val"].shape)
-            if type(size) is int and size > 1
+            if expression(size).isdigit() and int(expression(size)) > 1
         }
 
     def _surplus(self) -> dict[str, str]:

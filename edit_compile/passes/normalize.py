@@ -19,6 +19,8 @@ from edit_compile.passes.site_graph import Refused
 
 aten = torch.ops.aten
 _CASTS = ("to", "_to_copy")
+_COPIES_OF_CONSTANTS = (aten.clone.default, aten.lift_fresh_copy.default, aten.lift_fresh.default)
+MAX_NUMBERS = 4096  # in a tensor that a forward makes of plain numbers: more would make the source of its graph too long
 _META_OF_CALL = ("val", "nn_module_stack", "stack_trace")
 
 
@@ -30,7 +32,7 @@ def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()
             a projection itself.
 
     Raises:
-        Refused: the module makes a tensor constant in its forward.
+        Refused: the module reads a tensor that is none of its own: a global one, one in a list, or a large constant.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -39,7 +41,12 @@ def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()
     for old, new in mapping.items():
         new.meta = {key: old.meta[key] for key in _META_OF_CALL if key in old.meta}
         if old.op == "placeholder" and captured.source(old).kind != "input":
-            _replace_with_attribute(new, captured.source(old).name, module)
+            name = captured.source(old).name
+            constant = captured.program.constants.get(name)
+            if not _is_attribute(module, name) and isinstance(constant, Tensor) and _made_in_forward(new, constant):
+                _replace_with_values(new, constant)
+            else:
+                _replace_with_attribute(new, name, module)
     remove_dead(graph)
     recover_module_calls(graph, module, [mapping[node] for node in core])
     _differentiable_copies(graph)
@@ -67,14 +74,32 @@ def _differentiable_copies(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _replace_with_attribute(node: fx.Node, name: str, module: nn.Module) -> None:
+def _is_attribute(module: nn.Module, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     try:
-        found = isinstance(getattr(module.get_submodule(owner), leaf), Tensor)
+        return isinstance(getattr(module.get_submodule(owner), leaf), Tensor)
     except AttributeError:
-        found = False
-    if not found:
-        raise Refused(f"{type(module).__name__} makes a tensor constant {name!r} in its forward; register it as a buffer", node)
+        return False
+
+
+def _made_in_forward(node: fx.Node, constant: Tensor) -> bool:
+    """Say whether a constant is a small tensor that the forward makes of plain numbers: capture copies these, and no others."""
+    copied = all(user.target in _COPIES_OF_CONSTANTS for user in node.users)
+    return copied and not constant.is_meta and constant.numel() <= MAX_NUMBERS
+
+
+def _replace_with_values(node: fx.Node, constant: Tensor) -> None:
+    """Have the graph make a constant of its numbers, as the module's forward does."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(torch.tensor, (constant.tolist(),), {"dtype": constant.dtype})
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+
+
+def _replace_with_attribute(node: fx.Node, name: str, module: nn.Module) -> None:
+    if not _is_attribute(module, name):
+        raise Refused(f"{type(module).__name__} reads a tensor in its forward that is not its own; register it as a buffer", node)
     with node.graph.inserting_before(node):
         attribute = node.graph.get_attr(name)
     attribute.meta = dict(node.meta)

@@ -228,6 +228,43 @@ def test_a_site_that_is_given_an_object_is_kept_and_no_other(given):
     assert type(given).__name__ in plan.sites[0].reason
 
 
+# ------------------------------------------------------------------ what a forward makes of plain numbers
+
+
+class ByLength(Block):
+    """Reads the batch with `len`, which gives plain numbers alone."""
+
+    def forward(self, x):
+        q, k, v = (t.view(len(x), -1, HEADS, DIM).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Gains(Block):
+    """A gain by channel, written down in the forward."""
+
+    def forward(self, x):
+        return super().forward(x * torch.tensor([0.3, 0.7] * (WIDTH // 2), dtype=x.dtype, device=x.device))
+
+
+@pytest.mark.parametrize("block", [ByLength, Gains])
+def test_lengths_and_constants(block):
+    check_converted(Picture(block), "edit")
+
+
+class OneByOne(Block):
+    """Goes through the images of a batch, which fixes their number."""
+
+    def forward(self, x):
+        return torch.stack(list(super().forward(torch.stack(list(x)))))
+
+
+def test_a_batch_that_is_fixed_is_told():
+    student = ec.linearize(Picture(OneByOne).eval(), example_inputs=image(*SIZES[0]))
+    student(**image(2, 8, 5))
+    with pytest.raises(ec.RewriteError, match=r"x\.shape\[0\] != 2"):
+        student(**image(1, 8, 5))
+
+
 # ------------------------------------------------------------------ tables
 
 

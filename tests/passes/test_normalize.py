@@ -130,18 +130,34 @@ def test_a_submodule_of_two_tensors_or_two_results_is_not_raised():
     assert not any(n.op == "call_module" for n in graph.nodes)
 
 
-class MakesATensor(nn.Module):
+class ReadsATensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tables = [torch.ones(4)]
+
     def forward(self, x):
-        return x * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)
+        return x * self.tables[0]
 
 
-def test_a_tensor_made_in_forward_names_the_fix():
-    built = Built(PROBE_DTYPE)
-    x = built.input("x", 2, 4)
-    constant = built.parameter("lifted_tensor_0", 4)
-    built.output(built(aten.mul.Tensor, x, constant))
-    with pytest.raises(RewriteError, match="MakesATensor makes a tensor constant 'lifted_tensor_0' in its forward; register"):
-        normalize(built.capture(), MakesATensor())
+class MakesTensors(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=x.dtype, device=x.device) + torch.tensor([1, 2, 3, 4]) + x.new_tensor(0.7)
+
+
+def test_a_tensor_of_somebody_else_names_the_fix():
+    captured = capture(ReadsATensor(), {"x": torch.zeros(2, 4)}, functional=True)
+    with pytest.raises(RewriteError, match="ReadsATensor reads a tensor in its forward that is not its own; register it as a buffer"):
+        normalize(captured, ReadsATensor())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_of_plain_numbers_are_made_in_the_inputs_dtype(dtype):
+    """Capture in bfloat16 must not round them: 0.1 is the nearest number of the dtype that runs."""
+    graph = normalize(capture(MakesTensors(), {"x": torch.zeros(2, 4)}, functional=True), MakesTensors())
+    x = torch.randn(3, 4, dtype=dtype)
+    (result,) = fx.GraphModule({}, graph)(x)
+    assert result.dtype is dtype
+    torch.testing.assert_close(result, MakesTensors()(x), rtol=0, atol=0)
 
 
 def test_the_captured_graph_is_left_as_it_was():
