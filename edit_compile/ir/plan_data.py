@@ -13,7 +13,7 @@ PLAN_VERSION = 2
 KEEP = "keep"
 
 SiteKind = Literal["attention", "feed_forward"]
-MaskKind = Literal["none", "by_key", "by_query"]
+MaskKind = Literal["none", "by_key", "by_query", "bias"]
 
 
 class _Data(Frozen):

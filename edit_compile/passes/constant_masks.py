@@ -21,9 +21,9 @@ _SMALLER = (2, 4, 8, 16, 32)  # what the example's sizes are divided by if the m
 Sizes = Mapping[str, int]
 
 
-def computed_masks(mask: fx.Node) -> Iterator[Tensor]:
-    """Yield a mask's values at several sizes; nothing if it depends on an input's values, a weight or a random number."""
-    steps = _steps(mask)
+def computed_masks(mask: fx.Node, reader: fx.Node) -> Iterator[Tensor]:
+    """Yield a mask's values at several sizes, as `reader` finds them; nothing if they depend on an input's values, a weight or chance."""
+    steps = _steps(mask, reader)
     hints = _hints(mask.graph, steps) if steps is not None else None
     if steps is None or hints is None:
         return
@@ -34,8 +34,8 @@ def computed_masks(mask: fx.Node) -> Iterator[Tensor]:
         yield found[mask]
 
 
-def _steps(mask: fx.Node) -> list[fx.Node] | None:
-    """List what a mask is computed by, writes into it included, in order; None if it depends on more than sizes."""
+def _steps(mask: fx.Node, reader: fx.Node) -> list[fx.Node] | None:
+    """List what a mask is computed by, writes into it before it is read included, in order; None if it depends on more than sizes."""
     found: set[fx.Node] = set()
     pending = [mask]
     while pending:
@@ -46,7 +46,7 @@ def _steps(mask: fx.Node) -> list[fx.Node] | None:
             return None
         found.add(node)
         if not _is_size(node):
-            pending += [*node.all_input_nodes, *(user for user in node.users if _touches(user) and user < mask)]
+            pending += [*node.all_input_nodes, *(user for user in node.users if _touches(user) and user < reader)]
     return [node for node in mask.graph.nodes if node in found]
 
 

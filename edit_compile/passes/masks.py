@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from edit_compile.ir.plan import MaskKind
 from edit_compile.passes.axes.algebra import hint
 from edit_compile.passes.constant_masks import computed_masks
-from edit_compile.passes.graph_walk import op_name, shape_of
+from edit_compile.passes.graph_walk import op_name, shape_of, upstream
 from edit_compile.passes.op_traits import VIEW_OPS, is_pointwise
 from edit_compile.passes.read_scores import LOWEST_MASK
 
@@ -17,18 +17,34 @@ _KEEPS = VIEW_OPS | {"cat", "pad", "constant_pad_nd", "repeat_interleave", "to",
 _FOR_A_WHOLE_QUERY = ("add", "mul", "bitwise_and", "logical_and", "__and__")
 
 
-def mask_facts(mask: fx.Node | None) -> tuple[MaskKind, bool]:
-    """Tell what a mask (..., queries, keys) does, and whether it is causal. One that lets all keys take part is none."""
+def mask_facts(mask: fx.Node | None, reader: fx.Node) -> tuple[MaskKind, bool]:
+    """Tell what a mask (..., queries, keys) does, and whether it is causal. One that lets all keys take part is none.
+
+    Args:
+        reader: the attention, before which the mask may be written into.
+    """
     if mask is None:
         return "none", False
-    values = list(computed_masks(mask))
+    values = list(computed_masks(mask, reader))
     if not values:
-        return ("by_key" if same_for_all_queries(mask) else "by_query"), False
+        return _kind(mask, reader), False
     if all(map(_lets_all, values)):
         return "none", False
     if all(map(_is_causal, values)):
         return "none", True
     return ("by_key" if all(map(_has_equal_rows, values)) else "by_query"), False
+
+
+def _kind(mask: fx.Node, reader: fx.Node) -> MaskKind:
+    if same_for_all_queries(mask, reader):
+        return "by_key"
+    value = mask.meta.get("val")
+    return "bias" if isinstance(value, Tensor) and value.is_floating_point() and _is_learned(mask) else "by_query"
+
+
+def _is_learned(mask: fx.Node) -> bool:
+    """Say whether a mask is made of weights, as a bias for every pair of places is."""
+    return any(isinstance(each.meta.get("val"), nn.Parameter) for each in upstream(mask))
 
 
 def _lets_all(mask: Tensor) -> bool:
@@ -47,10 +63,14 @@ def _has_equal_rows(mask: Tensor) -> bool:
     return mask.ndim < 2 or torch.equal(mask, mask[..., :1, :].expand_as(mask))
 
 
-def same_for_all_queries(mask: fx.Node) -> bool:
+def same_for_all_queries(mask: fx.Node, reader: fx.Node, *, but_masked: bool = True) -> bool:
     """Say whether the rows of a mask (..., queries, keys) are known to be equal, except for queries that are masked as a whole.
 
     Such a query, as padding makes them, attends to nothing; what its row says of single keys has no effect.
+
+    Args:
+        reader: what uses the mask; writes into it before that count.
+        but_masked: whether there may be such queries.
     """
     shape = shape_of(mask)
     if shape is not None and (len(shape) < 2 or hint(shape[-2]) == 1):
@@ -58,18 +78,17 @@ def same_for_all_queries(mask: fx.Node) -> bool:
     sources = [node for node in mask.all_input_nodes if shape_of(node) is not None]
     if shape is None:
         return False
-    if values := list(computed_masks(mask)):
+    if values := list(computed_masks(mask, reader)):
         return all(map(_has_equal_rows, values))
     if not sources:
         return False
     name = op_name(mask)
     if name in _EXPANDS:
-        return same_for_all_queries(sources[0])
-    if name in _FOR_A_WHOLE_QUERY:
-        return all(_columns(source) == 1 or same_for_all_queries(source) for source in sources)
-    if is_pointwise(mask):
-        return all(same_for_all_queries(source) for source in sources)
-    return name in _KEEPS and all(_rows(source) == hint(shape[-2]) and same_for_all_queries(source) for source in sources)
+        return same_for_all_queries(sources[0], mask, but_masked=but_masked)
+    if name in _FOR_A_WHOLE_QUERY and but_masked:
+        return all(_columns(source) == 1 or same_for_all_queries(source, mask) for source in sources)
+    same = [same_for_all_queries(source, mask, but_masked=but_masked) for source in sources]
+    return all(same) and (is_pointwise(mask) or (name in _KEEPS and all(_rows(source) == hint(shape[-2]) for source in sources)))
 
 
 def _columns(mask: fx.Node) -> int | None:

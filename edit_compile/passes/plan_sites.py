@@ -83,7 +83,7 @@ def _attention_facts(attentions: Sequence[Attention], tokens: TokenMap) -> Itera
 def _of_attention(facts: _Facts, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate:
     attention = facts.attention
     plan = _site_plan(attention.path, facts.query_axis, axes_of(attention.key, tokens.axes)[-2], tokens, index=attention.index)
-    mask, causal = mask_facts(attention.mask)
+    mask, causal = mask_facts(attention.mask, attention.node)
     plan = plan.model_copy(update={"mask": mask, "causal": causal or attention.causal})
     if (lost := _lost(facts)) is not None:
         return Candidate(plan.kept(lost, refusal(lost, attention.node)))

@@ -23,6 +23,7 @@ from edit_compile.passes.clone_branch import BranchCloner, thinned_sizes
 from edit_compile.passes.find_attention import Attention, find_attention, is_projection
 from edit_compile.passes.find_feed_forward import FeedForward, find_feed_forward
 from edit_compile.passes.graph_walk import between, op_name, operand, remove_dead, shape_of, upstream
+from edit_compile.passes.masks import same_for_all_queries
 from edit_compile.passes.normalize import normalize
 from edit_compile.passes.op_traits import VIEW_OPS
 from edit_compile.passes.site_axes import TokenDims, counts_tokens, seed_axes, token_dims
@@ -355,11 +356,18 @@ def _layout(layout: TokenLayout) -> tuple[tuple[str, ...], tuple[int | None, ...
 
 
 def _row(site: SiteGraph, mask: fx.Node | None) -> fx.Node | None:
-    """A mask with one row for all queries, where it is the same for all."""
+    """A mask with one row for all queries, where it is the same for all.
+
+    Queries that are masked as a whole, as padding in front of the others, do not count: the row is that of the others.
+    """
     if mask is None or site.plan.mask != "by_key" or hint((shape_of(mask) or (1, 1))[-2]) == 1:
         return mask
-    row = site.graph.call_function(aten.slice.Tensor, (mask, -2, 0, 1))
-    row.meta = {**mask.meta, "row_of": mask}
+    value: torch.Tensor = mask.meta["val"]
+    if same_for_all_queries(mask, mask, but_masked=False):
+        row = site.graph.call_function(aten.slice.Tensor, (mask, -2, 0, 1))
+    else:
+        row = site.graph.call_function(aten.any.dim if value.dtype is torch.bool else aten.amax.default, (mask, -2, True))
+    row.meta = {**mask.meta, "val": value[..., :1, :]}
     return row
 
 

@@ -44,10 +44,10 @@ def _is_alone(write: fx.Node) -> bool:
     while isinstance(at, fx.Node) and at.op == "call_function":
         if any(user is not seen and _aliases(user) for user in at.users):
             return False
+        if seen is not write and any(user is not seen and user > write for user in at.users):
+            return False  # it reads the whole, of which a part is written
         if not _aliases(at):
             return True
-        if seen is not write and len(at.users) > 1:
-            return False
         seen, at = at, at.all_input_nodes[0]
     return False
 

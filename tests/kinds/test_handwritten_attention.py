@@ -308,7 +308,7 @@ class Biased(Block):
 def test_weights_or_scores_that_more_acts_on_are_kept_for_it():
     blocks = iter([TalkingHeads, HeadsByTable])
     assert all("talking heads" in found for found in reasons(Picture(lambda: next(blocks)())).values())
-    assert all("differs from query to query" in found for found in reasons(Picture(Biased)).values())
+    assert all("a learned bias, which differs from query to query" in found for found in reasons(Picture(Biased)).values())
 
 
 def test_a_table_that_mixes_tokens_is_no_attention():

@@ -28,7 +28,7 @@ def facts(make):
     captured = capture(Masked(make), {"q": torch.randn(2, 4, 15, 8), "padding": torch.rand(2, 15) > 0.5})
     canonicalize(captured.graph)
     (attention,) = find_attention(captured.graph)
-    return mask_facts(attention.mask)
+    return mask_facts(attention.mask, attention.node)
 
 
 def places(n, q):
@@ -100,6 +100,34 @@ class WithMask(Block):
 
 def test_a_site_whose_mask_is_true_everywhere_is_converted():
     check_converted(GivenMask(lambda at: (at[:, None] >= 0) & (at[None] < len(at))), "edit")
+
+
+class Padded(Picture):
+    """Leaves tokens out as keys, the first always; `whole` leaves them out as queries, too."""
+
+    def __init__(self, whole):
+        super().__init__(WithMask)
+        self.whole = whole
+
+    def run(self, y):
+        taken = (y[..., 0] > -0.5) & (torch.arange(y.shape[1], device=y.device) > 0)
+        mask = taken[:, None, :, None] & taken[:, None, None, :] if self.whole else taken[:, None, None, :]
+        return self.blocks[0](y, mask)
+
+
+def test_queries_that_are_masked_as_a_whole_do_not_change_what_the_others_see():
+    inputs, outputs = image(2, 6, 10), []
+    for whole in (False, True):
+        model = Padded(whole).eval()
+        student = ec.linearize(model, example_inputs=inputs)
+        assert [site.mask for site in ec.plan(model, example_inputs=inputs).sites] == ["by_key"]
+        torch.manual_seed(0)
+        for name, parameter in student.named_parameters():
+            if ".edit." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        with torch.no_grad():
+            outputs.append(student(**inputs))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=0)
 
 
 def test_a_causal_mask_is_called_causal():

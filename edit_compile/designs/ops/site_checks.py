@@ -14,6 +14,8 @@ def first_problem(site: Site, grid_dims: tuple[int, ...] = (2,)) -> str | None:
         return "it is for attention"
     if site.mask == "by_query":
         return "the mask differs from query to query"
+    if site.mask == "bias":
+        return "a learned bias, which differs from query to query, is added to its scores"
     if site.causal:
         return "causal attention"
     if site.grid_dims is not None and site.grid_dims not in grid_dims:
