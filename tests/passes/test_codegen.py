@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from edit_compile.errors import RewriteError
+from edit_compile.passes.capture import Capture, Source
 from edit_compile.passes.codegen import generate_forward
 
 X, Y = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
@@ -28,7 +29,8 @@ def site(kind, arguments, run, outputs=None):
     found = run(graph, *inputs)
     graph.output(tuple(pytree.tree_leaves(found)))
     spec = pytree.tree_structure(found)
-    captured = SimpleNamespace(program=SimpleNamespace(call_spec=SimpleNamespace(out_spec=spec)))
+    sources = {f"p{i}": Source("input", f"p{i}") for i in range(len(leaves))}
+    captured = Capture(SimpleNamespace(call_spec=SimpleNamespace(out_spec=spec)), sources)
     original = kind()
     forward = generate_forward(graph, captured, original, arguments)
     module = type(f"Linear{kind.__name__}", (kind,), {"forward": forward})()
@@ -129,7 +131,6 @@ REFUSED = {
     "more by name": (Variable, {"x": X, "rope": Y}, (X,), {"rope": Y, "bias": Y}, "more has others than rope"),
     "more by name than none": (Variable, {"x": X}, (X,), {"bias": Y}, "more has others than (none)"),
     "less by name": (Variable, {"x": X, "rope": Y}, (X,), {}, "'rope' not in more"),
-    "nothing nested": (Nested, {"x": X, "pair": (X, Y)}, (X,), {}, "pair is None"),
     "a constant nested": (Nested, {"x": X, "pair": (X, 2)}, (X, (X, 3)), {}, "pair[1] != 2"),
     "a constant by key": (Nested, {"x": X, "named": {"n": 2}}, (X, None, {"n": 1}), {}, "named['n'] != 2"),
     "a dtype": (Plain, {"x": X, "scale": torch.float32}, (X,), {"scale": torch.float16}, "scale != torch.float32"),
@@ -152,6 +153,13 @@ def test_what_the_graph_was_not_made_for_is_refused_by_name(case):
 def test_what_the_graph_was_made_for_is_not(case):
     kind, arguments, *_ = REFUSED[case]
     assert torch.equal(site(kind, arguments, first)(**arguments), 2 * X)
+
+
+def test_what_is_nested_is_needed_where_the_graph_reads_it():
+    arguments = {"x": X, "pair": (X, Y)}
+    with pytest.raises(RewriteError, match="without this: pair is None"):
+        site(Nested, arguments, added)(X)
+    assert torch.equal(site(Nested, arguments, first)(X), 2 * X)
 
 
 def test_the_teacher_is_called_as_the_site_was():
@@ -191,7 +199,7 @@ def test_equal_sites_share_one_forward_without_sharing_their_modules():
     x, grid = graph.placeholder("x"), graph.placeholder("edit_grid")
     graph.output((graph.call_module("scale", (x,)),))
     grid.meta = {}
-    captured = SimpleNamespace(program=SimpleNamespace(call_spec=SimpleNamespace(out_spec=pytree.tree_structure(0))))
+    captured = Capture(SimpleNamespace(call_spec=SimpleNamespace(out_spec=pytree.tree_structure(0))), {"x": Source("input", "x")})
     forward = generate_forward(graph, captured, Plain(), {"x": X})
     modules = []
     for factor in (2, 3):
