@@ -24,6 +24,8 @@ ACTIONS = {
     "hunyuan-dit": {"edit": 4, "keep": 5},
     "aura-flow": {"mm-edit": 4},
     "lumina-next": {"edit": 2, "keep": 2},
+    "wan": {"edit": 2, "keep": 2},
+    "ltx": {"edit": 2, "keep": 2},
 }
 TEXT_FIRST = ("flux", "bria", "chroma", "cogview4")
 
@@ -53,9 +55,9 @@ def test_family_is_planned_converted_and_run(name):
     assert not torch.equal(got, expected)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("sana", "already linear attention"), ("wan", "video: the grid"), ("ltx", "video: the grid")])
-def test_families_that_stay_as_they_are_say_why(name, reason):
-    model, inputs = FAMILIES[name]()
+def test_a_family_that_stays_as_it_is_says_why():
+    reason = "already linear attention"
+    model, inputs = FAMILIES["sana"]()
     plan = ec.plan(model, example_inputs=inputs)
     assert not plan.rewritten
     assert any(reason in site.reason for site in plan.sites)
