@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from edit_compile.passes.axes.algebra import hint
 from edit_compile.passes.graph_walk import argument, op_name, operand
 from edit_compile.passes.products import BADDBMM, Names, Product, permutation, product_of, rank
+from edit_compile.passes.writes import is_written
 
 aten = torch.ops.aten
 LOWEST_MASK = -1e4  # what scores are filled with to leave a key out: this, or lower
@@ -80,6 +81,8 @@ def read_scores(found: Any) -> Scores:
     """
     if not isinstance(found, fx.Node) or not isinstance(found.meta.get("val"), Tensor):
         raise NotRead("its scores are no product of queries and keys")
+    if is_written(found):
+        raise NotRead("a part of its scores is written anew before the softmax")
     product = product_of(found)
     if product is not None:
         return _read_product(found, product)

@@ -29,6 +29,11 @@ def functionalize_writes(graph: fx.Graph) -> int:
     return done
 
 
+def is_written(node: fx.Node) -> bool:
+    """Say whether a write that stays changes a tensor, or a part of it, after it was made."""
+    return any((writes_into_operand(user.target) and user.args[0] is node) or (_aliases(user) and is_written(user)) for user in node.users)
+
+
 def _functional(node: fx.Node) -> Any:
     """Find the operator that returns what this one writes; None if there is none, or it writes nothing."""
     name = op_name(node)

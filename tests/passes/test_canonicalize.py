@@ -7,6 +7,7 @@ import torch
 
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.find_attention import SDPA, find_attention, module_path
+from edit_compile.passes.read_attention import UNREAD
 from hand_built import Built, aten, run, targets
 
 B, H, N, M, D = 2, 3, 5, 7, 4
@@ -237,3 +238,15 @@ def test_without_a_target_nothing_changes():
     before = str(graph)
     assert canonicalize(graph) == 0
     assert str(graph) == before
+
+
+def test_a_write_into_a_part_of_the_scores_is_not_lost():
+    built = Built()
+    q, k, v = inputs(built)
+    scores = built(aten.mul.Tensor, scores_of(built, q, k), SCALE)
+    built(aten.fill_.Scalar, built(aten.slice.Tensor, scores, -1, 0, 2), LOWEST)
+    weights = built(aten.softmax.int, scores, -1)
+    same_before_and_after(built.output(built(aten.matmul.default, weights, v)), found=0)
+    assert [node.meta[UNREAD] for node in built.graph.nodes if UNREAD in node.meta] == [
+        "a part of its scores is written anew before the softmax"
+    ]
