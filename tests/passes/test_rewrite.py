@@ -162,9 +162,23 @@ class ReturnsWeights(Site):
         return self.o(y), weights
 
 
-def test_a_module_that_returns_its_weights_is_asked_about_them():
+class ReadsWeights(ReturnsWeights):
+    def forward(self, x):
+        y, weights = super().forward(x)
+        return y * weights.amax()
+
+
+def test_a_module_that_returns_its_weights_returns_none_in_their_place():
+    """Only modules whose weights nobody reads get here; no product of tokens with tokens is left."""
+    graph = rewritten(ReturnsWeights()).graph
+    _, weights = graph.output_node().args[0]
+    assert weights is None
+    assert not any("softmax" in str(node.target) for node in graph.nodes)
+
+
+def test_a_module_that_reads_its_weights_is_asked_about_them():
     with pytest.raises(RewriteError, match=r"a: captured on its own, the module runs 0 attentions .* return its attention's weights\?"):
-        rewritten(ReturnsWeights())
+        rewritten(ReadsWeights())
 
 
 class Tapped(Design):
