@@ -58,11 +58,12 @@ def _token_axes(sizes: Sequence[Any], site: SiteGraph) -> dict[int, Axis]:
 
 
 def _may_vary(sizes: Sequence[Any], site: SiteGraph) -> bool:
-    """Say whether sizes may be numbers of tokens: symbolic ones, or any where the site was captured with constant sizes."""
+    """Say whether sizes may be numbers of tokens: symbolic ones, or any where the capture of the site has fixed those of the tokens."""
     if all(map(_is_open, sizes)):
         return True
+    numbers = {*_known_lengths(site), *site.plan.grid_sizes}
     inputs = [n for n in site.captured.graph.nodes if n.op == "placeholder" and site.captured.source(n).kind == "input"]
-    return not any(_is_open(size) for n in inputs for size in shape_of(n) or ())
+    return not any(_is_open(size) and hint(size) in numbers for n in inputs for size in shape_of(n) or ())
 
 
 def _is_open(size: Any) -> bool:
