@@ -64,8 +64,9 @@ def classify_model(analysis: Analysis) -> int:
 
 def decide_sites(analysis: Analysis) -> int:
     """Decide for every site which designs may be tried, or why it is kept."""
-    graph = analysis.captured.graph
-    analysis.sites = plan_sites(graph, analysis.attentions, analysis.feed_forwards, analysis.classified, analysis.config)
+    captured, graph = analysis.captured, analysis.captured.graph
+    weights = {node for node in graph.nodes if node.op == "placeholder" and captured.source(node).kind == "parameter"}
+    analysis.sites = plan_sites(graph, analysis.attentions, analysis.feed_forwards, analysis.classified, analysis.config, weights)
     return len(analysis.sites)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from edit_compile.ir.plan import MaskKind
 from edit_compile.passes.axes.algebra import hint
@@ -17,17 +19,18 @@ _KEEPS = VIEW_OPS | {"cat", "pad", "constant_pad_nd", "repeat_interleave", "to",
 _FOR_A_WHOLE_QUERY = ("add", "mul", "bitwise_and", "logical_and", "__and__")
 
 
-def mask_facts(mask: fx.Node | None, reader: fx.Node) -> tuple[MaskKind, bool]:
+def mask_facts(mask: fx.Node | None, reader: fx.Node, weights: Set[fx.Node] = frozenset()) -> tuple[MaskKind, bool]:
     """Tell what a mask (..., queries, keys) does, and whether it is causal. One that lets all keys take part is none.
 
     Args:
         reader: the attention, before which the mask may be written into.
+        weights: the graph's inputs that are parameters of the model.
     """
     if mask is None:
         return "none", False
     values = list(computed_masks(mask, reader))
     if not values:
-        return _kind(mask, reader), False
+        return _kind(mask, reader, weights), False
     if all(map(_lets_all, values)):
         return "none", False
     if all(map(_is_causal, values)):
@@ -35,16 +38,12 @@ def mask_facts(mask: fx.Node | None, reader: fx.Node) -> tuple[MaskKind, bool]:
     return ("by_key" if all(map(_has_equal_rows, values)) else "by_query"), False
 
 
-def _kind(mask: fx.Node, reader: fx.Node) -> MaskKind:
+def _kind(mask: fx.Node, reader: fx.Node, weights: Set[fx.Node]) -> MaskKind:
     if same_for_all_queries(mask, reader):
         return "by_key"
     value = mask.meta.get("val")
-    return "bias" if isinstance(value, Tensor) and value.is_floating_point() and _is_learned(mask) else "by_query"
-
-
-def _is_learned(mask: fx.Node) -> bool:
-    """Say whether a mask is made of weights, as a bias for every pair of places is."""
-    return any(isinstance(each.meta.get("val"), nn.Parameter) for each in upstream(mask))
+    is_added = isinstance(value, Tensor) and value.is_floating_point()
+    return "bias" if is_added and not weights.isdisjoint(upstream(mask)) else "by_query"
 
 
 def _lets_all(mask: Tensor) -> bool:

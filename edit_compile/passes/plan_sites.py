@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -33,15 +33,23 @@ class Candidate:
 
 
 def plan_sites(
-    graph: fx.Graph, attentions: Sequence[Attention], networks: Sequence[FeedForward], tokens: TokenMap, config: LinearizeConfig
+    graph: fx.Graph,
+    attentions: Sequence[Attention],
+    networks: Sequence[FeedForward],
+    tokens: TokenMap,
+    config: LinearizeConfig,
+    weights: Set[fx.Node] = frozenset(),
 ) -> list[Candidate]:
     """List one candidate for every attention of the graph, linear ones included, and for the feed-forward networks that rules name.
+
+    Args:
+        weights: the graph's inputs that are parameters of the model.
 
     Raises:
         PlanError: a glob matches no site.
     """
     choices = config.choices()
-    found = [_of_attention(facts, tokens, config, choices) for facts in _attention_facts(attentions, tokens)]
+    found = [_of_attention(facts, config, choices, weights) for facts in _attention_facts(attentions, tokens)]
     others: list[str] = []  # the paths of networks that no rule converts
     if any(choice.design is not None and choice.design.kind == "feed_forward" for choice in choices):
         others = [network.path for network in networks if network.path]
@@ -80,10 +88,10 @@ def _attention_facts(attentions: Sequence[Attention], tokens: TokenMap) -> Itera
         yield _Facts(attention, tokens, queries, keys, attention.path in shared)
 
 
-def _of_attention(facts: _Facts, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate:
-    attention = facts.attention
+def _of_attention(facts: _Facts, config: LinearizeConfig, choices: Sequence[Choice], weights: Set[fx.Node]) -> Candidate:
+    attention, tokens = facts.attention, facts.tokens
     plan = _site_plan(attention.path, facts.query_axis, axes_of(attention.key, tokens.axes)[-2], tokens, index=attention.index)
-    mask, causal = mask_facts(attention.mask, attention.node)
+    mask, causal = mask_facts(attention.mask, attention.node, weights)
     plan = plan.model_copy(update={"mask": mask, "causal": causal or attention.causal})
     if (lost := _lost(facts)) is not None:
         return Candidate(plan.kept(lost, refusal(lost, attention.node)))
