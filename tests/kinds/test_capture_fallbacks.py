@@ -266,21 +266,34 @@ def test_samples_chosen_by_data_are_no_obstacle() -> None:
 # ------------------------------------------------------------------ the limit
 
 
-def test_symbolic_analysis_is_interrupted_and_a_word_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_endless_question_is_interrupted_and_a_word_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     monkeypatch.setattr("edit_compile.passes.time_limit._WORD", 0.1)
-    x = sympy.Symbol("x")
-    start = time.process_time()
+    x, start = sympy.Symbol("x"), time.process_time()
 
-    def endless() -> None:
-        with watched("Model", 0.3):
-            while True:
-                sympy.expand((x + start) ** 40)
+    def endless(shapes: ShapeEnv, expression: sympy.Expr) -> sympy.Expr:
+        while time.process_time() < start + 60:
+            sympy.expand((expression + time.process_time()) ** 40)
+        raise AssertionError("nobody ended it")
 
-    with caplog.at_level(logging.WARNING), pytest.raises(OutOfTime):
-        endless()
+    monkeypatch.setattr(ShapeEnv, "simplify", endless)
+    with caplog.at_level(logging.WARNING), pytest.raises(OutOfTime), watched("Model", 0.3):
+        ShapeEnv().simplify(x)
     assert "capturing Model" in caplog.text
+
+
+def test_many_questions_are_ended_between_them() -> None:
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def ask_on() -> None:
+        for number in range(1_000_000):
+            ShapeEnv().simplify(sympy.Symbol("x") + number)
+
+    with pytest.raises(OutOfTime), watched("Model", 0.05):
+        ask_on()
 
 
 def test_a_model_whose_analysis_takes_too_long_is_captured_at_the_examples_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
