@@ -146,6 +146,7 @@ def test_no_circles():
     assert not left, f"import circles among {tied}"
 
 
+@pytest.mark.slow
 def test_any_module_can_be_imported_first():
     script = Path(__file__).parent / "importable.py"
     result = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)

@@ -123,6 +123,7 @@ def graphs(compile_blocks, model, case):
     return counter.frame_count, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_it_compiles_to_as_many_graphs_as_the_original(case):

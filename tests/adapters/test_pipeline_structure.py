@@ -74,6 +74,7 @@ def test_a_missing_part_is_named(unet_folder, tmp_path):
         pipeline_structure(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_costs_are_counted_at_any_size_of_a_pipelines_folder(unet_folder):
     report = ec.cost(str(unet_folder), sizes=[(64, 96), (512, 512)])
     small, large = report.costs

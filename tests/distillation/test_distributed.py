@@ -18,6 +18,8 @@ import edit_compile as ec
 import toy_distill
 from edit_compile.distillation.train.distributed import make_accelerator
 
+pytestmark = pytest.mark.slow
+
 LOSSES = ("loss", "task", "output", "feature", "grad_norm")
 
 

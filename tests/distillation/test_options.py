@@ -59,6 +59,7 @@ def deeper(blocks):
         return ec.linearize(toy.Toy(blocks=blocks, joint=True).eval(), example_inputs=toy.inputs(text=toy_distill.TEXT))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 def test_recomputed_blocks_are_compiled_too_and_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

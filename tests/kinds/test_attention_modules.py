@@ -10,6 +10,8 @@ from torch import nn
 import edit_compile as ec
 from small_picture import WIDTH, Picture, check_converted, image, reasons
 
+pytestmark = pytest.mark.slow
+
 
 class Multihead(nn.Module):
     """Pre-norm attention by nn.MultiheadAttention."""

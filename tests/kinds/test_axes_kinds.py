@@ -151,6 +151,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@pytest.mark.xfail(strict=True, reason="behind a residual connection, blocks after the unknown operator are kept, too")
 def test_an_operator_of_another_library_is_named():
     plan = ec.plan(Model(Block(lambda t: turned(t)), Block()).eval(), example_inputs=images())
     first, second = plan.sites

@@ -59,6 +59,7 @@ def test_a_stated_grid_is_of_all_image_tokens(student):
         student(**given((6, 10), (8, 4)))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_images_under_compile(student):
     ec.compile(copy := ec.linearize(ByIds().eval(), example_inputs=given((6, 10), (8, 4))), backend="eager")

@@ -315,6 +315,7 @@ class RegistersApart(Registers):
         return WithPlaces.extra(self, y, height, width)
 
 
+@pytest.mark.xfail(strict=True, reason="a table of the image alone, joined behind registers, is taken for a cut through the image")
 def test_a_table_for_the_patches_alone():
     check_converted(RegistersApart(OnPatches), "mm-edit")
 

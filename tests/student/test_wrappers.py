@@ -174,7 +174,7 @@ def test_two_grids_of_equal_count_are_told_apart_whatever_memory_their_ids_get()
     for height, width in [(5, 7), (7, 5), (35, 1)] * 3:
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
-        assert source.sizes(student, (), {"img_ids": ids}, None) == ((height, width),)
+        assert source.sizes(student, (), {"img_ids": ids}, None) == (((height, width),),)
         del ids
     with ec.grid(student, 4, 4), pytest.raises(ec.GridError, match=r"stated as 4 x 4 = 16, but there are 35 image tokens"):
         student(**inputs)

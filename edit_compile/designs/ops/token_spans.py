@@ -119,7 +119,9 @@ def dropped_tokens(grid: Grids, stride: Sequence[int]) -> int:
     """Count by how many image tokens a thinned grid has fewer."""
     kept = 0
     for sizes in grids_of(grid):
-        kept += math.prod((n + step - 1) // step for n, step in zip(sizes, aligned(stride, len(sizes)), strict=True))
+        # A list: dynamo cannot trace a generator here.
+        lengths = [(n + step - 1) // step for n, step in zip(sizes, aligned(stride, len(sizes)), strict=True)]
+        kept += math.prod(lengths)
     return image_tokens(grid) - kept
 
 
