@@ -192,6 +192,7 @@ def test_whole_compile_needs_no_more_graphs_and_agrees(model, student):
             torch.testing.assert_close(call(wrapped, height, width), call(student, height, width), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_regional_compile_needs_no_more_graphs_than_the_untouched_model_nor_for_more_blocks(example):
     def of_teacher(blocks):
         model = toy.Toy(blocks=blocks, joint=True, rope=True).eval()

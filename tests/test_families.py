@@ -66,6 +66,7 @@ def test_a_family_that_stays_as_it_is_says_why():
         ec.linearize(model, example_inputs=inputs)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_captured_names_the_line():
     model, inputs = FAMILIES["lumina2"]()
     with pytest.raises(ec.CaptureError, match=r"transformer_lumina2\.py:\d+ \(.*seq_lengths"):

@@ -57,6 +57,7 @@ def test_a_unets_pipeline_is_converted_by_its_folder_alone_and_draws(unet_folder
     assert not torch.equal(student, original)
 
 
+@pytest.mark.slow
 def test_a_pipeline_in_memory_tells_its_unets_inputs():
     pipe = unet_pipeline()
     inputs = inputs_of(pipe.unet, pipe)

@@ -53,6 +53,7 @@ def test_calls_are_those_of_the_original_pipeline(folder):
         assert found["timestep"] == call["timestep"]
 
 
+@pytest.mark.slow
 def test_a_call_depends_on_its_position_and_timestep_alone(folder):
     source, times = opened(folder), torch.tensor([100.0])
     request = BatchRequest(0, 1, range(1), 64, 96)
