@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_compile.adapters.family import VAE_SCALE, Extent, InputSizes, Size, TextToImageFamily
-from edit_compile.adapters.packing import pack, unpack
-
-PATCH = 2
+from edit_compile.adapters.family import InputSizes
+from edit_compile.adapters.packing import PackedFamily, pack, unpack
 
 
-class QwenImage(TextToImageFamily):
+class QwenImage(PackedFamily):
     """The transformer of diffusers' QwenImagePipeline."""
 
     max_text_tokens = 1024
@@ -29,38 +27,24 @@ class QwenImage(TextToImageFamily):
             "return_dict": False,
         }
 
-    def pixels_per_token(self, model: Any) -> int:
-        return PATCH * VAE_SCALE
-
     def denoise(self, model: Any, x_BCHW: Tensor, timesteps_B: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        rows, columns = (side // PATCH for side in x_BCHW.shape[2:])
+        rows, columns = (side // self.packed for side in x_BCHW.shape[2:])
         mask = conditions.get("encoder_attention_mask")
         (tokens_BNC,) = model(
-            hidden_states=pack(x_BCHW, PATCH),
+            hidden_states=pack(x_BCHW, self.packed),
             timestep=timesteps_B / 1000,
             encoder_hidden_states=conditions["encoder_hidden_states"],
             encoder_hidden_states_mask=None if mask is None else mask.bool(),
             img_shapes=[[(1, rows, columns)]] * len(x_BCHW),
             return_dict=False,
         )
-        return unpack(tokens_BNC, (rows, columns), PATCH)
-
-    def latents(self, inputs: Mapping[str, Any], grid: Extent) -> Tensor:
-        return unpack(inputs["hidden_states"], grid, PATCH)
+        return unpack(tokens_BNC, (rows, columns), self.packed)
 
     def encode_captions(self, pipe: Any, captions: list[str], options: dict[str, Any]) -> dict[str, Tensor]:
         tokens, mask = pipe.encode_prompt(captions, **options)
         if mask is None:  # no caption was padded
             mask = torch.ones(tokens.shape[:2], device=tokens.device)
         return {"encoder_hidden_states": tokens, "encoder_attention_mask": mask.float()}
-
-    def latent_patch(self, model: Any) -> int:
-        return PATCH
-
-    def unpack_samples(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
-        height, width = size
-        step = PATCH * pipe.vae_scale_factor
-        return unpack(latents, (height // step, width // step), PATCH)
 
 
 FAMILY = QwenImage()

@@ -63,9 +63,9 @@ def test_denoise_gives_a_prediction_of_the_latents_shape(name):
 
 def test_flux_packs_and_numbers_as_its_pipeline():
     x = torch.randn(2, 4, 6, 10)
-    tokens = pack(x, flux.PATCH)
+    tokens = pack(x, flux.FAMILY.packed)
     assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 4, 6, 10))
-    assert torch.equal(unpack(tokens, (3, 5), flux.PATCH), x)
+    assert torch.equal(unpack(tokens, (3, 5), flux.FAMILY.packed), x)
     assert torch.equal(position_ids(3, 5, 1, 0), FluxPipeline._prepare_latent_image_ids(2, 3, 5, CPU, torch.float32))
 
 
@@ -74,8 +74,8 @@ def test_flux_is_called_as_its_pipeline_calls_it():
     pipe = pipelines.flux_pipeline()
     recorded = ec.record(pipe, prompt="a cat", height=32, width=48, max_sequence_length=20)
     with torch.no_grad():
-        expected = unpack(pipe.transformer(**recorded)[0], (4, 6), flux.PATCH)
-        x = unpack(recorded["hidden_states"], (4, 6), flux.PATCH)
+        expected = unpack(pipe.transformer(**recorded)[0], (4, 6), flux.FAMILY.packed)
+        x = unpack(recorded["hidden_states"], (4, 6), flux.FAMILY.packed)
         conditions = {name: recorded[name] for name in ("encoder_hidden_states", "pooled_projections", "guidance")}
         torch.testing.assert_close(denoise(pipe.transformer, x, 1000 * recorded["timestep"], conditions), expected)
 

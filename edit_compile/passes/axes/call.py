@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from edit_compile.passes.axes.algebra import Axes, Axis, Value, axes_of, axis_size, hint, new_axis, unify
-from edit_compile.passes.graph_walk import operand, operands, shape_of
+from edit_compile.passes.graph_walk import operand, operands
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,6 @@ def _parameters(target: Any) -> dict[str, tuple[int, Any]]:
 def size_of(found: Any) -> int:
     """Return the example's value of an argument that is a number or a node of one."""
     return hint(found.meta["val"]) if isinstance(found, fx.Node) else hint(found)
-
-
-def rank_of(node: fx.Node) -> int:
-    return len(shape_of(node) or ())
 
 
 def aligned(shape: tuple[Any, ...], tensors: list[Axes]) -> Axes:
