@@ -205,9 +205,27 @@ def _constant(data: Any, dtype: torch.dtype | None, device: Any) -> Tensor:
 
 @contextmanager
 def constants_with_content() -> Iterator[None]:
-    """Keep the content of tensors that a forward makes of plain numbers, and their casts in the graph, inside."""
-    with _MakesConstants():
+    """Keep the content of tensors that a forward makes of plain numbers, and their casts in the graph, inside.
+
+    Those that it makes of open sizes, which export cannot make on the meta device, are stacked.
+    """
+    import torch._refs
+
+    with _MakesConstants(), _patched(torch._refs, tensor=_of_sizes):
         yield
+
+
+def _of_sizes(data: Any, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
+    """Make what `torch.tensor` makes, of numbers that may be open sizes."""
+    if dtype is None:
+        numbers = pytree.tree_leaves(data)
+        whole, truth = (all(isinstance(each, kind) for each in numbers) for kind in (int | torch.SymInt, bool | torch.SymBool))
+        dtype = torch.bool if truth else torch.int64 if whole else torch.get_default_dtype()
+    if isinstance(data, list | tuple):
+        return torch.stack([_of_sizes(each, dtype=dtype, device=device) for each in data])
+    if isinstance(data, Tensor):
+        return data.detach().to(device, dtype, copy=True)
+    return torch.scalar_tensor(data, dtype=dtype, device=device or torch.get_default_device())
 
 
 @contextmanager

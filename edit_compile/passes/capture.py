@@ -138,10 +138,10 @@ def capture(
 
 
 def _first_that_works(attempts: Sequence[_Attempt], symbolic: bool, limit: float | None = None) -> Capture:
-    errors: dict[torch.dtype | None, Exception] = {}
     module = attempts[0].module
     seconds = limit or SECONDS + len(list(module.modules())) / MODULES_PER_SECOND
     for open_sizes in (True, False) if symbolic else (False,):
+        errors: dict[torch.dtype | None, Exception] = {}  # of the last kind of attempt: what stands in the way though sizes are plain
         for attempt in _with_one_device_after(attempts, errors):
             try:
                 return _captured(attempt, open_sizes, seconds)

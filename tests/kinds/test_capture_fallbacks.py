@@ -218,6 +218,21 @@ def test_tables_by_numpy_give_a_grid_that_follows_from_the_inputs() -> None:
     assert plan.grid.kind == "sizes"
 
 
+class TensorOfSizes(Image):
+    """Divides places by the height and the width, which are numbers in a tensor of its own."""
+
+    def places(self, height: int, width: int) -> Tensor:
+        device = self.head.weight.device
+        sizes = torch.tensor([[height, width], [1, 2.0]], device=device).prod(0)
+        rows, columns = torch.arange(height, device=device) / sizes[0], torch.arange(width, device=device) / sizes[1]
+        return (rows[:, None] + columns).reshape(-1, 1).to(self.head.weight) + torch.tensor(height > 1, device=device)
+
+
+def test_tensors_made_of_sizes_follow_the_sizes_of_a_call() -> None:
+    plan = check(TensorOfSizes())
+    assert plan.grid.kind == "sizes"
+
+
 @functools.lru_cache(maxsize=4)
 def remembered(height: int, width: int) -> Tensor:
     return torch.linspace(0, 1, height * width)[:, None]
