@@ -54,7 +54,7 @@ class BranchCloner:
             if affected.intersection(node.all_input_nodes) and not isinstance(node.meta.get("val"), int | torch.SymInt):
                 affected.add(node)
         self.affected = frozenset(affected)
-        self.ends = SegmentEnds.of(self.graph, self.axes)
+        self.ends = SegmentEnds.of(self.graph, self.axes, self.grid_sizes)
 
     def clone(self, target: fx.Node) -> fx.Node:
         """Return the target's counterpart in the branch.
@@ -197,14 +197,14 @@ class BranchCloner:
         if place not in (start, stop):
             return True
         count = next(i for i in range(len(axis) + 1) if axis_size(axis[:i]) == place)
-        edge = self.ends.start(axis[:count], axis)
+        edges = self.ends.ends(axis[:count], axis)
         given = position.meta["val"] if isinstance(position, fx.Node) else position
-        if edge is None:
+        if not edges:
             return isinstance(given, torch.SymInt)
         whole = self.ends.size(axis)
         if _hint(position) < 0:
             given = given + (whole if whole is not None else (shape_of(operand(node, 0)) or ())[dim])
-        return expression(given - edge) == "0"
+        return any(expression(given - edge) == "0" for edge in edges)
 
     def _moved(self, position: Any) -> fx.Node:
         """Return a position behind the image where there are fewer image tokens."""

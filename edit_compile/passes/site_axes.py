@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -200,20 +202,25 @@ class SegmentEnds:
     """How many tokens runs of segments have, in the sizes of the site's own inputs.
 
     Attributes:
-        sizes: of runs that an input has along a dimension.
+        sizes: of runs that an input has along a dimension, or that inputs which are numbers count.
     """
 
     sizes: Mapping[Axis, Any]
 
     @classmethod
-    def of(cls, graph: fx.Graph, axes: Mapping[fx.Node, Any]) -> SegmentEnds:
-        """Read them off the graph's inputs."""
+    def of(cls, graph: fx.Graph, axes: Mapping[fx.Node, Any], grid: Sequence[int] = ()) -> SegmentEnds:
+        """Read them off the graph's inputs.
+
+        Args:
+            grid: the image's, in the example; () if it is not known.
+        """
         sizes: dict[Axis, Any] = {}
         for node in graph.nodes:
             if node.op == "placeholder" and isinstance(axes.get(node), tuple):
                 for axis, size in zip(axes[node], shape_of(node) or (), strict=True):
                     if any(segment.all_sources & {IMAGE, _OTHERS} for segment in axis):
                         sizes.setdefault(axis, size)
+        _add_numbers(sizes, graph, grid, tuple(segment for run in sizes for segment in run))
         return cls(sizes)
 
     def size(self, run: Axis) -> Any:
@@ -223,10 +230,21 @@ class SegmentEnds:
         each = [int(s.expr) if s.expr.isdigit() else self.sizes.get((s,)) for s in run]
         return None if any(size is None for size in each) else sum(each)
 
-    def start(self, run: Axis, whole: Axis) -> Any:
-        """Return a run's number of tokens as `size` does, or else as what the rest of the whole leaves over."""
-        found = self.size(run)
-        if found is not None:
-            return found
+    def ends(self, run: Axis, whole: Axis) -> list[Any]:
+        """List what is known of a run's number of tokens, from whose front it is: counted, or what the rest of the whole leaves over."""
         total, rest = self.size(whole), self.size(whole[len(run) :])
-        return None if total is None or rest is None else total - rest
+        left_over = None if total is None or rest is None else total - rest
+        return [found for found in (self.size(run), left_over) if found is not None]
+
+
+def _add_numbers(sizes: dict[Axis, Any], graph: fx.Graph, grid: Sequence[int], segments: Axis) -> None:
+    """Add what inputs that are numbers count: the tokens of a segment, or the dimensions of the image's grid."""
+    given = [value for node in graph.nodes if node.op == "placeholder" and isinstance(value := node.meta.get("val"), torch.SymInt)]
+    by_hint = {hint(value): value for value in given}
+    dims = [by_hint[size] for size in grid if size in by_hint]
+    for segment in segments:
+        counted = by_hint.get(segment.size)
+        if counted is None and IMAGE in segment.all_sources and len(dims) == len(grid) > 1 and math.prod(grid) == segment.size:
+            counted = reduce(operator.mul, dims)
+        if counted is not None:
+            sizes.setdefault((segment,), counted)

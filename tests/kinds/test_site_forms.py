@@ -315,9 +315,29 @@ class RegistersApart(Registers):
         return WithPlaces.extra(self, y, height, width)
 
 
-@pytest.mark.xfail(strict=True, reason="a table of the image alone, joined behind registers, is taken for a cut through the image")
+class OnPatchesByNumbers(Block):
+    """The grid's rows and columns tell where the registers end, and the table is made on the spot."""
+
+    def forward(self, z, rows, columns):
+        table = places(z, rows, columns).cos().to(z.dtype)
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in self.qkv(z).chunk(3, -1))
+        q, k = (torch.cat([t[:, :, : -rows * columns], t[:, :, -rows * columns :] * table], 2) for t in (q, k))
+        return z + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class RegistersAndNumbers(Registers):
+    def extra(self, y, height, width):
+        return height, width
+
+
 def test_a_table_for_the_patches_alone():
-    check_converted(RegistersApart(OnPatches), "mm-edit")
+    student = check_converted(RegistersApart(OnPatches), "mm-edit")
+    same = RegistersAndNumbers(OnPatchesByNumbers).eval()
+    same.load_state_dict(RegistersApart(OnPatches).state_dict())
+    again = ec.linearize(same, example_inputs=image(*SIZES[0]))
+    for size in SIZES:
+        inputs = image(*size)
+        torch.testing.assert_close(again(**inputs), student(**inputs), atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------ heads
