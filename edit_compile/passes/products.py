@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +60,6 @@ def product_of(node: fx.Node) -> Product | None:
     if node.target is aten.einsum.default:
         return _einsum(node)
     return None
-
-
-def products(graph: fx.Graph) -> Iterator[Product]:
-    """Yield every product of two tensors in a graph."""
-    return (found for node in graph.nodes if (found := product_of(node)) is not None)
 
 
 def _matmul(node: fx.Node, left: fx.Node, right: fx.Node) -> Product | None:

@@ -263,10 +263,7 @@ OTHERS = {
 }
 
 
-NOT_FOUND = pytest.mark.xfail(strict=True, reason="of the first two forms, the second is not found at all")
-
-
-@pytest.mark.parametrize("first", [pytest.param(0, marks=NOT_FOUND), *range(2, len(OTHERS), 2)])
+@pytest.mark.parametrize("first", range(0, len(OTHERS), 2))
 def test_other_attention_is_kept_and_called_what_it_is(first):
     forms = (list(OTHERS) * 2)[first : first + 2]
     found = reasons(TwoForms(*forms))
@@ -274,6 +271,34 @@ def test_other_attention_is_kept_and_called_what_it_is(first):
         "blocks.0": True,
         "blocks.1": True,
     }, found
+
+
+def by_distance(q, k, v):
+    return torch.exp(-torch.cdist(q, k)) @ v / 60
+
+
+def additive(q, k, v):
+    return torch.tanh(q[:, :, :, None] + k[:, :, None]).sum(-1).sigmoid() @ v
+
+
+def number_by_number(q, k, v):
+    weights = ((q[:, :, :, None] * k[:, :, None]).sum(-1) * by(q, k)).sigmoid()
+    return (weights[..., None] * v[:, :, None]).sum(-2)
+
+
+def two_forms_at_once(q, k, v):
+    return soft_cap(q, k, v) + sigmoid(q, k, v)
+
+
+def test_tokens_may_be_paired_without_a_product():
+    found = reasons(TwoForms(by_distance, additive))
+    assert ["cdist, exp" in found["blocks.0"], "tanh, sigmoid" in found["blocks.1"]] == [True, True], found
+
+
+def test_each_form_of_one_module_is_listed_once():
+    plan = ec.plan(TwoForms(two_forms_at_once, number_by_number).eval(), example_inputs={"x": torch.randn(2, 4, 12, 20)})
+    assert [site.path for site in plan.sites] == ["blocks.0", "blocks.0", "blocks.1"]
+    assert ["tanh" in plan.sites[0].reason, *("made by sigmoid" in site.reason for site in plan.sites[1:])] == [True, True, True], plan
 
 
 class TalkingHeads(Block):
