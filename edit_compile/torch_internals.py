@@ -258,6 +258,19 @@ def autocast_without_effect() -> Iterator[None]:
 
 
 @contextmanager
+def export_unseen() -> Iterator[None]:
+    """Answer code outside torch that asks whether it is being exported with no, so that it does what it does in a call."""
+    original = torch.compiler.is_exporting
+
+    def is_exporting() -> bool:
+        asks = str(sys._getframe(1).f_globals.get("__name__"))
+        return asks.partition(".")[0] == "torch" and original()
+
+    with _patched(torch.compiler, is_exporting=is_exporting):
+        yield
+
+
+@contextmanager
 def _patched(target: Any, **attributes: Any) -> Iterator[None]:
     """Set attributes inside; those that were not there are gone after."""
     own = {name: vars(target)[name] for name in attributes if name in vars(target)}

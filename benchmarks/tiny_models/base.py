@@ -35,6 +35,7 @@ ATTENTION: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim":
 REWRITE, KEEP = "rewrite", "keep"
 TEXT = "keep: no image tokens"
 CROSS = "keep: cross-attention"
+POOLING = "keep: the image tokens are keys and values only"
 LINEAR, CHANNEL_ATTENTION = "keep: already linear", "keep: attention between channels"
 EITHER = "rewrite|keep"  # left as it is, or rewritten: both are right
 

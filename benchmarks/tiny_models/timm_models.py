@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from tiny_models.base import CHANNEL_ATTENTION as CHANNELS
-from tiny_models.base import CROSS, KEEP, LINEAR, REWRITE, SIZES, Size, configuration, lively, normal
+from tiny_models.base import KEEP, LINEAR, POOLING, REWRITE, SIZES, Size, configuration, lively, normal
 
 GROUP = "Vision transformers of timm"
 WINDOWS, BIAS = "keep: .*(windows|blocks|part of the image)", "keep: .*differs from query to query"
 FIXED = (SIZES[0], SIZES[0]._replace(batch=3))  # tables of positions for one resolution
-VIT: dict[str, Any] = {"embed_dim": 96, "depth": 1, "num_heads": 6}
+VIT: dict[str, Any] = {"embed_dim": 96, "depth": 2, "num_heads": 6}  # what a class token reads changes in the second block only
 
 
 def picture(patch: int) -> Callable[[Size], dict[str, Any]]:
@@ -53,7 +53,7 @@ tiny(
 )
 tiny("deit_tiny_distilled_patch16_224", sizes=FIXED, options={**VIT, "img_size": pixels(16)})
 tiny("deit3_small_patch16_224", sizes=FIXED, options={**VIT, "img_size": pixels(16)})
-tiny("vit_base_patch16_siglip_224", {"blocks.*": REWRITE, "attn_pool": CROSS}, sizes=FIXED, options={**VIT, "img_size": pixels(16)})
+tiny("vit_base_patch16_siglip_224", {"blocks.*": REWRITE, "attn_pool": POOLING}, sizes=FIXED, options={**VIT, "img_size": pixels(16)})
 tiny("vit_small_patch14_dinov2", patch=14, sizes=FIXED, options={**VIT, "img_size": pixels(14)})
 tiny("vit_small_patch16_dinov3", options={**VIT, "img_size": pixels(16), "dynamic_img_size": True})
 tiny("eva02_tiny_patch14_224", patch=14, sizes=FIXED, options={**VIT, "img_size": pixels(14)})
@@ -126,7 +126,7 @@ tiny(
 )
 tiny(
     "xcit_nano_12_p16_224",
-    {"blocks*": CHANNELS, "cls*": CROSS},
+    {"blocks*": CHANNELS, "cls*": POOLING},
     options={"depth": 1, "cls_attn_layers": 1},
     note="attention between channels",
 )

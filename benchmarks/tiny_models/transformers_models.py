@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from tiny_models.base import CROSS, KEEP, REWRITE, SIZES, Size, configuration, lively, normal
+from tiny_models.base import KEEP, POOLING, REWRITE, SIZES, Size, configuration, lively, normal
 
 GROUP = "Vision transformers of transformers"
 FIXED = (SIZES[0], SIZES[0]._replace(batch=3))
@@ -57,7 +57,7 @@ tiny(
 tiny(
     "SiglipVisionModel",
     "SiglipVisionConfig",
-    {"*self_attn*": REWRITE, "*head*": CROSS},
+    {"*self_attn*": REWRITE, "*head*": POOLING},
     options={"image_size": 48},
     sizes=(SIZES[0]._replace(width=6), SIZES[0]._replace(width=6, batch=3)),
 )

@@ -2,7 +2,8 @@
 
 Nothing here changes what a model computes. Regions of autocast are entered without effect, so a graph holds what is computed
 in the dtypes that the tensors have: autocast that surrounds a call of the converted model acts on it as on any other.
-Functions that were compiled run as they were written. Functions of Python and numpy on sizes stay symbolic.
+Functions that were compiled run as they were written, and a model that asks whether it is being exported learns that it is not.
+Functions of Python and numpy on sizes stay symbolic.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edit_compile.torch_internals import (
     constants_with_content,
     counting_plain_numbers,
     eager_instead_of_compiled,
+    export_unseen,
     hashable_sizes,
     symbolic_float,
     symbolic_int,
@@ -66,6 +68,7 @@ def capturing(module: nn.Module, relaxed: Relaxed | None = None, *, one_device: 
     with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(native_attention())
         stack.enter_context(eager_instead_of_compiled())
+        stack.enter_context(export_unseen())
         stack.enter_context(constants_with_content())
         stack.enter_context(autocast_without_effect())
         stack.enter_context(_caches_as_before())

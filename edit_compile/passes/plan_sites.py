@@ -154,7 +154,7 @@ def _takes_no_part(facts: _Facts) -> str | None:
         return CHANNELS if channels.has(TokenKind.IMAGE) else "no image tokens take part"
     if not image_keys:
         return "cross-attention: linear in image tokens already"
-    return None if image_queries else "only text queries image: linear in image tokens already"
+    return None if image_queries else "the image tokens are keys and values only: linear in image tokens already"
 
 
 def _not_self_attention(facts: _Facts) -> str | None:

@@ -193,7 +193,7 @@ def linear(g):
 REASONS = {
     no_image: "no image tokens take part",
     cross: "cross-attention: linear in image tokens already",
-    text_queries: "only text queries image: linear in image tokens already",
+    text_queries: "the image tokens are keys and values only: linear in image tokens already",
     pooled: r"the image tokens of the queries \[image 35\] are not those of the keys \[image 17\]: not self-attention",
     several_runs: "the image tokens are in several runs",
     outside: "the attention is in the model's own forward, outside any submodule",
