@@ -70,6 +70,25 @@ def check(model: nn.Module, action: str = "edit", **more: Tensor) -> ec.Plan:
     return plan
 
 
+class MaskForExport(Image):
+    """Gives its block a mask where it is exported, and none in a call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.block.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=x.device) if torch.compiler.is_exporting() else None
+        return super().forward(x)
+
+
+class Masked(Block):
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.mask is None else x / 0)
+
+
+def test_what_a_model_does_for_export_alone_is_not_captured() -> None:
+    check(MaskForExport(Masked()))
+
+
 # ------------------------------------------------------------------ dtypes
 
 
