@@ -57,7 +57,6 @@ class Configuration:
         sizes: of the example and of the second forward.
         note: what is special about the class, for the reader of the table.
         error: a regular expression; where it is not empty, an error of `plan` that matches it is right.
-        slow: seconds that are allowed, where the default is too little.
     """
 
     name: str
@@ -70,7 +69,6 @@ class Configuration:
     sizes: tuple[Size, Size] = SIZES
     note: str = ""
     error: str = ""
-    slow: float | None = None
 
 
 CONFIGURATIONS: dict[str, Configuration] = {}

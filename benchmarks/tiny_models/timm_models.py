@@ -147,7 +147,7 @@ tiny(
     sizes=FIXED,
     options={"depths": (1, 1, 1, 1), "window_sizes": (2, 2, 2, 2)},
 )
-tiny("davit_tiny", {"*spatial_block*": WINDOWS, "*channel_block*": CHANNELS}, patch=32, options={"depths": (1, 1, 1, 1), "window_size": 2})
+tiny("davit_tiny", {"*.0.attn": WINDOWS, "*.1.attn": CHANNELS}, patch=32, options={"depths": (1, 1, 1, 1), "window_size": 2})
 tiny("mobilevit_xxs", {"*": WINDOWS}, patch=32, note="attention between the same places of all patches")
 tiny("maxvit_rmlp_pico_rw_256", {"*": KEEP}, patch=64, sizes=FIXED, options={"img_size": pixels(64)}, note="windows and sparse grids")
 

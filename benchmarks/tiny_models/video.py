@@ -97,7 +97,7 @@ def animate_inputs(size: Size) -> dict[str, Any]:
     CROSSED_GROUP, animate_inputs, {**CROSSED, "face_adapter*": KEEP}, **CLIP, note="a face seen by cross-attention, frame by frame"
 )
 def WanAnimateTransformer3DModel() -> nn.Module:
-    face = {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2, "motion_encoder_size": 16}
+    face = {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1, "motion_encoder_size": 16}
     motion = {
         "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
         "motion_style_dim": 8,
