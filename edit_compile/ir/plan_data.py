@@ -88,12 +88,14 @@ class SizesOfInputs(_Data):
         symbols: where each symbol is read: `x` and its dimension, or `height` or `shapes[0][1]` for a number.
         images: a sequence of numbers among the inputs that holds one image's sizes, or a sequence of such sequences, one for each
             image; the symbols below it are read in every one.
+        samples: groups of inputs, tensors or lists of them, that hold the images of one batch: in a call all of a group have one size.
     """
 
     kind: Literal["sizes"] = "sizes"
     expressions: tuple[str, ...] = Field(min_length=2, max_length=3)
     symbols: dict[str, SizeAt]
     images: str | None = None
+    samples: tuple[tuple[str, ...], ...] = ()
 
 
 class PositionIds(_Data):

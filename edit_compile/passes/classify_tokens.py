@@ -63,13 +63,19 @@ class TokenMap:
         sizes: list[int] = []
         for segment in axis:
             kind = self.kind(segment)
+            length = self._length(segment)
             if segments and segments[-1].kind is kind:
-                segments[-1] = Segment(kind, _sum(segments[-1].length, segment.expr))
+                segments[-1] = Segment(kind, _sum(segments[-1].length, length))
                 sizes[-1] += segment.size
             else:
-                segments.append(Segment(kind, segment.expr))
+                segments.append(Segment(kind, length))
                 sizes.append(segment.size)
         return TokenLayout(tuple(segments)), tuple(sizes)
+
+    def _length(self, segment: AxisSegment) -> str:
+        """Return the number of positions; of the longest of several samples, that of one, for there is one grid."""
+        dims = self._image_dims((segment,)) if "Max" in segment.expr else []
+        return "*".join(f"({dim.expr})" for dim in dims) or segment.expr
 
     def grid(self, axis: Axis) -> Grid | None:
         """Return the dimensions of the input image that were flattened into the axis' image tokens; None if unknown."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from edit_compile.ir.plan_data import SizeAt
 from edit_compile.ir.position_ids import MAX_ID_COLUMNS, grids_of_ids, roles_in_ids
 from edit_compile.ir.size_expressions import evaluator, symbols_in
 from edit_compile.ir.tokens import Grid, TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import expression, hint
+from edit_compile.passes.axes.algebra import expression, hint, sources_of
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.classify_tokens import TokenMap
 from edit_compile.passes.graph_walk import shape_of
@@ -124,7 +124,8 @@ class GridFinder:
             assert finest.grid is not None
             needed = {name for site in with_grid if site.grid is not None for size in site.grid.sizes for name in symbols_in(size)}
             one = all(site.grid == finest.grid for site in with_grid)
-            return self._of_sizes(finest.grid.sizes, needed, self._sequence_of(needed) if one else None)
+            source = self._of_sizes(finest.grid.sizes, needed, self._sequence_of(needed) if one else None)
+            return source.model_copy(update={"samples": tuple(self._samples({site.grid for site in with_grid if site.grid is not None}))})
         if not rewritten:
             return Given()
         site = max(rewritten, key=image_tokens)
@@ -138,6 +139,33 @@ class GridFinder:
 
     def _of_sizes(self, expressions: tuple[str, ...], needed: set[str], images: str | None) -> SizesOfInputs:
         return SizesOfInputs(expressions=expressions, symbols={name: self.symbols[name] for name in sorted(needed)}, images=images)
+
+    def _samples(self, grids: Set[Grid]) -> Iterator[tuple[str, ...]]:
+        """Yield the groups of inputs that are the images of one batch: the positions of all lie along one axis, each has own sizes."""
+        axes = {axis for found in self.tokens.axes.values() if isinstance(found, tuple) for axis in found if axis and axis[0].composed_of}
+        for grid in grids:
+            sources = sources_of(axis for axis in axes if self.tokens.grid(axis) == grid) & self.tokens.image_inputs
+            read = {self.symbols[name] for size in grid.sizes for name in symbols_in(size)}
+            paths = {path for path, dim in read if dim is not None}
+            dims = {dim for _, dim in read if dim is not None}
+            beside = {self.captured.source(node).name for node in self._inputs() if node.name in sources and self._is_beside(node, read)}
+            group = self._with_lists(paths | beside) if paths and dims else ()
+            if len(group) > 1 or not paths >= set(group):
+                yield group
+
+    def _is_beside(self, node: fx.Node, read: Set[SizeAt]) -> bool:
+        """Say whether an input has the example's sizes of the inputs that a grid is read in, though not by the same symbols."""
+        name, shape = self.captured.source(node).name, shape_of(node) or ()
+        sizes = {dim: hint(leaf.shape[dim]) for path, dim in read if dim is not None and (leaf := self.leaves[path]) is not None}
+        if name not in self.leaves or not sizes or len(shape) <= max(sizes) or any(hint(shape[dim]) != size for dim, size in sizes.items()):
+            return False
+        return all(self.symbols.get(expression(shape[dim]), (name, dim)) == (name, dim) for dim in sizes)
+
+    def _with_lists(self, paths: Set[str]) -> tuple[str, ...]:
+        """Replace inputs that make up a list by the list: a call's may be longer or shorter than the example's."""
+        lists = {path: path.rpartition("[")[0] for path in paths if _in_sequence(path)}
+        whole = {each for each in lists.values() if all(path in paths for path in self.leaves if path.startswith(f"{each}["))}
+        return tuple(sorted({lists[path] if lists.get(path) in whole else path for path in paths}))
 
     def _sequence_of(self, symbols: set[str]) -> str | None:
         """Return the path of the sequence that all symbols are numbers of."""

@@ -69,6 +69,7 @@ class _FromSizes:
         self.grids = tuple(dict.fromkeys(self._expressions(site) for site in plan.rewritten))
         self.evaluators = [tuple(evaluator(e, set(source.symbols)) for e in grid) for grid in (*self.grids, self.base)]
         self.symbols = _Symbols(source.symbols, source.images)
+        self.samples = [_Samples(group, source.symbols) for group in source.samples]
 
     def _expressions(self, site: SitePlan) -> tuple[str, ...]:
         return site.grid.sizes if site.grid is not None else self.base
@@ -81,6 +82,8 @@ class _FromSizes:
 
     def sizes(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], stated: Grids | None) -> tuple[Grids, ...]:
         images = self.symbols.read(model, args, kwargs)
+        for samples in self.samples:
+            samples.check(model, args, kwargs)
         *grids, base = (tuple(tuple(size(symbols) for size in grid) for symbols in images) for grid in self.evaluators)
         if stated is None:
             return tuple(grids)
@@ -241,6 +244,32 @@ class _Symbols:
                 "frames, height and width as at conversion"
             )
         return {name: _size(sizes[i], f"{self.images.path}[{i}]", None, model) for name, i in self.of_images.items() if isinstance(i, int)}
+
+
+class _Samples:
+    """The images of one batch, each a tensor of its own: one grid is read, so all must have one size."""
+
+    def __init__(self, group: tuple[str, ...], symbols: Mapping[str, SizeAt]) -> None:
+        self.inputs = [_Input(path) for path in group]
+        held = (*group, *(f"{path}[" for path in group))
+        self.dims = sorted({dim for path, dim in symbols.values() if dim is not None and (path in group or path.startswith(held))})
+
+    def check(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Compare the images of a call.
+
+        Raises:
+            GridError: they have several sizes.
+        """
+        values = [(each.path, each.read(model, args, kwargs)) for each in self.inputs]
+        listed = [(path, value) for path, found in values for value in (found if isinstance(found, Sequence) else [found])]
+        sizes = [tuple(_size(value, path, dim, model) for dim in self.dims) for path, value in listed if value is not None]
+        other = next((each for each in sizes if each != sizes[0]), None)
+        if other is not None:
+            where, both = ", ".join(path for path, _ in values), f"{in_words((sizes[0],))} and {in_words((other,))}"
+            raise GridError(
+                f"{type(model).__name__}: the images in {where} are of several sizes, {both}; a call has one grid of image tokens, so "
+                "call the model once for every size"
+            )
 
 
 def _is_nested(listed: Any) -> bool:

@@ -157,6 +157,36 @@ def _tells_more(a: AxisSegment, b: AxisSegment) -> bool:
     return bool(a.all_sources) if bool(a.all_sources) is not bool(b.all_sources) else bool(a.composed_of)
 
 
+def samples_axis(samples: Sequence[Axis], size: Any, operator_name: str, *, from_end: bool = False) -> Axis:
+    """Return the axis that samples of a batch lie along side by side, all from its start or all to its end.
+
+    From the first segment on that is divided otherwise in one sample than in another, positions stand for something else in each.
+
+    Args:
+        size: of the result, that of the longest sample.
+        operator_name: of the operator that padded the others.
+    """
+    step = -1 if from_end else 1
+    common: list[AxisSegment] = []
+    for segments in zip(*(axis[::step] for axis in samples), strict=False):
+        if len(set(map(_division, segments))) > 1:
+            break
+        common.append(reduce(_unified, segments))
+    rest = [axis[::step][len(common) :] for axis in samples]
+    length = hint(size) - axis_size(tuple(common))
+    if length:
+        sources = sources_of(rest)
+        sources |= {WithoutRule(f"{operator_name} of samples of different lengths")} if sources else set()
+        known = "".join(f" - ({segment.expr})" for segment in common)
+        common.append(AxisSegment(length, f"{expression(size)}{known}", sources, in_order=False))
+    return tuple(common[::step])
+
+
+def _division(segment: AxisSegment) -> tuple[Any, ...]:
+    """Return the sizes of a segment and of all that it is composed of."""
+    return (segment.size, *(tuple(map(_division, axis)) for axis in segment.composed_of))
+
+
 def reshape_axes(axes: Axes, shape: Sequence[Any]) -> Axes:
     """Return the axes after a reshape: dimensions are matched in groups of equal product, merged and split inside a group."""
     result: list[Axis] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -21,12 +22,15 @@ from edit_compile.passes.axes.algebra import (
     joined,
     new_axis,
     reshape_axes,
+    samples_axis,
     slice_axis,
     sources_of,
     unify,
 )
 from edit_compile.passes.axes.call import Call, aligned, size_of
-from edit_compile.passes.graph_walk import op_name
+from edit_compile.passes.graph_walk import argument, op_name, operand, operands
+
+_STEPS = 100  # back from a part that is joined with others, to find where it was taken out
 
 # ------------------------------------------------------------------ views
 
@@ -169,10 +173,9 @@ def joined_along(call: Call) -> Axes:
     fixed = {"hstack": min(1, rank - 1), "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}
     dim = fixed[name] if name in fixed else int(call.argument("dim", 0)) % rank
     parts = [_of_rank(axes, rank, name) for axes in call.listed(0) if name in fixed or len(axes) == rank]
-    return tuple(
-        joined(segment for part in parts for segment in part[d]) if d == dim else reduce(unify, (part[d] for part in parts))
-        for d in range(rank)
-    )
+    put_back = _put_back(call, call.shape[dim]) if all(part[dim] == new_axis(1) for part in parts) else None
+    along = put_back or joined(segment for part in parts for segment in part[dim])
+    return tuple(along if d == dim else reduce(unify, (part[d] for part in parts)) for d in range(rank))
 
 
 def _of_rank(axes: Axes, rank: int, name: str) -> Axes:
@@ -190,7 +193,49 @@ def _of_rank(axes: Axes, rank: int, name: str) -> Axes:
 def stacked(call: Call) -> Axes:
     parts, dim = call.listed(0), int(call.argument("dim", 0)) % len(call.shape)
     common = [reduce(unify, (part[d] for part in parts)) for d in range(len(call.shape) - 1)]
-    return (*common[:dim], new_axis(call.shape[dim]), *common[dim:])
+    return (*common[:dim], _put_back(call, call.shape[dim]) or new_axis(call.shape[dim]), *common[dim:])
+
+
+def _put_back(call: Call, size: Any) -> Axis | None:
+    """Return the axis that parts of one position each lie along: that of a tensor which they were taken out of, one by one.
+
+    None if they come from elsewhere, or along an axis that stems from no input.
+    """
+    found = [_taken_from(part) for part in operands(call.node, 0)]
+    if None in found or len({each[:2] for each in found if each is not None}) != 1:
+        return None
+    source, dim = next(each[:2] for each in found if each is not None)
+    axes = call.axes.get(source)
+    if not isinstance(axes, tuple) or not sources_of([axes[dim]]):
+        return None
+    in_order = [each[2] for each in found if each is not None] == list(range(axis_size(axes[dim])))
+    return axes[dim] if in_order else entangled(size, axes[dim])
+
+
+def _taken_from(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """Find the tensor that a part was selected from, along its first operands: with the dimension and the position."""
+    for _ in range(_STEPS):
+        taken = operand(node, 0) if node.target is operator.getitem else node
+        if op_name(taken) in ("select", "unbind"):
+            source, index = operand(taken, 0), argument(node, 1 if taken is not node else 2, "index")
+            while op_name(source) == "slice" and source.meta["val"].shape == operand(source, 0).meta["val"].shape:
+                source = operand(source, 0)  # all of it, as `x[:, i]` takes first
+            rank = source.meta["val"].ndim
+            return (source, argument(taken, 1, "dim", 0) % rank, index) if isinstance(index, int) else None
+        if node.op != "call_function" or not node.all_input_nodes:
+            return None
+        node = node.all_input_nodes[0]
+    return None
+
+
+def samples_padded(call: Call) -> Axes:
+    """Stack samples of several lengths, the shorter ones padded: pad_sequence, of (length, ...) to (batch, length, ...)."""
+    samples = call.listed(0)
+    in_front, batch_first = call.argument("padding_side", "right") == "left", bool(call.argument("batch_first", False))
+    tokens = samples_axis([axes[0] for axes in samples], call.shape[1 if batch_first else 0], "aten.pad_sequence", from_end=in_front)
+    rest = [reduce(unify, each) for each in zip(*(axes[1:] for axes in samples), strict=True)]
+    batch = new_axis(len(samples))
+    return (batch, tokens, *rest) if batch_first else (tokens, batch, *rest)
 
 
 def padded(call: Call) -> Axes:

@@ -38,6 +38,7 @@ _MOVES: dict[Rule, str] = {
     moves.complex_parts: "view_as_complex view_as_real",
     moves.joined_along: "cat concat concatenate hstack vstack dstack row_stack column_stack",
     moves.stacked: "stack",
+    moves.samples_padded: "pad_sequence",
     moves.repeated: "repeat tile",
     moves.interleaved: "repeat_interleave",
     moves.kept: """contiguous clone detach alias to _to_copy type_as pin_memory cpu cuda lift lift_fresh data requires_grad_ conj
@@ -158,7 +159,7 @@ REFUSED = frozenset(  # public operators that have been looked at and get no rul
     mkldnn_max_pool2d mkldnn_max_pool3d mkldnn_reorder_conv2d_weight mkldnn_reorder_conv3d_weight mkldnn_rnn_layer multi_margin_loss
     multilabel_margin_loss multilabel_margin_loss_forward multinomial nanquantile native_norm nested_to_padded_tensor nll_loss
     nll_loss2d nll_loss2d_forward nll_loss_forward nll_loss_nd nonzero nonzero_numpy nonzero_static norm_except_dim normal_functional
-    orgqr ormqr pad_sequence pdist popitem put q_per_channel_scales q_per_channel_zero_points quantile quantize_per_channel
+    orgqr ormqr pdist popitem put q_per_channel_scales q_per_channel_zero_points quantile quantize_per_channel
     quantize_per_tensor quantize_per_tensor_dynamic quantized_batch_norm quantized_gru quantized_gru_cell quantized_lstm
     quantized_lstm_cell quantized_max_pool1d quantized_max_pool2d quantized_max_pool3d quantized_rnn_relu_cell quantized_rnn_tanh_cell
     resize resize_as resize_as_sparse rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell row_indices rrelu_with_noise_functional
