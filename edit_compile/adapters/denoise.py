@@ -29,16 +29,26 @@ def denoise(model: nn.Module, x_BCHW: Tensor, timesteps_B: Tensor, conditions: M
 
 
 def random_batch(
-    model: nn.Module, height: int, width: int, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    height: int,
+    width: int,
+    batch: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    frames: int | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Make what `denoise` takes for images of height x width pixels: random (on the meta device, empty) x_BCHW and conditions.
+
+    Args:
+        frames: of a model of videos; default: as many as its videos usually have.
 
     Raises:
         GridError: the model does not support this size; says why.
         NoExampleInputsError: the model's family has no adapter.
     """
     family = _family(model)
-    made = inputs_for_size(model, height, width, batch=batch, device=device, dtype=dtype)
+    made = inputs_for_size(model, height, width, frames=frames, batch=batch, device=device, dtype=dtype)
     return family.latents(made.inputs, made.grid), family.conditions(made.inputs)
 
 

@@ -79,13 +79,35 @@ def inputs_for_size(
     return ImageInputs(family.inputs(model, sizes), (*video, rows, columns), tokens, frames)
 
 
+def tokens_of_size(model: nn.Module, height: int, width: int, frames: int | None = None) -> Extent:
+    """Return the (rows, columns) of image tokens, or (frames, rows, columns), of an image or video of a size in pixels.
+
+    Args:
+        frames: of a model of videos; default: as many as its videos usually have.
+
+    Raises:
+        GridError: the model cannot make so many frames.
+        NoExampleInputsError: the model's family has no adapter.
+    """
+    family, step = _family(model), pixels_per_token(model)
+    frames = frames if frames is not None else family.default_frames(model)
+    return (*(() if frames is None else (_token_frames(family, model, frames),)), height // step, width // step)
+
+
+def check_frames(model: nn.Module, frames: int) -> None:
+    """Raise GridError if a known model cannot make a video of so many frames; of unknown ones nothing is said."""
+    family = lookup_family(model)
+    if family is not None:
+        _token_frames(family, model, frames)
+
+
 def _token_frames(family: Family, model: nn.Module, frames: int) -> int:
     """Return how many frames of image tokens stand for a video's frames."""
     usual, found = family.default_frames(model), family.token_frames(model, frames)
     if found is not None:
         return found
     if usual is None:
-        raise GridError(f"{type(model).__name__} makes images, not videos of {frames} frames: give height and width alone")
+        raise GridError(f"{type(model).__name__} makes images, not videos of {frames} frames: leave frames out")
     raise GridError(f"{type(model).__name__} does not support {frames} frames; it is usually used with {usual}")
 
 

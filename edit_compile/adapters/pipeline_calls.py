@@ -15,6 +15,7 @@ from edit_compile.adapters.pipelines import denoiser_name, dtype_kwarg, load_dif
 from edit_compile.errors import DistillError
 from edit_compile.passes.capture import bound_arguments
 
+FRAMES = "num_frames"  # the argument of pipelines that make videos
 Call = dict[str, Any]  # keyword arguments of one forward, its tensors on the CPU
 
 
@@ -43,12 +44,17 @@ class CallRecorder:
         self.options = {name: value for name, value in {"output_type": "latent", **options}.items() if name in self.accepted}
 
     @torch.no_grad()
-    def calls(self, prompt: str, height: int, width: int, seed: int) -> list[Call]:
+    def calls(self, prompt: str, height: int, width: int, seed: int, frames: int | None = None) -> list[Call]:
         """Sample once at a size in pixels, and return all calls of the model, in order.
 
+        Args:
+            frames: of a video; None for an image, or as many as are the pipeline's default.
+
         Raises:
-            DistillError: the pipeline fails, or does not call the model.
+            DistillError: the pipeline fails, does not call the model, or makes no videos.
         """
+        if frames is not None and FRAMES not in self.accepted:
+            raise DistillError(f"{type(self.pipe).__name__} takes no {FRAMES}: leave frames out of the recipe")
         found: list[Call] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,8 +62,9 @@ class CallRecorder:
 
         hook = self.model.register_forward_pre_hook(keep, with_kwargs=True)
         size = {name: value for name, value in (("height", height), ("width", width)) if name in self.accepted}
+        size |= {} if frames is None else {FRAMES: frames}
         try:
-            self.pipe(prompt=prompt, **size, **self.options, generator=torch.Generator().manual_seed(seed))
+            self.pipe(prompt=prompt, **{**self.options, **size}, generator=torch.Generator().manual_seed(seed))
         except Exception as error:
             raise DistillError(
                 f"{type(self.pipe).__name__} failed at {height} x {width} px with {prompt!r}: {first_line(error)}"
@@ -84,6 +91,18 @@ def merged(calls: Sequence[Call]) -> Call:
     leaves = [_joined(column, rows) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
     merged_call: Call = pytree.tree_unflatten(leaves, flat[0][1])
     return merged_call
+
+
+def repeated(call: Call, number: int) -> Call:
+    """Put `number` equal calls into one batch, as `merged` does."""
+    rows = batch_size(call)
+
+    def leaf(value: Any) -> Any:
+        along_batch = isinstance(value, Tensor) and value.ndim and value.shape[0] == rows
+        return torch.cat([value] * number) if along_batch else value
+
+    several: Call = pytree.tree_map(leaf, call)
+    return several
 
 
 def batch_size(call: Call) -> int:

@@ -18,6 +18,7 @@ from edit_compile.errors import EditCompileError, NoExampleInputsError
 from edit_compile.passes.capture import bound_arguments
 
 FRAMES = 25  # of videos: one, and a multiple of 4, 6 and 8, by which pipelines' VAEs compress time
+_SAMPLES = ("num_images_per_prompt", "num_videos_per_prompt")  # arguments of pipelines: how many of each prompt
 
 
 class _Received(Exception):
@@ -96,17 +97,23 @@ def record(pipe: Any, *args: Any, component: str | None = None, **kwargs: Any) -
     raise NoExampleInputsError(f"{type(pipe).__name__} finished without calling its {component}")
 
 
+def one_sample(pipe: Any) -> dict[str, Any]:
+    """Return arguments for `record` with which a pipeline makes a single sample."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    return {"prompt": "a photo"} | {name: 1 for name in _SAMPLES if name in accepted}
+
+
 def _completed(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Add defaults for what the pipeline accepts and was not given."""
     accepted = inspect.signature(type(pipe).__call__).parameters
     given = {*kwargs, *list(accepted)[1 : len(args) + 1]}
-    defaults: dict[str, Any] = {"num_inference_steps": 1, "num_images_per_prompt": 2, "num_videos_per_prompt": 2}
+    defaults: dict[str, Any] = {"num_inference_steps": 1, **dict.fromkeys(_SAMPLES, 2)}
     if not given & {"height", "width"}:
         defaults |= {"height": 256, "width": 384}
     if "num_frames" in accepted:
         defaults["num_frames"] = FRAMES
     if "prompt_embeds" not in given:
-        several = {"num_images_per_prompt", "num_videos_per_prompt"} & accepted.keys()
+        several = set(_SAMPLES) & accepted.keys()
         defaults["prompt"] = "a photo" if several else ["a photo", "a painting"]
     return {name: value for name, value in defaults.items() if name in accepted and name not in given} | kwargs
 

@@ -55,7 +55,7 @@ class Cost:
     @property
     def size(self) -> str:
         """The size in pixels, "height x width", after the number of a video's frames."""
-        return size_in_words((self.height, self.width) if self.frames is None else (self.frames, self.height, self.width))
+        return size_in_words(video_size(self.height, self.width, self.frames))
 
     @property
     def saved(self) -> int:
@@ -140,6 +140,11 @@ def _converted(model: Any, config: LinearizeConfig | None) -> nn.Module:
     if student is None:
         raise PlanError(f"no site of {plan.model} can be converted; print(edit_compile.plan(model)) says why")
     return student
+
+
+def video_size(height: int, width: int, frames: int | None) -> Extent:
+    """Put the number of a video's frames before its height and width; None for an image."""
+    return (height, width) if frames is None else (frames, height, width)
 
 
 def size_in_words(size: Extent) -> str:

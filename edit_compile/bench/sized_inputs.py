@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from torch import nn
 
 from edit_compile.adapters.family import DEFAULT_SIDES, Extent, lookup_family
 from edit_compile.adapters.inputs import default_sizes, inputs_for_size
-from edit_compile.adapters.pipeline_calls import batch_size
+from edit_compile.adapters.pipeline_calls import FRAMES, batch_size
 from edit_compile.adapters.pipeline_structure import pipeline_structure
-from edit_compile.adapters.record_inputs import record
+from edit_compile.adapters.record_inputs import one_sample, record
 from edit_compile.errors import GridError
 from edit_compile.passes.capture import meta_inputs
 from edit_compile.student.grid import grid, grid_of_inputs
@@ -59,13 +59,15 @@ def usual_sizes(student: nn.Module) -> tuple[Extent, ...]:
 class InputMaker:
     """Makes the inputs of a converted model at any size."""
 
-    def __init__(self, student: nn.Module, pipeline: str | None) -> None:
+    def __init__(self, student: nn.Module, pipeline: str | None, call: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             pipeline: the model's, a folder or hub id; only needed where no adapter knows the model.
+            call: keyword arguments of the pipeline's call, to have inputs as it makes them for one sample, adapter or not.
         """
-        self.student = student
-        self.pipe = pipeline_structure(pipeline) if pipeline is not None and lookup_family(student) is None else None
+        self.student, self.call = student, call
+        asked = pipeline is not None and (call is not None or lookup_family(student) is None)
+        self.pipe = pipeline_structure(pipeline) if pipeline is not None and asked else None
 
     def at(self, size: Extent, text: int | None = None) -> SizedInputs:
         """Make the inputs at (height, width), or of videos (frames, height, width), in pixels.
@@ -78,8 +80,8 @@ class InputMaker:
         if self.pipe is None:
             made = inputs_for_size(self.student, height, width, frames=frames[0] if frames else None, text=text)
             return SizedInputs(meta_inputs(made.inputs), 1, (made.grid,), made.text, made.frames)
-        options: dict[str, Any] = {"num_frames": frames[0]} if frames else {}
-        recorded = record(self.pipe, height=height, width=width, **options)
+        options = {**(self.call or {}), **({FRAMES: frames[0]} if frames else {})}
+        recorded = record(self.pipe, height=height, width=width, **(one_sample(self.pipe) if self.call is not None else {}), **options)
         grids = grid_of_inputs(self.student, recorded)
         if grids is None:
             raise GridError(f"{type(self.student).__name__}: its grid of image tokens does not follow from what its pipeline passes")

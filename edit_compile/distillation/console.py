@@ -67,7 +67,7 @@ def print_result(result: Result, as_json: bool) -> None:
     console.print(f"validation error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {bins}")
     for speed in result.speeds:
         ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
-        console.print(f"one forward at {speed.height} x {speed.width} px: {ratio}")
+        console.print(f"one forward at {speed.size} px: {ratio}")
     console.print(f"{result.seconds:.0f} s of training; the student is in {result.folder}")
 
 
@@ -95,7 +95,7 @@ def _phases_table(estimate: Estimate) -> Table:
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase in estimate.phases:
         counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", format_si(phase.flops), _gibibytes(phase.bytes))
-        table.add_row(phase.name, f"{phase.height} x {phase.width}", *counts, _duration(estimate.least_seconds(phase)))
+        table.add_row(phase.name, phase.size, *counts, _duration(estimate.least_seconds(phase)))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from edit_compile.adapters.inputs import pixels_per_token
+from edit_compile.adapters.inputs import tokens_of_size
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.api import teacher
 from edit_compile.distillation.data import BatchRequest, DataSource
@@ -70,7 +71,7 @@ class Context:
 
     def noisy_batch(self, request: BatchRequest, timesteps: Tensor | None = None) -> NoisyBatch:
         """Read a batch and add noise, on the CPU, at timesteps (B,) or, if None, at the recipe's."""
-        schedule = self.schedule_at(request.height, request.width)
+        schedule = self.schedule_at(request.height, request.width, request.frames)
         if timesteps is None:
             timesteps = schedule.timesteps(low_discrepancy(request.positions, self.recipe.seed), self.recipe.timesteps)
         if isinstance(self.source, CallSource):
@@ -81,12 +82,11 @@ class Context:
         x, target = schedule.add_noise(batch.latents, noise, timesteps)
         return NoisyBatch(x, timesteps, batch.conditions, target)
 
-    def schedule_at(self, height: int, width: int) -> NoiseSchedule:
-        """Return the noise schedule for images of height x width pixels."""
+    def schedule_at(self, height: int, width: int, frames: int | None = None) -> NoiseSchedule:
+        """Return the noise schedule for images of height x width pixels, or videos of so many frames (default: as many as usual)."""
         if self.schedule.dynamic is None:
             return self.schedule
-        step = pixels_per_token(self.student)
-        return self.schedule.at((height // step) * (width // step))
+        return self.schedule.at(math.prod(tokens_of_size(self.student, height, width, frames)))
 
     def on_device(self, batch: NoisyBatch) -> NoisyBatch:
         """Move a batch to the run's device."""

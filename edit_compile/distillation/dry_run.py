@@ -8,15 +8,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edit_compile.adapters.denoise import denoise, random_batch
 from edit_compile.adapters.inputs import inputs_for_size
+from edit_compile.adapters.load_model import load_model
+from edit_compile.adapters.pipeline_calls import call_as_recorded, repeated
 from edit_compile.api import plan_of
-from edit_compile.bench import matmul_flops_per_second, peak_memory
-from edit_compile.distillation.context import Context, NoisyBatch, trained_parameters
-from edit_compile.distillation.models import make_student
+from edit_compile.bench import matmul_flops_per_second, peak_memory, size_in_words, video_size
+from edit_compile.bench.sized_inputs import InputMaker
+from edit_compile.distillation.context import Context, Denoise, NoisyBatch, trained_parameters
+from edit_compile.distillation.models import check_frames_of, make_student
 from edit_compile.distillation.recipe.schedule import Phase, phases_of
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.train.distributed import recompute_blocks
@@ -28,6 +32,7 @@ from edit_compile.ir.plan import Plan
 from edit_compile.passes.capture import meta_copy
 from edit_compile.passes.native_attention import native_attention
 from edit_compile.student.grid import grid
+from edit_compile.student.grid_sources import Grids
 from edit_compile.student.site import converted_sites
 
 _MOMENTS = {"adamw": 8, "adamw-8bit": 2}  # bytes of both
@@ -39,6 +44,7 @@ class PhaseEstimate:
 
     Attributes:
         height, width: of its images, in pixels.
+        frames: of its videos; None for images.
         samples, micro_batch: samples per step, and per forward.
         flops: of a step: teacher, student, backward pass, and what checkpointing recomputes.
         bytes: at the peak of a step: weights, gradients, optimizer, moving average, activations. The workspaces of kernels come
@@ -53,6 +59,12 @@ class PhaseEstimate:
     micro_batch: int
     flops: int
     bytes: int
+    frames: int | None = None
+
+    @property
+    def size(self) -> str:
+        """The size in pixels, "height x width", after the number of a video's frames."""
+        return size_in_words(video_size(self.height, self.width, self.frames))
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,9 @@ def dry_run(recipe: Recipe) -> Estimate:
     Raises:
         DistillError, ModelNotFoundError, PlanError: as the run itself would.
     """
-    student = make_student(recipe, structure_only=True).model
+    made = make_student(recipe, structure_only=True)
+    student = made.model
+    check_frames_of(recipe, student)
     structure = meta_copy(student, recipe.dtype)
     trained = trained_parameters(structure, recipe.train)
     number, state = sum(p.numel() for p in trained.values()), _state_bytes(structure, recipe)
@@ -106,6 +120,7 @@ def dry_run(recipe: Recipe) -> Estimate:
     errors: dict[str, str] = {}
     wanted = phases_of(recipe)
     first_stage = next(phase for phase in wanted if phase.losses is not None)
+    inputs = _Inputs(recipe, structure, made.base)
     with only_trainable(structure, set(trained)), native_attention():
         for phase in wanted:
             if recipe.gradient_checkpointing and phase is first_stage:
@@ -113,7 +128,7 @@ def dry_run(recipe: Recipe) -> Estimate:
             try:
                 # The backward pass needs the trained weights as they were multiplied; recomputed, those of one block, or site, at a time.
                 copies = 2 * number if recipe.precision == "bf16" and phase.losses and not recipe.gradient_checkpointing else 0
-                phases.append(_estimate(recipe, structure, phase, state + copies))
+                phases.append(_estimate(recipe, structure, phase, inputs, state + copies))
             except (GridError, NoExampleInputsError) as error:
                 errors[phase.name] = str(error)
     parameters = sum(p.numel() for p in structure.parameters())
@@ -131,13 +146,47 @@ def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
     return own + frozen * teacher
 
 
-def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) -> PhaseEstimate:
-    options, dtype = phase.options, recipe.dtype
+class _Inputs:
+    """Makes the batches of a recipe's phases: as the model's family says, or its pipeline, if the data are the calls that it makes."""
+
+    def __init__(self, recipe: Recipe, structure: nn.Module, base: str | None) -> None:
+        self.recipe, self.structure = recipe, structure
+        pipeline = load_model(base, structure_only=True).pipeline if recipe.data.recorded_calls and base is not None else None
+        self.maker = InputMaker(structure, pipeline, recipe.data.pipeline_options) if pipeline is not None else None
+
+    @property
+    def denoise(self) -> Denoise:
+        """How the model is called with these batches."""
+        return denoise if self.maker is None else call_as_recorded
+
+    def batch(self, phase: Phase, size: int) -> tuple[NoisyBatch, Grids, int | None]:
+        """Make the inputs of a forward of `size` samples; returns also their grids of image tokens and their frames.
+
+        Raises:
+            GridError, NoExampleInputsError: as `InputMaker`.
+        """
+        dtype = self.recipe.dtype
+        timesteps = torch.empty(size, device="meta", dtype=dtype)
+        if self.maker is not None:
+            made = self.maker.at(video_size(phase.height, phase.width, phase.frames))
+            call = pytree.tree_map(partial(_floats_as, dtype), repeated(made.inputs, size))
+            return NoisyBatch(torch.empty(size, 0, device="meta"), timesteps, call, None), made.grids, made.frames
+        x, conditions = random_batch(self.structure, phase.height, phase.width, size, "meta", dtype, frames=phase.frames)
+        sized = inputs_for_size(self.structure, phase.height, phase.width, frames=phase.frames)
+        return NoisyBatch(x, timesteps, conditions, x), (sized.grid,), sized.frames
+
+
+def _floats_as(dtype: torch.dtype, leaf: Any) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, inputs: _Inputs, state: int) -> PhaseEstimate:
+    options = phase.options
     size = options.micro_batch_size or options.global_batch_size
-    x, conditions = random_batch(structure, phase.height, phase.width, size, "meta", dtype)
-    batch = NoisyBatch(x, torch.empty(size, device="meta", dtype=dtype), conditions, x)
-    call = partial(_layerwise_step if phase.losses is None else _stage_step, _context(recipe, structure), batch, phase)
-    with grid(structure, *inputs_for_size(structure, phase.height, phase.width).grid):
+    batch, grids, frames = inputs.batch(phase, size)
+    context = _context(recipe, structure, inputs.denoise)
+    call = partial(_layerwise_step if phase.losses is None else _stage_step, context, batch, phase)
+    with grid(structure, *grids):
         with FlopCounterMode(display=False) as counter:
             call()
         activations = peak_memory(call)  # the gradients of the first call are there now, as with accumulation
@@ -145,10 +194,10 @@ def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, state: int) ->
         parameter.grad = None
     flops = counter.get_total_flops() * (options.global_batch_size // size)
     place = (phase.name, phase.height, phase.width)
-    return PhaseEstimate(*place, options.steps, options.global_batch_size, size, flops, state + activations)
+    return PhaseEstimate(*place, options.steps, options.global_batch_size, size, flops, state + activations, frames)
 
 
-def _context(recipe: Recipe, structure: nn.Module) -> Context:
+def _context(recipe: Recipe, structure: nn.Module, denoise: Denoise) -> Context:
     """Make a context on the meta device that can run a model, and nothing else."""
     nothing = cast(Any, SimpleNamespace(device=torch.device("meta")))
     return Context(recipe, structure, structure, nothing, denoise, nothing, nothing)

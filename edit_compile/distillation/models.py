@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edit_compile.adapters.inputs import check_frames
 from edit_compile.adapters.load_model import LoadedModel, load_model
 from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule, schedule_of_pipeline
 from edit_compile.api import linearize
 from edit_compile.config import LinearizeConfig
 from edit_compile.demo import models as demo
 from edit_compile.distillation.recipe.schema import Recipe
-from edit_compile.errors import DistillError
+from edit_compile.errors import DistillError, GridError
 from edit_compile.student.checkpoint import INDEX, base_of, load
 
 
@@ -81,6 +82,17 @@ def noise_schedule(recipe: Recipe, base: str | None) -> NoiseSchedule:
     if base is None:
         raise DistillError("what the model predicts is not known without its pipeline; set prediction: in the recipe")
     return schedule_of_pipeline(base)
+
+
+def check_frames_of(recipe: Recipe, model: nn.Module) -> None:
+    """Raise DistillError if a recipe wants videos of a model that makes images, or videos of a length that it cannot make."""
+    named = [("layerwise", recipe.layerwise), *((f"stages.{number}", stage) for number, stage in enumerate(recipe.stages))]
+    for name, phase in named:
+        if phase is not None and phase.frames is not None:
+            try:
+                check_frames(model, phase.frames)
+            except GridError as error:
+                raise DistillError(f"{name}.frames: {error}") from error
 
 
 def _is_converted(recipe: Recipe) -> bool:

@@ -22,7 +22,7 @@ from edit_compile.distillation.data.records import write_skipped
 from edit_compile.distillation.evaluate.sample_grid import GridSampler
 from edit_compile.distillation.evaluate.speed import Speed, measure_speeds
 from edit_compile.distillation.evaluate.validation import ValidationResult, validate
-from edit_compile.distillation.models import Student, make_student, noise_schedule
+from edit_compile.distillation.models import Student, check_frames_of, make_student, noise_schedule
 from edit_compile.distillation.output.model_card import model_card
 from edit_compile.distillation.output.plot import plot_losses
 from edit_compile.distillation.output.run_folder import RunFolder
@@ -107,6 +107,7 @@ def distill(
     made = make_student(recipe) if student is None else Student(student, None)
     if not converted_sites(made.model):
         raise DistillError(f"{type(made.model).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
+    check_frames_of(recipe, made.model)
     schedule = schedule or noise_schedule(recipe, made.base)
     denoise = denoise or (call_as_recorded if recipe.data.recorded_calls else denoise_by_family)
     run = Run(recipe, folder, accelerator, made, schedule, denoise, report or (lambda row: None))
@@ -164,11 +165,11 @@ class Run:
         options: dict[str, Any] = {"base": self.student.base, "device": accelerator.device, "dtype": recipe.dtype}
         source = source or open_source(recipe.data, self.teacher, recipe.seed, **options)
         self.context = Context(recipe, self.student.model, self.teacher, source, self.denoise, self.schedule, accelerator)
-        self.grids = GridSampler(self.context, *recipe.stages[-1].resolution)
+        self.grids = GridSampler(self.context, *self._last_size())
         for phase in phases_of(recipe):
             try:
                 self.context.local_batch_slices(phase.options.global_batch_size, phase.options.micro_batch_size)
-                source.check(phase.height, phase.width)
+                source.check(phase.height, phase.width, *([] if phase.frames is None else [phase.frames]))
             except DistillError as error:
                 raise DistillError(f"{phase.name}: {error}") from error
         with accelerator.main_process_first():
@@ -228,7 +229,12 @@ class Run:
             site.edit_teacher.to(accelerator.device)
 
     def _validate(self) -> ValidationResult:
-        return validate(self.context, *self.recipe.stages[-1].resolution)
+        return validate(self.context, *self._last_size())
+
+    def _last_size(self) -> tuple[int, int, int | None]:
+        """Return the height, width and frames of the last stage."""
+        last = phases_of(self.recipe)[-1]
+        return last.height, last.width, last.frames
 
     def _record(self, row: MetricsRow) -> None:
         self.folder.add(row)

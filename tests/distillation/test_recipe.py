@@ -52,7 +52,7 @@ def test_a_recipe_survives_its_own_dump(file):
             "    steps: 20",
             "    step: 20",
             6,
-            "stages.1.step: unknown key; did you mean steps? there are: resolution, steps, global_batch_size",
+            "stages.1.step: unknown key; did you mean steps? there are: resolution, frames, steps, global_batch_size",
         ),
         ("{task: 1}", "{tusk: 1}", 7, "stages.1.losses.tusk: unknown loss; did you mean task? there are: task, output, feature"),
         ("steps: 10", "steps: many", 4, "stages.0.steps: 'many': Input should be a valid integer"),

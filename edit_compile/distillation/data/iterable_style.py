@@ -50,7 +50,7 @@ class IterableSource:
         self._window: tuple[tuple[int, int], list[list[Sized]]] | None = None
         self._held_out: list[Sized] | None = None
 
-    def check(self, height: int, width: int) -> None:
+    def check(self, height: int, width: int, frames: int | None = None) -> None:
         bucket_shapes(height, width, self.encoder.granularity, self.buckets)
 
     def batch(self, request: BatchRequest) -> Batch:

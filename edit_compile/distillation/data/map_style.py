@@ -71,7 +71,7 @@ class MapStyleSource:
             raise DistillError(f"data.held_out: {count} of {total} samples would be held out, leaving none to train on")
         self._held_out_indices = {(2 * number + 1) * total // (2 * count) for number in range(count)}
 
-    def check(self, height: int, width: int) -> None:
+    def check(self, height: int, width: int, frames: int | None = None) -> None:
         found = (self._shape(index, (height, width)) for index in range(len(self.dataset)))
         if all(isinstance(shape, BadSample) for shape in found):  # ends at the first that is readable
             raise self._nothing_left("train")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
@@ -26,6 +26,16 @@ class DataConfig(Frozen):
     random_weights: ClassVar[bool] = False  # whether a model without weights may be trained on it, with random ones
     recorded_calls: ClassVar[bool] = False  # whether it has calls of the model instead of images: its source is a `CallSource`
     sampled_by_teacher: ClassVar[bool] = False  # whether the teacher's weights and the seed decide on the samples
+
+    @property
+    def video_frames(self) -> int | None:
+        """The number of frames of its videos where a stage does not say it; None if that is not known."""
+        return None
+
+    @property
+    def pipeline_options(self) -> Mapping[str, Any]:
+        """Keyword arguments of the pipeline's call, of data that are its calls of the model."""
+        return {}
 
     def open(self, context: SourceContext) -> DataSource:
         """Open the source.

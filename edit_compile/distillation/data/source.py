@@ -22,6 +22,7 @@ class BatchRequest:
         height, width: of the images, in pixels. A source with aspect-ratio buckets may answer with another shape of
             about this area, the same for all rows of a batch.
         split: "validation" samples are never seen in training.
+        frames: of the videos; None for images, and for as many frames as are usual.
     """
 
     position: int
@@ -30,6 +31,7 @@ class BatchRequest:
     height: int
     width: int
     split: Split = "train"
+    frames: int | None = None
 
     @property
     def positions(self) -> range:
@@ -95,8 +97,8 @@ class DataSource(Protocol):
     skipped: dict[str, str]
     concurrent: bool
 
-    def check(self, height: int, width: int) -> None:
-        """Raise DistillError if there are no images of this resolution in pixels."""
+    def check(self, height: int, width: int, frames: int | None = None) -> None:
+        """Raise DistillError if there are no images of this resolution in pixels, or no videos of so many frames."""
         ...
 
     def batch(self, request: BatchRequest) -> Batch:

@@ -27,6 +27,7 @@ class GridSampler:
     context: Context
     height: int
     width: int
+    frames: int | None = None
     teacher_latents: Tensor | None = field(default=None, init=False)
 
     def save(self, path: Path) -> None:
@@ -37,13 +38,13 @@ class GridSampler:
         context, count = self.context, self.context.recipe.samples.count
         if context.recipe.data.recorded_calls:
             return
-        request = BatchRequest(0, count, range(count), self.height, self.width, "validation")
+        request = BatchRequest(0, count, range(count), self.height, self.width, "validation", self.frames)
         batch = context.source.batch(request)
         if context.source.decode(batch.latents[:1]) is None:
             return
         noise = noise_for(request.positions, batch.latents.shape[1:], context.recipe.seed, "samples")
         start = context.on_device(NoisyBatch(noise, torch.zeros(count), batch.conditions, noise))
-        schedule = context.schedule_at(self.height, self.width)
+        schedule = context.schedule_at(self.height, self.width, self.frames)
         if self.teacher_latents is None:
             with context.teacher_mode() as model:
                 self.teacher_latents = sample(context, schedule, model, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from edit_compile.bench import compare_calls
+from edit_compile.bench import compare_calls, size_in_words, video_size
 from edit_compile.distillation.context import Context, NoisyBatch
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.recipe.schedule import phases_of
@@ -15,23 +15,30 @@ _RUNS = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """The median seconds of a forward of one image, at a resolution in pixels."""
+    """The median seconds of a forward of one image or video, at a resolution in pixels."""
 
     height: int
     width: int
     teacher: float
     student: float
+    frames: int | None = None
+
+    @property
+    def size(self) -> str:
+        """The size in words: "height x width", after the number of a video's frames."""
+        return size_in_words(video_size(self.height, self.width, self.frames))
 
 
 def measure_speeds(context: Context) -> tuple[Speed, ...]:
     """Measure at each stage's resolution, compiled if the recipe says so. All processes must take part."""
     found = []
-    for height, width in dict.fromkeys((phase.height, phase.width) for phase in phases_of(context.recipe) if phase.losses is not None):
-        batch = context.on_device(context.noisy_batch(BatchRequest(0, 1, range(1), height, width, "validation")))
+    stages = [phase for phase in phases_of(context.recipe) if phase.losses is not None]
+    for height, width, frames in dict.fromkeys((stage.height, stage.width, stage.frames) for stage in stages):
+        batch = context.on_device(context.noisy_batch(BatchRequest(0, 1, range(1), height, width, "validation", frames)))
         teacher, student, *_ = compare_calls(
             partial(_run_teacher, context, batch), partial(context.predict, context.student, batch), runs=_RUNS
         )
-        found.append(Speed(height, width, teacher.median, student.median))
+        found.append(Speed(height, width, teacher.median, student.median, frames))
     return tuple(found)
 
 

@@ -46,13 +46,13 @@ class ValidationResult:
         return cls(content["total"], tuple(TimestepBin(**one) for one in content["buckets"]), content["samples"])
 
 
-def validate(context: Context, height: int, width: int) -> ValidationResult:
-    """Measure the student as it is, at a resolution in pixels. All processes take part and get the same answer.
+def validate(context: Context, height: int, width: int, frames: int | None = None) -> ValidationResult:
+    """Measure the student as it is, at a resolution in pixels and a number of frames. All processes take part and get the same answer.
 
     Raises:
         DistillError: the teacher predicts the same value everywhere, or one of the two NaN or infinity.
     """
-    options, schedule = context.recipe.validation, context.schedule_at(height, width)
+    options, schedule = context.recipe.validation, context.schedule_at(height, width, frames)
     sums = torch.zeros(options.timestep_bins, 4, dtype=torch.float64)  # on the CPU: not every device has float64
     u = (torch.arange(options.samples, dtype=torch.float64) + 0.5) / options.samples
     count, rank = context.accelerator.num_processes, context.accelerator.process_index
@@ -60,7 +60,8 @@ def validate(context: Context, height: int, width: int) -> ValidationResult:
     for turn in range(rank, -(-len(batches) // count) * count, count):
         rows = batches[min(turn, len(batches) - 1)]  # all processes make the same number of forwards, as sharding needs
         own = u[rows.start : rows.stop]
-        batch = context.noisy_batch(BatchRequest(0, options.samples, rows, height, width, "validation"), schedule.timesteps(own))
+        request = BatchRequest(0, options.samples, rows, height, width, "validation", frames)
+        batch = context.noisy_batch(request, schedule.timesteps(own))
         measured = _sums(*_predictions(context, context.on_device(batch)))
         if turn < len(batches):
             sums.index_add_(0, (own * options.timestep_bins).long(), measured)

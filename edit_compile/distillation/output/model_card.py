@@ -62,7 +62,7 @@ def _error(error: float) -> str:
 
 
 def _speeds(speeds: Sequence[Speed]) -> str:
-    rows = [(f"{s.height} x {s.width} px", f"{1000 * s.teacher:.1f}", f"{1000 * s.student:.1f}") for s in speeds]
+    rows = [(f"{s.size} px", f"{1000 * s.teacher:.1f}", f"{1000 * s.student:.1f}") for s in speeds]
     return _table(("resolution", "teacher", "student"), rows)
 
 

@@ -13,6 +13,7 @@ class Phase:
 
     Attributes:
         height, width: of its images, in pixels.
+        frames: of its videos, if the recipe says how many.
         samples: how many samples of the stream the phases before it take.
         losses: a stage's weights; None for the layerwise fit.
     """
@@ -23,6 +24,7 @@ class Phase:
     width: int
     samples: int
     losses: dict[str, float] | None
+    frames: int | None = None
 
     def position(self, step: int) -> int:
         """Return where in the stream a step's batch begins."""
@@ -31,13 +33,15 @@ class Phase:
 
 def phases_of(recipe: Recipe) -> list[Phase]:
     """List the phases of a recipe, in order."""
+    of_data = recipe.data.video_frames
     phases: list[Phase] = []
     fit = recipe.layerwise
     if fit is not None:
-        phases.append(Phase("layerwise fit", fit, *(fit.resolution or recipe.stages[0].resolution), 0, None))
+        first = recipe.stages[0]
+        phases.append(Phase("layerwise fit", fit, *(fit.resolution or first.resolution), 0, None, fit.frames or first.frames or of_data))
     for number, stage in enumerate(recipe.stages):
         samples = phases[-1].position(phases[-1].options.steps) if phases else 0
-        phases.append(Phase(f"stage {number}", stage, *stage.resolution, samples, stage.losses))
+        phases.append(Phase(f"stage {number}", stage, *stage.resolution, samples, stage.losses, stage.frames or of_data))
     return phases
 
 

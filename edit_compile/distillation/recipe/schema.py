@@ -49,6 +49,8 @@ class TrainingPhase(Frozen):
 
     resolution: Resolution | None = None
     """Of the images, in pixels: one side, or [height, width]. Default: the first stage's."""
+    frames: PositiveInt | None = None
+    """Of the videos. Default: the first stage's, or as many as the model's videos usually have."""
     steps: PositiveInt
     """Optimizer steps."""
     global_batch_size: PositiveInt = 16
@@ -74,6 +76,8 @@ class Stage(TrainingPhase):
 
     resolution: Resolution
     """Of the images, in pixels: one side, or [height, width]."""
+    frames: PositiveInt | None = None
+    """Of the videos. Default: as many as the model's videos usually have, or its pipeline makes. Models of images have none."""
     losses: LossWeights = DEFAULT_WEIGHTS
     """The weights of the losses, by name; 0 switches one off. task: the prediction against what the teacher was trained to predict
     (default 0); output: against the teacher's prediction (1); feature: every converted site's output against its teacher's (0.5)."""

@@ -217,5 +217,6 @@ class Trainer:
 
 def _batches(context: Context, phase: Phase, slices: list[range], steps: range) -> Iterator[NoisyBatch]:
     size = phase.options.global_batch_size
-    requests = (BatchRequest(phase.position(step), size, rows, phase.height, phase.width) for step in steps for rows in slices)
+    height, width, frames = phase.height, phase.width, phase.frames
+    requests = (BatchRequest(phase.position(step), size, rows, height, width, frames=frames) for step in steps for rows in slices)
     return prefetch(context.noisy_batch, requests) if context.source.concurrent else map(context.noisy_batch, requests)

@@ -7,6 +7,7 @@ and so no task loss.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from edit_compile.adapters.pipeline_calls import Call, CallRecorder, merged
+from edit_compile.adapters.pipeline_calls import FRAMES, Call, CallRecorder, merged
 from edit_compile.api import teacher
 from edit_compile.demo import models as demo
 from edit_compile.distillation.data.registry import DataConfig, register_data
@@ -24,7 +25,7 @@ from edit_compile.distillation.data.sources.prompts import read_prompts
 from edit_compile.errors import DistillError
 from edit_compile.student.site import converted_sites
 
-Sampled = tuple[str, int, int, int]  # split, number of the prompt's sample, height and width
+Sampled = tuple[str, int, int, int, int | None]  # split, number of the prompt's sample, height, width and frames
 
 
 @register_data("pipeline")
@@ -35,7 +36,7 @@ class PipelineData(DataConfig):
     path: Path
     """A text file with a prompt per line; empty lines do not count."""
     call: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the pipeline's call, for example {num_inference_steps: 20, guidance_scale: 5, num_frames: 17}."""
+    """Keyword arguments of the pipeline's call, for example {num_inference_steps: 20, guidance_scale: 5}."""
     together: PositiveInt = 8
     """Samples that are kept in memory and shuffled; each gives as many calls as the pipeline takes steps."""
     held_out: PositiveInt | None = None
@@ -43,6 +44,15 @@ class PipelineData(DataConfig):
 
     sampled_by_teacher: ClassVar[bool] = True
     recorded_calls: ClassVar[bool] = True
+
+    @property
+    def video_frames(self) -> int | None:
+        frames = self.call.get(FRAMES)
+        return frames if isinstance(frames, int) else None
+
+    @property
+    def pipeline_options(self) -> Mapping[str, Any]:
+        return self.call
 
     def open(self, context: SourceContext) -> DataSource:
         """Open a source that samples while the model trains, in the same thread."""
@@ -67,8 +77,8 @@ class PipelineSource:
         self.kept: dict[str, OrderedDict[Sampled, list[Call]]] = {"train": OrderedDict(), "validation": OrderedDict()}
         self.steps: int | None = None
 
-    def check(self, height: int, width: int) -> None:
-        self.steps = self.steps or len(self._calls(("validation", 0, height, width)))
+    def check(self, height: int, width: int, frames: int | None = None) -> None:
+        self.steps = self.steps or len(self._calls(("validation", 0, height, width, frames)))
 
     def batch(self, request: BatchRequest) -> Batch:
         raise DistillError("data.kind: pipeline has calls of the model, not images")
@@ -81,7 +91,7 @@ class PipelineSource:
         return None
 
     def _call(self, request: BatchRequest, position: int, timestep: float) -> Call:
-        calls = self._calls((request.split, self._number(request, position), request.height, request.width))
+        calls = self._calls((request.split, self._number(request, position), request.height, request.width, request.frames))
         return calls[min(int((1 - timestep / 1000) * len(calls)), len(calls) - 1)]
 
     def _number(self, request: BatchRequest, position: int) -> int:
@@ -89,23 +99,23 @@ class PipelineSource:
         if request.split == "validation":
             return position % len(self.prompts["validation"])
         if self.steps is None:
-            self.check(request.height, request.width)
+            self.check(request.height, request.width, request.frames)
         assert self.steps is not None
         return position // (self.together * self.steps) * self.together + seed_of(self.seed, "call", position) % self.together
 
     def _calls(self, sampled: Sampled) -> list[Call]:
-        split, number, height, width = sampled
+        split, number, height, width, frames = sampled
         kept = self.kept[split]
         if sampled not in kept:
             prompt = self.prompts[split][number % len(self.prompts[split])]
-            kept[sampled] = self._sample(prompt, height, width, seed_of(self.seed, split, number))
+            kept[sampled] = self._sample(prompt, seed_of(self.seed, split, number), height, width, frames)
             while split == "train" and len(kept) > self.together:
                 kept.popitem(last=False)
         return kept[sampled]
 
     @torch.no_grad()
-    def _sample(self, prompt: str, height: int, width: int, seed: int) -> list[Call]:
+    def _sample(self, prompt: str, seed: int, height: int, width: int, frames: int | None) -> list[Call]:
         if not converted_sites(self.recorder.model):
-            return self.recorder.calls(prompt, height, width, seed)
+            return self.recorder.calls(prompt, height, width, seed, frames)
         with teacher(self.recorder.model):
-            return self.recorder.calls(prompt, height, width, seed)
+            return self.recorder.calls(prompt, height, width, seed, frames)

@@ -37,9 +37,9 @@ class RandomSource:
         self.model, self.seed = model, seed
         self.skipped: dict[str, str] = {}
 
-    def check(self, height: int, width: int) -> None:
+    def check(self, height: int, width: int, frames: int | None = None) -> None:
         try:
-            random_batch(self.model, height, width, 1, "meta")
+            random_batch(self.model, height, width, 1, "meta", frames=frames)
         except (GridError, NoExampleInputsError) as error:
             raise DistillError(str(error)) from error
 
@@ -53,4 +53,4 @@ class RandomSource:
     def _sample(self, request: BatchRequest, position: int) -> tuple[Tensor, dict[str, Any]]:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_of(self.seed, request.split, position))
-            return random_batch(self.model, request.height, request.width, 1)
+            return random_batch(self.model, request.height, request.width, 1, frames=request.frames)

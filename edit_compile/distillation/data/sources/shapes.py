@@ -62,8 +62,10 @@ class ShapesSource:
     skipped: dict[str, str] = field(default_factory=dict)
     concurrent: bool = True
 
-    def check(self, height: int, width: int) -> None:
-        """Accept any resolution."""
+    def check(self, height: int, width: int, frames: int | None = None) -> None:
+        """Accept any resolution, but no other number of frames."""
+        if frames not in (None, motion.FRAMES):
+            raise DistillError(f"moving shapes are videos of {motion.FRAMES} frames, not {frames}: leave frames out")
 
     def batch(self, request: BatchRequest) -> Batch:
         drawn, captions = zip(*(self._sample(request.split, position) for position in request.positions), strict=True)
