@@ -31,6 +31,7 @@ _MODULES = {
     "ZImageTransformer2DModel": "z_image",
     "HunyuanImageTransformer2DModel": "hunyuan_image",
     "WanTransformer3DModel": "wan",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "DiTTransformer2DModel": "dit",
     "VisionTransformer": "timm_vit",
 }

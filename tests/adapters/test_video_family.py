@@ -44,6 +44,21 @@ def test_latents_of_a_full_size_model_are_compressed_in_time():
         inputs_for_size(model, 720, 1280, frames=80)
 
 
+def test_hunyuan_videos_inputs_are_those_of_its_forward():
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=1, attention_head_dim=24, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, mlp_ratio=1.0, text_embed_dim=12, pooled_projection_dim=8, rope_axes_dim=(8, 8, 8),
+    )  # fmt: skip
+    x, conditions = random_batch(model, 32, 48, 2, frames=9)
+    assert x.shape == (2, 4, 3, 4, 6)
+    with torch.no_grad():
+        assert denoise(model, x, torch.full((2,), 500.0), conditions).shape == x.shape
+    assert inputs_for_size(model, 720, 1280).grid == (33, 45, 80)
+    assert default_sizes(model)[-1] == (129, 720, 1280)
+
+
 def test_data_of_images_are_refused(video):
     from diffusers import WanTransformer3DModel
 
