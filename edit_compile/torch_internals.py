@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,9 @@ def writes_into_operand(target: object) -> bool:
 # ------------------------------------------------------------------ while a model is captured
 
 
+_DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009 (of a descriptor made when torch is loaded)
+
+
 class _MakesConstants(TorchFunctionMode):
     """Makes tensors of plain numbers on the CPU, in full precision, and brings them to their device and dtype after."""
 
@@ -191,6 +195,8 @@ class _MakesConstants(TorchFunctionMode):
         if func is Tensor.new_tensor and len(args) == 2 and _plain_numbers(args[1]):
             like, data = args
             return _constant(data, kwargs.pop("dtype", None) or like.dtype, kwargs.pop("device", None) or like.device)
+        if func == _DATA:
+            return args[0].detach()  # an alias, too, and one that a graph can hold
         return func(*args, **kwargs)
 
 
@@ -398,24 +404,59 @@ def _number_type(plain: type, symbolic: Callable[[Any], Any]) -> Any:
 _ANALYSIS = ("evaluate_expr", "_maybe_evaluate_static", "simplify", "replace", "produce_guards_verbose")  # where sympy is called from
 
 
+_BETWEEN_READINGS = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a thread's clock of computing said, and when, by the time of day; both in seconds."""
+
+    at: float
+    seconds: float
+
+
 class SymbolicAnalysis:
     """The questions to a graph's symbolic sizes, of one thread.
 
     Attributes:
         thread: whose.
         seconds: of computing, for all that are answered.
-        began: when the one that is being answered began, on the thread's own clock of computing; None between questions.
+        began: when the one that is being answered began, by the time of day; None between questions.
     """
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.seconds = 0.0
         self.began: float | None = None
+        self.computed = _Reading(time.monotonic(), _computed(self.thread))
+
+    def begin(self) -> None:
+        """Note that a question is asked.
+
+        Most are answered in microseconds, in which the clock of computing cannot be read: it is read now and then.
+        """
+        now = time.monotonic()
+        if now - self.computed.at > _BETWEEN_READINGS:
+            self.computed = _Reading(now, _computed(self.thread))
+        self.began = now
+
+    def end(self) -> None:
+        """Note that it is answered."""
+        assert self.began is not None
+        now = time.monotonic()
+        taken = now - self.began
+        if taken > _BETWEEN_READINGS / 10:
+            before, self.computed = self.computed, _Reading(now, _computed(self.thread))
+            taken = min(taken, self.computed.seconds - before.seconds)
+        self.seconds += taken
+        self.began = None
 
     def seconds_so_far(self) -> float:
         """Return the seconds of computing, with those of a question that is not answered yet. Any thread may ask."""
-        began = self.began
-        return self.seconds if began is None else self.seconds + _computed(self.thread) - began
+        began, computed = self.began, self.computed
+        if began is None:
+            return self.seconds
+        return self.seconds + min(time.monotonic() - began, _computed(self.thread) - computed.seconds)
 
 
 def _computed(thread: int) -> float:
@@ -442,12 +483,11 @@ def timing_symbolic_analysis(report: Callable[[float], None]) -> Iterator[Symbol
         def asked(*args: Any, **kwargs: Any) -> Any:
             if found.began is not None or threading.get_ident() != found.thread:  # part of a question, or another's
                 return question(*args, **kwargs)
-            found.began = _computed(found.thread)
+            found.begin()
             try:
                 return question(*args, **kwargs)
             finally:
-                found.seconds += _computed(found.thread) - found.began
-                found.began = None
+                found.end()
                 report(found.seconds)
 
         return asked
