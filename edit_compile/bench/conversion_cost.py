@@ -13,7 +13,7 @@ from edit_compile.adapters.family import Extent, lookup_family
 from edit_compile.adapters.inputs import pixels_per_token
 from edit_compile.adapters.load_model import load_model
 from edit_compile.api import plan_and_convert, plan_of, repeated_blocks, teacher, transformer_of
-from edit_compile.bench.flops import count_flops
+from edit_compile.bench.flops import block_keys, count_flops
 from edit_compile.bench.sized_inputs import InputMaker, SizedInputs, usual_sizes
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import GridError, PlanError
@@ -118,12 +118,12 @@ def cost(
         model = load_model(model, structure_only=True)
         pipeline = pipeline or model.pipeline
     structure = meta_copy(_converted(model, config))
-    maker = InputMaker(structure, pipeline)
+    maker, keys = InputMaker(structure, pipeline), block_keys(structure, repeated_blocks(structure))
     costs: list[Cost] = []
     errors: dict[str, str] = {}
     for size in sizes if sizes is not None else usual_sizes(structure):
         try:
-            costs.append(_cost(structure, size, maker.at(size, text)))
+            costs.append(_cost(structure, size, maker.at(size, text), keys))
         except GridError as error:
             errors[size_in_words(size)] = str(error)
     costs.sort(key=lambda cost: cost.image)
@@ -152,13 +152,13 @@ def size_in_words(size: Extent) -> str:
     return " x ".join(map(str, size))
 
 
-def _cost(structure: nn.Module, size: Extent, made: SizedInputs) -> Cost:
+def _cost(structure: nn.Module, size: Extent, made: SizedInputs, keys: Mapping[str, Any]) -> Cost:
     *_, height, width = size
-    paths, blocks = [site.path for site in plan_of(structure).rewritten], repeated_blocks(structure)
+    paths = [site.path for site in plan_of(structure).rewritten]
     with made.stated(structure):
-        after = count_flops(structure, made.inputs, paths, blocks)
+        after = count_flops(structure, made.inputs, paths, keys)
     with teacher(structure):
-        before = count_flops(structure, made.inputs, paths, blocks)
+        before = count_flops(structure, made.inputs, paths, keys)
     sites = tuple(SiteCost(path, before.parts[path] // made.batch, after.parts[path] // made.batch) for path in paths)
     totals = before.total // made.batch, after.total // made.batch
     return Cost(height, width, made.image_tokens, made.text, *totals, sites, made.frames)

@@ -33,16 +33,24 @@ class FlopCount:
     parts: Mapping[str, int]
 
 
-def count_flops(model: nn.Module, inputs: Mapping[str, Any], paths: Iterable[str] = (), blocks: Iterable[str] = ()) -> FlopCount:
+def block_keys(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
+    """Return a key for each of the submodules at `blocks`, which equal ones share: for several counts, it is made once."""
+    return {path: structural_hash(model.get_submodule(path)) for path in blocks}
+
+
+def count_flops(
+    model: nn.Module, inputs: Mapping[str, Any], paths: Iterable[str] = (), blocks: Mapping[str, Any] | Iterable[str] = ()
+) -> FlopCount:
     """Count the FLOPs of `model(**inputs)`, all on the meta device.
 
     diffusers' native attention is counted whatever backend is set: the others hide their products.
 
     Args:
         paths: submodules to count one by one.
-        blocks: submodules of which equal ones, called with equal shapes, run only once.
+        blocks: submodules of which equal ones, called with equal shapes, run only once; or what `block_keys` gives for them.
     """
-    with _equal_blocks_run_once(model, blocks) as equal, torch.no_grad(), native_attention(), FlopCounterMode(display=False) as counter:
+    keys = blocks if isinstance(blocks, Mapping) else block_keys(model, blocks)
+    with _equal_blocks_run_once(model, keys) as equal, torch.no_grad(), native_attention(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     counts = counter.get_flop_counts()
 
@@ -60,12 +68,11 @@ def _in_first(path: str, equal: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def _equal_blocks_run_once(model: nn.Module, blocks: Iterable[str]) -> Iterator[dict[str, str]]:
+def _equal_blocks_run_once(model: nn.Module, keys: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Inside, a block equal to one that ran returns that one's output. Yields the skipped blocks, each with the one that ran."""
     equal: dict[str, str] = {}
     seen: dict[Any, tuple[str, Any]] = {}
-    modules = {path: model.get_submodule(path) for path in blocks}
-    keys = {path: structural_hash(module) for path, module in modules.items()}
+    modules = {path: model.get_submodule(path) for path in keys}
 
     def run(path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         key = (keys[path], repr(pytree.tree_map(_shape, (args, kwargs))))
