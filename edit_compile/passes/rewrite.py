@@ -256,7 +256,23 @@ def _tapped(site: SiteGraph, target: fx.Node, taps: list[Tap], names: Mapping[in
         source = _cloner(site, changed, stride).clone(place) if changed else place
         stride = tap.stride or stride
         changed = {place: _call_tap(site, tap, names, place, source)}
-    return _cloner(site, changed, stride).clone(target) if changed else target
+    if not changed:
+        return target
+    cloner = _cloner(site, changed, stride)
+    branch = cloner.clone(target)
+    _read_dtypes_of_branch(site, cloner.changed)
+    return branch
+
+
+def _read_dtypes_of_branch(site: SiteGraph, branch: Mapping[fx.Node, fx.Node]) -> None:
+    """Let what is cast to the dtype of a node behind attention, to the query's mostly, read it from the node's counterpart in the branch.
+
+    The node itself would be computed for its dtype alone.
+    """
+    nodes = list(site.graph.nodes)
+    for node in nodes[nodes.index(core_nodes(site)[-1]) :]:
+        if node.target is aten.type_as.default and operand(node, 1) in branch:
+            node.args = (operand(node, 0), branch[operand(node, 1)])
 
 
 def _cloner(site: SiteGraph, changed: dict[fx.Node, fx.Node], stride: tuple[int, ...]) -> BranchCloner:
