@@ -151,13 +151,50 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@pytest.mark.xfail(strict=True, reason="behind a residual connection, blocks after the unknown operator are kept, too")
 def test_an_operator_of_another_library_is_named():
     plan = ec.plan(Model(Block(lambda t: turned(t)), Block()).eval(), example_inputs=images())
     first, second = plan.sites
     assert "axes_kinds.turned has no rule" in first.reason
     assert "no image tokens" not in second.reason
     assert second.action == "edit"
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["joint", "image alone"])
+def test_an_unknown_operator_beside_a_residual_connection_of_a_joint_sequence(alone):
+    """Added to the joint sequence, positions stay what they were; what it makes of text and image may turn the image's into anything."""
+
+    class Added(WithText):
+        def joined(self, y: Tensor, text: Tensor) -> Tensor:
+            joint = super().joined(y, text)
+            return super().joined(y + turned(joint)[:, text.shape[1] :], text) if alone else joint + turned(joint)
+
+    (site,) = ec.plan(Added().eval(), example_inputs=with_text()).sites
+    assert site.action == ("keep" if alone else "mm-edit")
+    assert ("axes_kinds.turned has no rule" in site.reason) is alone
+
+
+class Experts(nn.Module):
+    """Every expert takes the tokens that it likes best; what it makes of them is added to what a shared one makes of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.shared = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, WIDTH)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count, _ = x.shape
+        chosen = self.gate(x).transpose(1, 2).topk(count // 2, -1).indices
+        places = (chosen + count * torch.arange(batch, device=x.device)[:, None, None]).transpose(0, 1).flatten()
+        counts = torch.full((2,), batch * (count // 2), device=x.device).tolist()
+        parts = x.flatten(0, 1)[places][: sum(counts)].split(counts)
+        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        return x + self.shared(x).flatten(0, 1).index_add(0, places, outputs).view_as(x)
+
+
+def test_tokens_that_go_to_experts():
+    plan = converted(Model(Experts(), Block()), images(), images(1, 16, 10))
+    assert actions(plan) == ["edit"]
+    assert plan.sites[0].grid_sizes == (6, 10)
 
 
 def test_behind_an_operator_of_another_library_image_tokens_may_be_anywhere():

@@ -141,6 +141,16 @@ def unify(a: Axis, b: Axis) -> Axis:
     return a if len(a) >= len(b) else b
 
 
+def summed(a: Axis, b: Axis) -> Axis:
+    """Merge the axes of two summands. What an operator without a rule made of one's positions leaves that one's where they are."""
+    for known, other in ((a, b), (b, a)):
+        others = sources_of([other])
+        real = {source for source in others if not isinstance(source, WithoutRule)}
+        if real != others and real <= sources_of([known]) and operator_without_rule([known]) is None:
+            return known
+    return unify(a, b)
+
+
 def _unified(a: AxisSegment, b: AxisSegment) -> AxisSegment:
     """Merge two segments of one size. What either is composed of is kept, and no source is lost."""
     in_order = a.in_order and b.in_order

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from edit_compile.passes.axes.algebra import Axes, Axis, Value, axes_of, axis_size, hint, new_axis, unify
-from edit_compile.passes.graph_walk import operand, operands
+from edit_compile.passes.axes.algebra import Axes, Axis, Value, axes_of, axis_size, hint, new_axis, summed, unify
+from edit_compile.passes.graph_walk import op_name, operand, operands
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,19 @@ def size_of(found: Any) -> int:
     return hint(found.meta["val"]) if isinstance(found, fx.Node) else hint(found)
 
 
-def aligned(shape: tuple[Any, ...], tensors: list[Axes]) -> Axes:
+def aligned(shape: tuple[Any, ...], tensors: list[Axes], merge: Callable[[Axis, Axis], Axis] = unify) -> Axes:
     """Align dimensions from the right, as broadcasting does."""
     result: list[Axis] = []
     for from_right in range(len(shape), 0, -1):
         size = hint(shape[-from_right])
         found = [t[-from_right] for t in tensors if len(t) >= from_right and axis_size(t[-from_right]) == size]
-        result.append(reduce(unify, found) if found else new_axis(shape[-from_right]))
+        result.append(reduce(merge, found) if found else new_axis(shape[-from_right]))
     return tuple(result)
+
+
+_SUMS = frozenset("add add_ sub sub_ subtract rsub addcmul addcmul_ addcdiv addcdiv_ lerp lerp_".split())  # noqa: SIM905
 
 
 def same_positions(call: Call) -> Axes:
     """Compute every number from those at its place: dimensions are aligned from the right, size 1 broadcasts."""
-    return aligned(call.shape, call.tensors)
+    return aligned(call.shape, call.tensors, summed if op_name(call.node) in _SUMS else unify)

@@ -98,8 +98,14 @@ def sliced(call: Call) -> Axes:
     axes, dim = list(call.first), call.dim()
     length, size = axis_size(axes[dim]), call.shape[dim]
     start, stop = call.position("start", 0, length), call.position("end", length, length)
-    axes[dim] = slice_axis(axes[dim], start, stop, size) if call.argument("step", 1) == 1 else entangled(size, axes[dim])
+    axes[dim] = _cut(axes[dim], start, stop, size) if call.argument("step", 1) == 1 else entangled(size, axes[dim])
     return tuple(axes)
+
+
+def _cut(axis: Axis, start: int, stop: int, size: Any) -> Axis:
+    """Return positions start..stop of an axis; which ones they are is unknown where only the data tells how many."""
+    exact = stop - start == hint(size) and stop <= axis_size(axis)
+    return slice_axis(axis, start, stop, size) if exact else entangled(size, axis)
 
 
 def narrowed(call: Call) -> Axes:
@@ -109,7 +115,7 @@ def narrowed(call: Call) -> Axes:
         axes[dim] = entangled(size, axes[dim])  # a start that is data
     else:
         at = call.position("start", 0, length)
-        axes[dim] = slice_axis(axes[dim], at, at + hint(size), size)
+        axes[dim] = _cut(axes[dim], at, at + hint(size), size)
     return tuple(axes)
 
 
@@ -120,7 +126,7 @@ def split(call: Call) -> Axes:
     axes, dim = list(call.first), fixed[name] if name in fixed else call.dim()
     start = sum(hint(tensor.shape[dim]) for tensor in call.node.meta["val"][: call.output])
     size = call.shape[dim]
-    axes[dim] = slice_axis(axes[dim], start, start + hint(size), size)
+    axes[dim] = _cut(axes[dim], start, start + hint(size), size)
     return tuple(axes)
 
 
@@ -175,6 +181,8 @@ def joined_along(call: Call) -> Axes:
     parts = [_of_rank(axes, rank, name) for axes in call.listed(0) if name in fixed or len(axes) == rank]
     put_back = _put_back(call, call.shape[dim]) if all(part[dim] == new_axis(1) for part in parts) else None
     along = put_back or joined(segment for part in parts for segment in part[dim])
+    if axis_size(along) != hint(call.shape[dim]):  # of parts whose sizes only the data tells
+        along = entangled(call.shape[dim], *(part[dim] for part in parts))
     return tuple(along if d == dim else reduce(unify, (part[d] for part in parts)) for d in range(rank))
 
 
@@ -419,8 +427,13 @@ def copied(call: Call) -> Axes:
     return aligned(call.shape, [call.of(1)])
 
 
+_ADDING = ("scatter_add", "index_add", "scatter_add_", "index_add_")
+
+
 def written(call: Call) -> Axes:
-    """Write into some positions: index_put, scatter, index_add and their kind."""
+    """Write into some positions: index_put, scatter and their kind; what is added to positions leaves them what they are: index_add."""
+    if op_name(call.node) in _ADDING and sources_of(call.first):
+        return call.first
     values = [found for name in ("values", "src", "source") if (found := call.tensor(name)) is not None]
     along = call.dims() if call.argument("dim") is not None else _written_dims(call)
     return _overlaid(call, values[0], along) if values else call.first
