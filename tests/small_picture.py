@@ -83,6 +83,6 @@ def check_converted(model: nn.Module, design: str, paths: tuple[str, ...] = ("bl
 
 def reasons(model: nn.Module, **more: Any) -> dict[str, str]:
     """Plan a model, assert that nothing is rewritten, and return why, by path."""
-    plan = ec.plan(model.eval(), example_inputs=image(*SIZES[0]), **more)
+    plan = ec.plan(model.eval(), **{"example_inputs": image(*SIZES[0]), **more})
     assert [site.path for site in plan.sites if site.rewritten] == []
     return {site.path: site.reason for site in plan.sites}

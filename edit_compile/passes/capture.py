@@ -178,7 +178,12 @@ class _Attempt:
     one_device: bool = False
 
     def given(self) -> dict[str, Any]:
-        return dict(self.inputs) if self.cast is None else self.cast(dict(self.inputs), self.probe)
+        """Return the arguments, tensors of their own: export leaves marks of open sizes on what it is given."""
+        given = dict(self.inputs) if self.cast is None else self.cast(dict(self.inputs), self.probe)
+        tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)}
+        fresh = {name: _unmarked(tensor) for name, tensor in tensors.items()}  # one that is given twice stays one
+        copied: dict[str, Any] = pytree.tree_map(lambda leaf: fresh.get(id(leaf), leaf), given)
+        return copied
 
     def export(self, relaxed: Relaxed | None) -> ExportedProgram:
         """Export once; sizes are open unless `relaxed` is None."""
@@ -408,6 +413,10 @@ def _open_sizes(leaf: Any) -> Any:
 
 def _open_sizes_and_numbers(leaf: Any) -> Any:
     return Dim.AUTO if type(leaf) is int else _open_sizes(leaf)
+
+
+def _unmarked(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor.detach()
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ from edit_compile.passes.graph_walk import between, op_name, operand, remove_dea
 from edit_compile.passes.masks import same_for_all_queries
 from edit_compile.passes.normalize import normalize
 from edit_compile.passes.op_traits import VIEW_OPS
-from edit_compile.passes.site_axes import TokenDims, counts_tokens, seed_axes, token_dims
+from edit_compile.passes.site_axes import TokenDims, counts_tokens, equal_sizes, seed_axes, token_dims
 from edit_compile.passes.site_graph import ADDED, Refused, SiteGraph, image_place, is_image, refusal
 from edit_compile.passes.token_cuts import canonicalize_cuts
 
@@ -111,16 +111,23 @@ def _only_network(site: SiteGraph) -> FeedForward:
 
 
 def _check_layout(site: SiteGraph, attention: Attention) -> None:
-    queries, keys = (
-        _runs([s.kind is TokenKind.IMAGE for s in layout.segments]) for layout in (site.plan.query_layout, site.plan.key_layout)
-    )
-    for node, expected in ((attention.query, queries), (attention.key, keys), (attention.value, keys)):
-        if _runs([is_image((segment,)) for segment in axes_of(node, site.axes)[-2]]) != expected:
-            raise Refused(
-                f"{site.plan.path}: {node.name} has its tokens in another order than the whole model's graph; "
-                "give example inputs in which all sizes differ",
-                node,
-            )
+    layouts = (site.plan.query_layout, site.plan.key_layout, site.plan.key_layout)
+    for node, layout in zip((attention.query, attention.key, attention.value), layouts, strict=True):
+        found = _runs([is_image((segment,)) for segment in axes_of(node, site.axes)[-2]])
+        if found != _runs([segment.kind is TokenKind.IMAGE for segment in layout.segments]):
+            raise Refused(f"{site.plan.path}: {_other_order(node, found, site)}", node)
+
+
+def _other_order(node: fx.Node, found: list[bool], site: SiteGraph) -> str:
+    """Say how a site's own graph differs from the whole model's, and what to do if equal sizes are the cause."""
+    order = " and ".join("image" if image else "other" for image in found)
+    told = f"has {order} tokens, in another order than in the whole model's graph" if any(found) else "has no image tokens"
+    return f"captured on its own, its {node.name} {told}, as far as the arguments of its forward tell{_told_of_equal_sizes(site)}"
+
+
+def _told_of_equal_sizes(site: SiteGraph) -> str:
+    equal = equal_sizes(site)
+    return f"; {equal}: give example inputs in which all sizes differ" if equal else ""
 
 
 def _runs(flags: list[bool]) -> list[bool]:
@@ -166,7 +173,8 @@ def image_linear(node: fx.Node, site: SiteGraph) -> fx.Node:
     if len(found) != 1:
         raise Refused(f"{site.plan.path}: {node.name} comes from {len(found)} projections of image tokens, not one", node)
     if _dims(operand(found[0], 0), site) is None:
-        raise Refused(f"{site.plan.path}: the input of {found[0].name} is not (batch, tokens, channels) in whatever order", found[0])
+        told = f"the input of {found[0].name} is not (batch, tokens, channels) in whatever order{_told_of_equal_sizes(site)}"
+        raise Refused(f"{site.plan.path}: {told}", found[0])
     return found[0]
 
 

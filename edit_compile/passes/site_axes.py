@@ -51,21 +51,31 @@ def _token_axes(sizes: Sequence[Any], site: SiteGraph) -> dict[int, Axis]:
     last = len(sizes) - len(grid)
     hints = [hint(size) for size in sizes]
     spread = next((at for at in range(last + 1) if len(grid) > 1 and tuple(hints[at : at + len(grid)]) == grid and at > 0), None)
-    if spread is not None and _may_vary(sizes[spread : spread + len(grid)], site):
+    if spread is not None and _may_be_tokens(sizes[spread : spread + len(grid)], known.get(math.prod(grid), ()), site):
         return {spread + i: (_of_grid(size, i),) for i, size in enumerate(sizes[spread : spread + len(grid)])}
-    found = {d: known[h] for d, h in enumerate(hints) if h in known and (_constant(known[h]) or _may_vary([sizes[d]], site))}
+    found = {d: known[h] for d, h in enumerate(hints) if h in known and (_constant(known[h]) or _may_be_tokens([sizes[d]], known[h], site))}
     if len(sizes) >= 3 and len(found) > 1 and 0 in found and _batch_size(site) == hints[0]:
         del found[0]
     return found
 
 
-def _may_vary(sizes: Sequence[Any], site: SiteGraph) -> bool:
-    """Say whether sizes may be numbers of tokens: symbolic ones, or any where the capture of the site has fixed those of the tokens."""
-    if all(map(_is_open, sizes)):
-        return True
-    numbers = {*_known_lengths(site), *site.plan.grid_sizes}
+def _may_be_tokens(sizes: Sequence[Any], run: Axis, site: SiteGraph) -> bool:
+    """Say whether sizes of one input may be the numbers of a run of tokens: open ones, or plain numbers where those of the run are fixed.
+
+    They are not where the run's tokens are open in some input: a plain number that equals theirs is one of channels.
+    """
+    return any(map(_is_open, sizes)) or not any(set(run) <= set(open_run) for open_run in _open_runs(site))
+
+
+def _open_runs(site: SiteGraph) -> Iterator[Axis]:
+    """Yield the runs of tokens whose number some input of the site has open."""
+    known, grid = _known_lengths(site), site.plan.grid_sizes
     inputs = [n for n in site.captured.graph.nodes if n.op == "placeholder" and site.captured.source(n).kind == "input"]
-    return not any(_is_open(size) and hint(size) in numbers for n in inputs for size in shape_of(n) or ())
+    for number in {hint(size) for n in inputs for size in shape_of(n) or () if _is_open(size)}:
+        if number in known:
+            yield known[number]
+        if number in grid and len(grid) > 1:
+            yield known.get(math.prod(grid), ())
 
 
 def _is_open(size: Any) -> bool:
@@ -86,7 +96,23 @@ def _batch_size(site: SiteGraph) -> int | None:
 
 def counts_tokens(size: Any, site: SiteGraph) -> bool:
     """Say whether a dimension of this size may be one of tokens."""
-    return _is_open(size) or (hint(size) in _known_lengths(site) and _may_vary([size], site))
+    known = _known_lengths(site)
+    return _is_open(size) or (hint(size) in known and _may_be_tokens([size], known[hint(size)], site))
+
+
+def equal_sizes(site: SiteGraph) -> str:
+    """Say which numbers of tokens of the example are those of something else too, "" if none is."""
+    plan, batch = site.plan, _batch_size(site)
+    meanings: dict[int, set[str]] = {batch: {"images of the batch"}} if batch is not None else {}
+    for layout, sizes in ((plan.query_layout, plan.query_sizes), (plan.key_layout, plan.key_sizes)):
+        kinds = [f"{segment.kind} tokens" for segment in layout.segments]
+        for what, size in (*zip(kinds, sizes, strict=True), *([("all tokens", sum(sizes))] if len(sizes) > 1 else ())):
+            meanings.setdefault(size, set()).add(what)
+    for node in site.captured.graph.nodes:
+        for size in (shape_of(node) or ())[-1:] if node.op == "placeholder" and site.captured.source(node).kind == "input" else ():
+            if not _is_open(size):
+                meanings.setdefault(hint(size), set()).add("channels")
+    return ", ".join(f"{size} are {' and '.join(sorted(meant))}" for size, meant in meanings.items() if len(meant) > 1)
 
 
 def _known_lengths(site: SiteGraph) -> dict[int, Axis]:

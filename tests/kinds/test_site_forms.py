@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,6 +247,21 @@ class Gains(Block):
         return super().forward(x * torch.tensor([0.3, 0.7] * (WIDTH // 2), dtype=x.dtype, device=x.device))
 
 
+class ByNumpy(Block):
+    """Asks numpy, which takes no open sizes: the site is captured with the example's."""
+
+    def forward(self, x):
+        return super().forward(x + float(np.sin(np.arange(x.shape[1])).sum()))
+
+
+def test_a_site_that_takes_plain_sizes_alone_is_converted_for_those():
+    model = Picture(ByNumpy).eval()
+    student = ec.linearize(model, example_inputs=image(*SIZES[0]))
+    assert [site.action for site in ec.plan_of(student).sites] == ["edit", "edit"]
+    with pytest.raises(ec.RewriteError, match=r"x\.shape\[1\] != 60"):
+        student(**image(2, 8, 5))
+
+
 @pytest.mark.parametrize("block", [ByLength, Gains])
 def test_lengths_and_constants(block):
     check_converted(Picture(block), "edit")
@@ -263,6 +279,77 @@ def test_a_batch_that_is_fixed_is_told():
     student(**image(2, 8, 5))
     with pytest.raises(ec.RewriteError, match=r"x\.shape\[0\] != 2"):
         student(**image(1, 8, 5))
+
+
+def one_by_one(x: Tensor, dim: int) -> Tensor:
+    """Take a dimension apart and put it together, which fixes its size."""
+    return torch.stack([x.select(dim, at) for at in range(x.shape[dim])], dim)
+
+
+def counted(x: Tensor) -> Tensor:
+    """Count tokens in Python, which fixes their number."""
+    return x.reshape(-1, len(range(x.shape[1])), WIDTH)
+
+
+class SomeFixed(nn.Module):
+    """Joint attention in which the numbers of some tokens are fixed."""
+
+    def __init__(self, fixed: str):
+        super().__init__()
+        self.fixed = fixed
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, image, text):
+        image = counted(image) if "image" in self.fixed else image
+        text = counted(text) if "text" in self.fixed else text
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in self.qkv(torch.cat([image, text], 1)).chunk(3, -1))
+        return image + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)[:, : image.shape[1]])
+
+
+class WithText(Picture):
+    def forward(self, x, text):
+        self.text = text
+        return super().forward(x)
+
+    def run(self, y):
+        for block in self.blocks:
+            y = block(y, self.text)
+        return y
+
+
+def words(batch: int, count: int, height: int = 4, width: int = 5) -> dict[str, Tensor]:
+    return {**image(batch, height, width), "text": torch.randn(batch, count, WIDTH)}
+
+
+@pytest.mark.parametrize("fixed", ["image", "text"])
+def test_what_is_fixed_of_a_site_is_asked_and_the_rest_stays_open(fixed):
+    model = WithText(lambda: SomeFixed(fixed)).eval()
+    student = ec.linearize(model, example_inputs=words(2, 7))
+    assert [site.action for site in ec.plan_of(student).sites] == ["mm-edit", "mm-edit"]
+    open_in, fixed_in = (words(3, 9), words(3, 7, 4, 6)) if fixed == "image" else (words(3, 7, 4, 6), words(3, 9))
+    with torch.no_grad(), ec.teacher(student):
+        torch.testing.assert_close(student(**open_in), model(**open_in), atol=1e-5, rtol=0)
+    assert student(**open_in).isfinite().all()
+    with pytest.raises(ec.RewriteError, match=rf"{fixed}\.shape\[1\] != {20 if fixed == 'image' else 7}"):
+        student(**fixed_in)
+
+
+class RowsOneByOne(Rows):
+    def forward(self, x):
+        return super().forward(one_by_one(x, 1))
+
+
+def test_the_rows_of_a_grid_may_be_fixed_alone():
+    _, there, back = LAYOUTS["rows, columns, channels"]
+    student = ec.linearize(Map(RowsOneByOne, there, back).eval(), example_inputs=image(2, 4, 5))
+    assert student(**image(1, 4, 7)).isfinite().all()
+    with pytest.raises(ec.RewriteError, match=r"x\.shape\[1\] != 4"):
+        student(**image(1, 6, 5))
+
+
+def test_equal_sizes_are_told_where_they_are_in_the_way():
+    found = reasons(WithText(lambda: SomeFixed("image, text")), example_inputs=words(2, WIDTH, 4, 8))
+    assert all("32 are channels and image tokens and text tokens: give example inputs" in reason for reason in found.values()), found
 
 
 # ------------------------------------------------------------------ tables
