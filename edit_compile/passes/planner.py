@@ -44,7 +44,8 @@ def compile_plan(model: nn.Module, inputs: Mapping[str, Any], config: LinearizeC
         AuditError: a design is not what it says.
     """
     passes = _checked(passes)
-    analysis = Analysis(capture_model(model, inputs), config)
+    captured, inputs = capture_model(model, inputs)
+    analysis = Analysis(captured, config)
     records = run_passes(passes.analysis, analysis, "model", lambda at: at.captured.graph)
     _require_batch(analysis.captured)
     if not analysis.sites:

@@ -5,6 +5,9 @@ differs is written as an expression in those dimensions of the inputs that may d
 The graph that comes out has the example's numbers in its operations and symbolic sizes in its tensors' shapes, as a graph
 that was captured symbolically: what reads shapes (axes, layouts, grids) need not know the difference. A size that follows from
 no input gets a symbol that no input has; grids with one have to be stated.
+
+A model that is captured symbolically may have fixed sizes all the same, because it asks whether they are its default ones. It is
+captured at larger ones then.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from edit_compile.errors import CaptureError
-from edit_compile.passes.axes.algebra import hint
+from edit_compile.passes.axes.algebra import expression, hint
 from edit_compile.passes.capture import Capture, capture, meta_copy, meta_inputs
 from edit_compile.passes.capture_context import capturing
 from edit_compile.passes.graph_walk import shape_of
@@ -30,24 +33,57 @@ Sizes = Mapping[int, int]  # a size of the example's inputs, and what it is in t
 _MULTIPLES = ((2, 3, 4, 5, 6, 7, 8, 9), (3, 5, 7, 9, 11, 13, 15, 17))  # by which sizes grow, tried in turn
 
 
-def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
+def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Capture, Mapping[str, Any]]:
     """Capture a whole model, all sizes that vary symbolic.
+
+    Returns:
+        The capture, and the inputs that are the example now: larger ones where the model does something at the sizes of
+        those given that it does at no others, as to take its table of positions as it is.
 
     Raises:
         CaptureError: it cannot be captured.
     """
     captured = capture(model, inputs)
-    fixed = set(_fixed_positions(captured))
-    return relate_sizes(model, inputs, captured, fixed) if captured.fixed or fixed else captured
+    fixed = list(_fixed_positions(captured))
+    if fixed and captured.symbolic and (larger := _at_larger_sizes(model, inputs, captured, fixed)) is not None:
+        return larger
+    return (relate_sizes(model, inputs, captured, set(fixed)) if captured.fixed or fixed else captured), inputs
+
+
+def _at_larger_sizes(
+    model: nn.Module, inputs: Mapping[str, Any], captured: Capture, fixed: Sequence[int]
+) -> tuple[Capture, Mapping[str, Any]] | None:
+    """Capture at sizes of which fewer are fixed; None if there are none."""
+    for multiples in _MULTIPLES:
+        varying = _varying(model, inputs, captured, multiples)
+        if not varying.keys() & set(fixed):
+            return None
+        resized = _resized(inputs, varying)
+        try:
+            again = capture(model, resized, probes=(captured.probe,))
+        except CaptureError:
+            continue
+        fewer = again.symbolic and len(list(_fixed_positions(again))) < len(fixed)
+        return (again, resized) if fewer else None
+    return None
 
 
 def _fixed_positions(captured: Capture) -> Iterator[int]:
-    """Yield the sizes that are numbers where an input has positions: of a picture's or video's last two, of tokens the last but one."""
+    """Yield the sizes that are numbers where an input has positions.
+
+    These are a picture's or video's last two dimensions, and the last but one of tokens. A video's frames come before or behind its
+    channels: if both are numbers, either may be.
+    """
     for node in captured.graph.nodes:
         shape = shape_of(node) or ()
         if node.op == "placeholder" and captured.source(node).kind == "input" and len(shape) >= 3:
+            frames = shape[1:3] if len(shape) == 5 and all(map(_is_number, shape[1:3])) else ()
             places = shape[-2:] if len(shape) > 3 else shape[-2:-1]
-            yield from (size for size in places if type(size) is int and size > 1)
+            yield from (hint(size) for size in (*frames, *places) if _is_number(size) and hint(size) > 1)
+
+
+def _is_number(size: Any) -> bool:
+    return expression(size).isdigit()
 
 
 def relate_sizes(model: nn.Module, inputs: Mapping[str, Any], captured: Capture, fixed: Set[int]) -> Capture:

@@ -252,6 +252,28 @@ def test_tensors_made_of_sizes_follow_the_sizes_of_a_call() -> None:
     assert plan.grid.kind == "sizes"
 
 
+class DefaultTable(Image):
+    """Has a table of positions for 6 x 10 patches, and makes one for other sizes by writing into its `.data`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", self.made(6, 10))
+
+    def made(self, height: int, width: int) -> Tensor:
+        table = torch.zeros(height * width, 1, device=self.head.weight.device)
+        table.data[1:].copy_(torch.arange(1, height * width, device=table.device)[:, None] / width)
+        return table
+
+    def places(self, height: int, width: int) -> Tensor:
+        table: Tensor = self.table if (height, width) == (6, 10) else self.made(height, width)
+        return table.to(self.head.weight)
+
+
+def test_an_example_of_the_default_size_does_not_fix_it() -> None:
+    plan = check(DefaultTable())
+    assert plan.grid.kind == "sizes"
+
+
 @functools.lru_cache(maxsize=4)
 def remembered(height: int, width: int) -> Tensor:
     return torch.linspace(0, 1, height * width)[:, None]
