@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -25,6 +26,12 @@ from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import shape_of
 
 
+class FirstDim(str):
+    """The source of an input's first dimension, mostly the batch. An image's output has it in common with all other inputs."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class TokenMap:
     """A captured graph's axes, and which of its inputs carry the image.
@@ -37,10 +44,14 @@ class TokenMap:
     image_inputs: frozenset[str]
     lost_in: str | None = None
 
+    @cached_property
+    def _image_sources(self) -> frozenset[str]:
+        return self.image_inputs | set(map(_first_dim, self.image_inputs))
+
     def kind(self, segment: AxisSegment) -> TokenKind:
         """Return what the positions of a segment stand for."""
         sources = segment.all_sources
-        if sources & self.image_inputs:
+        if not sources.isdisjoint(self._image_sources):
             return TokenKind.IMAGE
         return TokenKind.TEXT if any(not isinstance(source, WithoutRule) for source in sources) else TokenKind.OTHER
 
@@ -110,10 +121,15 @@ def classify_tokens(captured: Capture) -> TokenMap:
         shape = shape_of(node)
         if captured.source(node).kind != "input" or shape is None:
             return None
-        return tuple(new_axis(size, node.name) if hint(size) > 1 or d else new_axis(size) for d, size in enumerate(shape))
+        first = node.name if len(shape) == 2 else _first_dim(node.name)  # (tokens, channels) without a batch too
+        return tuple(new_axis(size, node.name if d else first) if hint(size) > 1 or d else new_axis(size) for d, size in enumerate(shape))
 
     axes = flow_axes(captured.graph, seed)
     return TokenMap(axes, *_image_inputs(captured, axes))
+
+
+def _first_dim(name: str) -> FirstDim:
+    return FirstDim(f"{name}.shape[0]")
 
 
 def _image_inputs(captured: Capture, axes: Mapping[fx.Node, Value]) -> tuple[frozenset[str], str | None]:
@@ -130,7 +146,7 @@ def _image_inputs(captured: Capture, axes: Mapping[fx.Node, Value]) -> tuple[fro
     pictures = frozenset(name for name, node in inputs.items() if _rank(node) == most >= 4 and node.meta["val"].is_floating_point())
     outputs = [found for node in captured.graph.output_node().all_input_nodes if isinstance(found := axes.get(node), tuple)]
     positions = [axis for output in outputs if len(output) >= 3 for axis in output[1:]]  # (batch, channels) has none
-    carried = frozenset(source for source in sources_of(positions) if not isinstance(source, WithoutRule))
+    carried = frozenset(source for source in sources_of(positions) if not isinstance(source, WithoutRule | FirstDim))
     if (lost_in := operator_without_rule(positions)) is not None:
         return (carried & pictures or carried), None if len(carried & pictures) == 1 or len(carried) < 2 else lost_in
     if not carried:

@@ -12,7 +12,7 @@ from edit_compile.config import Choice, LinearizeConfig
 from edit_compile.errors import PlanError
 from edit_compile.ir.plan import KEEP, Refusal, SiteKind, SitePlan
 from edit_compile.ir.tokens import Segment, TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axis, AxisSegment, axes_of
+from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, axes_of
 from edit_compile.passes.classify_tokens import TokenMap
 from edit_compile.passes.find_attention import Attention
 from edit_compile.passes.find_feed_forward import FeedForward
@@ -147,11 +147,16 @@ def _lost(facts: _Facts) -> str | None:
     return f"{name} has no rule: where it puts image tokens is unknown" if name is not None else None
 
 
+_IN_BATCH = "attention within rows, columns or windows: part of the image's dimensions are in the batch"
+
+
 def _takes_no_part(facts: _Facts) -> str | None:
     image_queries, image_keys = facts.queries.has(TokenKind.IMAGE), facts.keys.has(TokenKind.IMAGE)
     if not image_queries and not image_keys:
-        channels, _ = facts.tokens.layout(axes_of(facts.attention.query, facts.tokens.axes)[-1])
-        return CHANNELS if channels.has(TokenKind.IMAGE) else "no image tokens take part"
+        *_, channels_axis = axes = axes_of(facts.attention.query, facts.tokens.axes)
+        channels, _ = facts.tokens.layout(channels_axis)
+        inside = not facts.queries.has(TokenKind.TEXT) and _image_dims_in_batch(axes, facts.tokens) > 1
+        return CHANNELS if channels.has(TokenKind.IMAGE) else _IN_BATCH if inside else "no image tokens take part"
     if not image_keys:
         return "cross-attention: linear in image tokens already"
     return None if image_queries else "the image tokens are keys and values only: linear in image tokens already"
@@ -223,10 +228,13 @@ def _grid_in_blocks(facts: _Facts) -> str | None:
 def _part_of_the_image(facts: _Facts) -> str | None:
     """Refuse attention whose batch holds some of the image's dimensions and whose tokens are the rest, of constant number."""
     grid, axes = facts.tokens.grid(facts.query_axis), axes_of(facts.attention.query, facts.tokens.axes)
-    batched = sum(facts.tokens.kind(segment) is TokenKind.IMAGE for axis in axes[:-2] for segment in _uncomposed(axis))
-    if batched > 1 and (grid is None or all(size.isdigit() for size in grid.sizes)):
-        return "attention within rows, columns or windows: part of the image's dimensions are in the batch"
-    return None
+    constant = grid is None or all(size.isdigit() for size in grid.sizes)
+    return _IN_BATCH if constant and _image_dims_in_batch(axes, facts.tokens) > 1 else None
+
+
+def _image_dims_in_batch(axes: Axes, tokens: TokenMap) -> int:
+    """Count the dimensions of the image, its own batch among them, that are in the batch of attention."""
+    return sum(tokens.kind(segment) is TokenKind.IMAGE for axis in axes[:-2] for segment in _uncomposed(axis))
 
 
 def _uncomposed(axis: Axis) -> Iterator[AxisSegment]:
@@ -246,9 +254,9 @@ _CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
     _other_rank,
     _scale_by_size,
     _start_unknown,
+    _part_of_the_image,
     _video_in_unknown_order,
     _grid_in_blocks,
-    _part_of_the_image,
 )
 
 

@@ -82,6 +82,19 @@ class FramesFirst(Clip):
         return self.unembed(joint.reshape(batch, t, h, w, CHANNELS).permute(0, 4, 1, 2, 3)).transpose(1, 2)
 
 
+class TextInFrames(Clip):
+    """Within each frame, then to the text, which is repeated for every frame: Latte's spatial block."""
+
+    def build(self) -> None:
+        self.space, self.cross = Attention(), Attention()
+
+    def run(self, video: Tensor, text: Tensor) -> Tensor:
+        batch, _, t, h, w = video.shape
+        frames = video.permute(0, 2, 3, 4, 1).reshape(batch * t, h * w, CHANNELS)
+        frames = self.cross(self.space(frames), text.repeat_interleave(t, dim=0, output_size=batch * t))
+        return frames.reshape(batch, t, h, w, CHANNELS).permute(0, 4, 1, 2, 3)
+
+
 class SpaceAndTime(Clip):
     """Within each frame, then across frames at each position: Latte's and AnimateDiff's structure."""
 
@@ -112,10 +125,7 @@ MODELS: list[tuple[type[Clip], dict[str, str], int, dict[str, Any]]] = [
 ]
 
 
-OTHER_REASON = pytest.mark.xfail(strict=True, reason="that time's attention has the image in its batch is not said: another reason is")
-
-
-@pytest.mark.parametrize(("kind", "actions", "dims", "config"), [*MODELS[:3], pytest.param(*MODELS[3], marks=OTHER_REASON)])
+@pytest.mark.parametrize(("kind", "actions", "dims", "config"), MODELS)
 def test_sites_are_rewritten_on_their_grids(kind: type[Clip], actions: dict[str, str], dims: int, config: dict[str, Any]):
     torch.manual_seed(0)
     model = toy.shaken(kind().eval())
@@ -135,3 +145,29 @@ def test_sites_are_rewritten_on_their_grids(kind: type[Clip], actions: dict[str,
         assert not torch.allclose(output, original, atol=1e-3)
     time = [site.reason for site in plan.sites if site.path == "time"]
     assert all("part of the image's dimensions are in the batch" in reason for reason in time)
+
+
+def test_text_that_is_repeated_for_every_frame_is_text():
+    plan = ec.plan(TextInFrames().eval(), example_inputs=inputs(2, 6, 10, 14))
+    assert plan["space"].action == "edit"
+    assert plan["cross"].reason == "cross-attention: linear in image tokens already"
+
+
+class InsideEachPatch(Clip):
+    """Between the pixels of each patch, then between patches: the inner and outer attention of transformers in transformers."""
+
+    def build(self) -> None:
+        self.pixels, self.inner, self.outer = nn.Linear(LATENT, CHANNELS), Attention(), Attention()
+        self.joined = nn.Linear(16 * CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        grid = x.shape[2] // 4, x.shape[3] // 4
+        pixels = F.unfold(x, 4, stride=4).transpose(1, 2).flatten(0, 1).unflatten(1, (LATENT, 16)).transpose(1, 2)
+        tokens = self.joined(self.inner(self.pixels(pixels)).flatten(1)).unflatten(0, (x.shape[0], -1))
+        return self.outer(tokens).transpose(1, 2).unflatten(2, grid)
+
+
+def test_attention_inside_each_patch_has_the_image_in_its_batch():
+    plan = ec.plan(InsideEachPatch().eval(), example_inputs={"x": torch.randn(2, LATENT, 24, 40), "text": torch.randn(2, 5, 6)})
+    assert "part of the image's dimensions are in the batch" in plan["inner"].reason
+    assert plan["outer"].action == "edit"
