@@ -98,7 +98,8 @@ def meta_copy(module: nn.Module, dtype: torch.dtype | None = PROBE_DTYPE) -> nn.
         memo[id(tensor)] = _meta(tensor, dtype)
     copied = copy.deepcopy(module, memo)
     open_compiled_modules(copied)
-    return copied.eval()
+    copied.eval()  # a `train` of the model's own may return nothing
+    return copied
 
 
 def meta_inputs(inputs: Any, dtype: torch.dtype | None = PROBE_DTYPE) -> Any:

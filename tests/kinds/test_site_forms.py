@@ -229,6 +229,17 @@ def test_a_site_that_is_given_an_object_is_kept_and_no_other(given):
     assert type(given).__name__ in plan.sites[0].reason
 
 
+class ReturnsNothing(Block):
+    """As modules do that forget a cache when they are trained."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_train_that_returns_nothing():
+    assert all(site.action == "edit" for site in ec.plan(Picture(ReturnsNothing), example_inputs=image(*SIZES[0])).sites)
+
+
 # ------------------------------------------------------------------ what a forward makes of plain numbers
 
 
