@@ -63,3 +63,11 @@ def test_softmax_over_keys_that_are_all_masked_has_no_weight():
     y, normaliser = attention_with_normaliser(q, k, v, torch.zeros(1, 1, 1, 3, dtype=torch.bool), 0.5)
     assert torch.equal(y, torch.zeros_like(y))
     assert (normaliser < -1e30).all()
+
+
+def test_attention_over_no_keys_has_no_weight():
+    q, none = torch.rand(2, 3, 5, 4, requires_grad=True), torch.rand(2, 3, 0, 4)
+    y, log_normaliser = attention_with_normaliser(q, none, none, None, 1.0)
+    assert y.shape == q.shape
+    assert not y.any()
+    assert torch.equal(torch.sigmoid(0 - log_normaliser), torch.ones(2, 3, 5, 1))

@@ -44,12 +44,18 @@ def matching_heads(q_BHND: Tensor, k_BGMD: Tensor) -> Tensor:
 
 
 def attention_with_normaliser(q_BHND: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32."""
+    """Compute softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32.
+
+    Of no keys at all, as padding to a multiple has where nothing is left to pad, the result is zero and its weight none.
+    """
     scores_BHNP = (q_BHND * scale) @ k_BHPD.transpose(-1, -2)
     if mask is not None:
         scores_BHNP = scores_BHNP.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores_BHNP + mask
     scores_BHNP = scores_BHNP.float()
     lowest, smallest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # where every key is masked: zero, no NaN
+    if k_BHPD.shape[2] == 0:
+        shape = q_BHND.shape[:-1]
+        return v_BHPD.new_zeros((*shape, v_BHPD.shape[-1])), scores_BHNP.new_full((*shape, 1), lowest)
     top_BHN1 = scores_BHNP.detach().amax(-1, keepdim=True).clamp(min=lowest)
     weights_BHNP = (scores_BHNP - top_BHN1).exp()
     total_BHN1 = weights_BHNP.sum(-1, keepdim=True).clamp(min=smallest)
