@@ -13,6 +13,8 @@ from tiny_models.base import (
     HEAD_DIM,
     HEADS,
     KEEP,
+    REWRITE,
+    SIZES,
     TEXT_DIM,
     VIDEO,
     WIDTH,
@@ -28,7 +30,9 @@ from tiny_models.base import (
 )
 
 GROUP = "No images: sound, embeddings, time alone"
-SOUND = {"*": "keep: no image tokens|one-dimensional|not a grid|sequence"}
+SOUND = {"*": "keep: no image tokens|one-dimensional|cross-attention|causal"}
+# (batch, length, channels) without positions could be packed latents of an image: rewritten, and the caller has to state the grid
+PACKED = "could be packed latents of an image: nothing tells that it is sound"
 NO_PICTURE = "no image|one-dimensional|sequence|grid"
 
 
@@ -52,10 +56,11 @@ def AceStepTransformer1DModel() -> nn.Module:
 
 def longcat_inputs(size: Size) -> dict[str, Any]:
     given = {"encoder_hidden_states": text(size), "encoder_attention_mask": text_mask(size).bool(), "timestep": steps(size, 1.0)}
-    return tuples(hidden_states=sound(size), **given, latent_cond=sound(size))
+    wave = normal(size.batch, size.tokens, VIDEO)
+    return tuples(hidden_states=wave, **given, latent_cond=normal(size.batch, size.tokens, VIDEO, seed=4))
 
 
-@configuration(GROUP, longcat_inputs, SOUND, error=NO_PICTURE)
+@configuration(GROUP, longcat_inputs, {"*self_attn": REWRITE, "*": "keep: no image|cross-attention"}, stated=True, note=PACKED)
 def LongCatAudioDiTTransformer() -> nn.Module:
     options = {"dit_dim": WIDTH, "dit_depth": 1, "dit_heads": HEADS, "dit_text_dim": TEXT_DIM, "latent_dim": VIDEO}
     return make(diffusers.LongCatAudioDiTTransformer, **options)
@@ -116,16 +121,17 @@ def TransformerTemporalModel() -> nn.Module:
 @configuration(
     GROUP,
     lambda s: {
-        "decoder_input_tokens": normal(s.batch, 17, VIDEO),
+        "decoder_input_tokens": normal(s.batch, s.tokens, VIDEO),
         "decoder_noise_time": steps(s, 1.0),
         "encodings_and_masks": [(text(s, WIDTH), torch.ones(s.batch, s.text))],
     },
-    SOUND,
-    error=NO_PICTURE,
-    note="a spectrogram of fixed length",
+    {"*layer.0.attention": REWRITE, "*": "keep: cross-attention"},
+    stated=True,
+    sizes=(SIZES[0], SIZES[1]._replace(height=10, width=6)),
+    note=f"a spectrogram of fixed length; {PACKED}",
 )
 def T5FilmDecoder() -> nn.Module:
-    options = {"input_dims": VIDEO, "targets_length": 17, "d_model": WIDTH, "d_kv": HEAD_DIM, "d_ff": 40}
+    options = {"input_dims": VIDEO, "targets_length": SIZES[0].tokens, "d_model": WIDTH, "d_kv": HEAD_DIM, "d_ff": 40}
     return make(diffusers.T5FilmDecoder, **options, num_layers=1, num_heads=HEADS)
 
 

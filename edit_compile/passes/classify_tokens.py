@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,11 +57,22 @@ class TokenMap:
 
     def from_video(self, axis: Axis) -> bool:
         """Say whether image tokens stem from an input (B, C, t, h, w) of several frames, rows and columns."""
+        return any(len(found) == 5 and all(axis_size(dim) > 1 for dim in found[2:]) for found in self._inputs_of(axis))
+
+    def from_pictures(self, axis: Axis) -> bool:
+        """Say whether image tokens stem from an input with rows and columns: (B, C, h, w) or more."""
+        return any(len(found) >= 4 for found in self._inputs_of(axis))
+
+    def _inputs_of(self, axis: Axis) -> Iterator[Axes]:
         sources = sources_of([tuple(segment for segment in axis if self.kind(segment) is TokenKind.IMAGE)])
-        inputs = [
-            found for node, found in self.axes.items() if node.op == "placeholder" and node.name in sources and isinstance(found, tuple)
-        ]
-        return any(len(found) == 5 and all(axis_size(dim) > 1 for dim in found[2:]) for found in inputs)
+        for node, found in self.axes.items():
+            if node.op == "placeholder" and node.name in sources and isinstance(found, tuple):
+                yield found
+
+    def last_sizes(self, rank: int) -> set[str]:
+        """Return the sizes of the last dimension of the inputs with the image that have so many dimensions."""
+        inputs = (found for node, found in self.axes.items() if node.op == "placeholder" and node.name in self.image_inputs)
+        return {segment.expr for found in inputs if isinstance(found, tuple) and len(found) == rank for segment in found[-1]}
 
     def operator_without_rule(self, *axes: Axis) -> str | None:
         """Return the name of an operator because of which it is not known what image positions became; None if there is none."""

@@ -16,7 +16,7 @@ from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, axes_of
 from edit_compile.passes.classify_tokens import TokenMap
 from edit_compile.passes.find_attention import Attention
 from edit_compile.passes.find_feed_forward import FeedForward
-from edit_compile.passes.graph_walk import shape_of
+from edit_compile.passes.graph_walk import op_name, operand, shape_of
 from edit_compile.passes.masks import mask_facts
 from edit_compile.passes.other_attention import CHANNELS, other_attention
 from edit_compile.passes.site_graph import refusal
@@ -49,7 +49,8 @@ def plan_sites(
         PlanError: a glob matches no site.
     """
     choices = config.choices()
-    found = [_of_attention(facts, config, choices, weights) for facts in _attention_facts(attentions, tokens)]
+    filtered = _filtered_along(graph, tokens)
+    found = [_of_attention(facts, config, choices, weights) for facts in _attention_facts(attentions, tokens, filtered)]
     others: list[str] = []  # the paths of networks that no rule converts
     if any(choice.design is not None and choice.design.kind == "feed_forward" for choice in choices):
         others = [network.path for network in networks if network.path]
@@ -74,18 +75,19 @@ class _Facts:
     queries: TokenLayout
     keys: TokenLayout
     shared_module: bool  # with other attention
+    filtered: Set[str]  # the numbers of tokens of sequences that a convolution or pooling over one dimension runs along
 
     @property
     def query_axis(self) -> Axis:
         return axes_of(self.attention.query, self.tokens.axes)[-2]
 
 
-def _attention_facts(attentions: Sequence[Attention], tokens: TokenMap) -> Iterator[_Facts]:
+def _attention_facts(attentions: Sequence[Attention], tokens: TokenMap, filtered: Set[str]) -> Iterator[_Facts]:
     shared = {a.path for a in attentions if a.index or any(b.path.startswith(f"{a.path}.") for b in attentions)}
     for attention in attentions:
         queries, _ = tokens.layout(axes_of(attention.query, tokens.axes)[-2])
         keys, _ = tokens.layout(axes_of(attention.key, tokens.axes)[-2])
-        yield _Facts(attention, tokens, queries, keys, attention.path in shared)
+        yield _Facts(attention, tokens, queries, keys, attention.path in shared, filtered)
 
 
 def _of_attention(facts: _Facts, config: LinearizeConfig, choices: Sequence[Choice], weights: Set[fx.Node]) -> Candidate:
@@ -179,6 +181,36 @@ def _image_segments(layout: TokenLayout) -> list[Segment]:
     return [segment for segment in layout.segments if segment.kind is TokenKind.IMAGE]
 
 
+_IN_ONE_DIMENSION = frozenset(
+    """conv1d conv_transpose1d avg_pool1d max_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d
+    upsample_nearest1d upsample_linear1d""".split()  # noqa: SIM905
+)
+
+
+def _filtered_along(graph: fx.Graph, tokens: TokenMap) -> Set[str]:
+    """Find the lengths of sequences that run through a convolution or pooling over one dimension.
+
+    One of one tap does to (batch, channels, tokens) what a Linear does: it tells a sequence only where the input has that form.
+    """
+    channels_first = tokens.last_sizes(rank=3)
+    lengths: set[str] = set()
+    for node in graph.nodes:
+        if op_name(node) in _IN_ONE_DIMENSION and isinstance(tokens.axes.get(node), tuple):
+            weight = shape_of(operand(node, 1)) if "conv" in op_name(node) else None
+            before, behind = (axes_of(each, tokens.axes)[-1] for each in (operand(node, 0), node))
+            along = {segment.expr for axis in (before, behind) for segment in axis if tokens.kind(segment) is TokenKind.IMAGE}
+            lengths |= along if weight is None or weight[-1] != 1 else along & channels_first
+    return lengths
+
+
+def _sequence(facts: _Facts) -> str | None:
+    """Refuse sound and other sequences: packed latents of an image are (batch, tokens, channels), and no filter runs along them."""
+    image = {segment.length for segment in _image_segments(facts.queries)}
+    if facts.tokens.grid(facts.query_axis) is not None or facts.tokens.from_pictures(facts.query_axis) or not image & facts.filtered:
+        return None
+    return "its tokens run through a one-dimensional convolution or pooling: they are a sequence, not an image"
+
+
 def _not_in_a_module(facts: _Facts) -> str | None:
     return _outside(facts.attention.path)
 
@@ -247,6 +279,7 @@ def _uncomposed(axis: Axis) -> Iterator[AxisSegment]:
 
 
 _CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
+    _sequence,
     _not_self_attention,
     _several_runs,
     _not_in_a_module,

@@ -284,3 +284,54 @@ def test_a_video_whose_frames_changed_places_is_never_an_image():
 
     plan = ec.plan(Swapped(1).eval(), example_inputs=video())
     assert all(site.action == "keep" or len(site.grid_sizes) == 3 for site in plan.sites), [site.reason for site in plan.sites]
+
+
+# ------------------------------------------------------------------ sequences that are no image
+
+
+class Sound(nn.Module):
+    """(batch, channels, length): filters before the blocks and behind them, of a number of taps each."""
+
+    def __init__(self, before: int = 1, behind: int = 1) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv1d(4, WIDTH, before, before), nn.ConvTranspose1d(WIDTH, 4, behind, behind)
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.block(self.enter(x).transpose(1, 2)).transpose(1, 2))
+
+
+class Latents(Sound):
+    """(batch, tokens, channels), packed; filters of one tap are Linears."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Pooled(Latents):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2))
+
+
+class Flattened(Model):
+    """An image, whose tokens pass a filter of one tap between the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(Block(), Block())
+        self.mixing = nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def tokens(self, y: Tensor) -> Tensor:
+        return super().tokens(y + self.mixing(y.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("model", [Sound(), Sound(2, 2), Latents(behind=2), Pooled()], ids=["one tap", "two", "behind", "pooled"])
+def test_what_a_one_dimensional_filter_runs_along_is_no_image(model):
+    x = torch.randn(2, 120, 4) if isinstance(model, Latents) else torch.randn(2, 4, 120)
+    (site,) = ec.plan(model.eval(), example_inputs={"x": x}).sites
+    assert (site.action, "a one-dimensional convolution or pooling" in site.reason) == ("keep", True)
+
+
+def test_a_filter_of_one_tap_is_a_linear_for_packed_latents_and_images():
+    plan = ec.plan(Latents().eval(), example_inputs={"x": torch.randn(2, 60, 4)})
+    assert (actions(plan), plan.grid.kind) == (["edit"], "given")
+    assert actions(ec.plan(Flattened().eval(), example_inputs=images())) == ["edit", "edit"]
