@@ -88,9 +88,14 @@ def configuration(group: str, inputs: Inputs, sites: dict[str, str] | None = Non
 def make(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
     """Make a seeded model in eval mode whose constant parameters (zero gates, unit norms) are made random, so that no path is dead."""
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lively(build(**options).eval())
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # parameters that are left uninitialized are NaN then, not what lay there
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return lively(build(**options).eval())
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
 
 
 def lively(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from edit_compile.designs import find_design
 from edit_compile.errors import AuditError, CaptureError
 from edit_compile.ir.plan import SitePlan
 from edit_compile.ir.tokens import TokenKind
-from edit_compile.passes.axes.algebra import Axis, axes_of, axis_size, hint
+from edit_compile.passes.axes.algebra import Axes, Axis, axes_of, axis_size, hint, new_axis, sources_of
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.build_design import check_output, design_code
 from edit_compile.passes.canonicalize import canonicalize
@@ -64,7 +64,7 @@ def audit(captured: Capture, rewritten: Mapping[str, Allows]) -> Audit:
         rewritten: what is allowed at each of its rewritten attention sites, by path.
     """
     canonicalize(captured.graph)
-    tokens = classify_tokens(captured)
+    tokens = _image_positions(captured)
     seen: set[str] = set()
     products, findings = 0, []
     for node in captured.graph.nodes:
@@ -77,6 +77,32 @@ def audit(captured: Capture, rewritten: Mapping[str, Allows]) -> Audit:
             findings += [f"{site}: {finding}" for finding in _forbidden(node, tokens, rewritten[site])]
     findings += [f"{site}: no attention was found at it" for site in rewritten if site not in seen]
     return Audit(len(rewritten), products, tuple(findings))
+
+
+def _image_positions(captured: Capture) -> TokenMap:
+    """Follow the dimensions of the inputs that carry the image, each by itself: those that the output's positions stem from.
+
+    A table of rotations that is an input is the image's by its rows, not by its channels.
+    """
+    images = classify_tokens(captured).image_inputs
+    inputs = [node for node in captured.graph.nodes if node.op == "placeholder" and node.name in images]
+
+    def seed(node: fx.Node) -> Axes | None:
+        shape = shape_of(node) or ()
+        return tuple(new_axis(size, _dimension(node, d)) for d, size in enumerate(shape)) if node in inputs else None
+
+    axes = flow_axes(captured.graph, seed)
+    outputs = [found for node in captured.graph.output_node().all_input_nodes if isinstance(found := axes.get(node), tuple)]
+    carried = sources_of(axis for output in outputs if len(output) >= 3 for axis in output[1:])  # (batch, channels) has no positions
+    positions: set[str] = set()
+    for node in inputs:
+        dims = [_dimension(node, d) for d in range(len(shape_of(node) or ()))]
+        positions.update(carried.intersection(dims) or dims)
+    return TokenMap(axes, frozenset(positions))
+
+
+def _dimension(node: fx.Node, dim: int) -> str:
+    return f"{node.name}, dimension {dim}"
 
 
 def audit_site(site: SiteGraph) -> int:

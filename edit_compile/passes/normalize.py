@@ -44,7 +44,7 @@ def normalize(captured: Capture, module: nn.Module, core: Iterable[fx.Node] = ()
             name = captured.source(old).name
             constant = captured.program.constants.get(name)
             if not _is_attribute(module, name) and isinstance(constant, Tensor) and _made_in_forward(new, constant):
-                _replace_with_values(new, constant)
+                _replace_with_values(new, constant, module)
             else:
                 _replace_with_attribute(new, name, module)
     remove_dead(graph)
@@ -83,13 +83,15 @@ def _is_attribute(module: nn.Module, name: str) -> bool:
 
 
 def _made_in_forward(node: fx.Node, constant: Tensor) -> bool:
-    """Say whether a constant is a small tensor that the forward makes of plain numbers: capture copies these, and no others."""
-    copied = all(user.target in _COPIES_OF_CONSTANTS for user in node.users)
-    return copied and not constant.is_meta and constant.numel() <= MAX_NUMBERS
+    """Say whether a constant is a tensor that the forward makes of plain numbers: capture copies these, and no others."""
+    return not constant.is_meta and all(user.target in _COPIES_OF_CONSTANTS for user in node.users)
 
 
-def _replace_with_values(node: fx.Node, constant: Tensor) -> None:
+def _replace_with_values(node: fx.Node, constant: Tensor, module: nn.Module) -> None:
     """Have the graph make a constant of its numbers, as the module's forward does."""
+    if constant.numel() > MAX_NUMBERS:
+        told = f"makes a tensor of {constant.numel():,} plain numbers in its forward, and a site may of at most {MAX_NUMBERS:,}"
+        raise Refused(f"{type(module).__name__} {told}; make it once and register it as a buffer", node)
     with node.graph.inserting_before(node):
         made = node.graph.call_function(torch.tensor, (constant.tolist(),), {"dtype": constant.dtype})
     made.meta = dict(node.meta)

@@ -438,6 +438,37 @@ def test_a_table_for_the_patches_alone():
         torch.testing.assert_close(again(**inputs), student(**inputs), atol=1e-5, rtol=0)
 
 
+class TakesTable(Picture):
+    """A table of rotations by row, column and channel is one of its inputs, as Lumina's is."""
+
+    def forward(self, x, table):
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        self.table = table[:height, :width].flatten(0, 1)
+        return super().forward(x)
+
+    def run(self, y):
+        for block in self.blocks:
+            y = block(y, self.table)
+        return y
+
+
+class Turned(Block):
+    def forward(self, x, table):
+        self.attend = lambda q, k, v: F.scaled_dot_product_attention(q * table, k * table, v)
+        return super().forward(x)
+
+
+def test_channels_of_a_table_that_is_an_input_are_no_tokens():
+    """Neither in the plan nor in the audit of the whole student, which finds them multiplied by image tokens."""
+    model = TakesTable(lambda: Turned(None)).eval()
+    inputs = {**image(*SIZES[0]), "table": torch.randn(24, 24, DIM)}
+    student = ec.linearize(model, example_inputs=inputs)
+    assert [site.action for site in ec.plan_of(student).sites] == ["edit", "edit"]
+    assert ec.audit(student).findings == ()
+    with torch.no_grad(), ec.teacher(student):
+        torch.testing.assert_close(student(**inputs), model(**inputs), atol=1e-5, rtol=0)
+
+
 # ------------------------------------------------------------------ heads
 
 

@@ -150,6 +150,19 @@ def test_a_tensor_of_somebody_else_names_the_fix():
         normalize(captured, ReadsATensor())
 
 
+class MakesALargeTensor(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([0.5] * 5000, dtype=x.dtype, device=x.device)
+
+
+def test_a_large_tensor_of_plain_numbers_is_called_that():
+    captured = capture(MakesALargeTensor(), {"x": torch.zeros(2, 5000)}, functional=True)
+    with pytest.raises(
+        RewriteError, match="makes a tensor of 5,000 plain numbers in its forward, .* at most 4,096; make it once"
+    ):
+        normalize(captured, MakesALargeTensor())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tensors_of_plain_numbers_are_made_in_the_inputs_dtype(dtype):
     """Capture in bfloat16 must not round them: 0.1 is the nearest number of the dtype that runs."""
