@@ -157,9 +157,7 @@ class MakesALargeTensor(nn.Module):
 
 def test_a_large_tensor_of_plain_numbers_is_called_that():
     captured = capture(MakesALargeTensor(), {"x": torch.zeros(2, 5000)}, functional=True)
-    with pytest.raises(
-        RewriteError, match="makes a tensor of 5,000 plain numbers in its forward, .* at most 4,096; make it once"
-    ):
+    with pytest.raises(RewriteError, match=r"makes a tensor of 5,000 plain numbers in its forward, .* at most 4,096; make it once"):
         normalize(captured, MakesALargeTensor())
 
 
