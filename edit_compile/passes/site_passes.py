@@ -6,6 +6,7 @@
     normalize_site       what capture froze is freed, the module's own submodules are called
     insert_taps          the design's modules at their places
     replace_core         the design in the place of softmax attention
+    narrow_projections   of a fused projection that the query's branch repeats, the query's channels alone
     generate_method      the graph as a method with the original's signature
     audit_site           captured again: is anything quadratic left that the design does not answer for?
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from edit_compile.passes.audit import audit_site
 from edit_compile.passes.build_design import build_design
 from edit_compile.passes.codegen import generate_forward
+from edit_compile.passes.narrow_projections import narrow_projections
 from edit_compile.passes.rewrite import canonicalize_site, insert_taps, locate_core, normalize_site, replace_core
 from edit_compile.passes.site_graph import SiteGraph, SitePass
 
@@ -34,6 +36,7 @@ SITE_PASSES: tuple[SitePass, ...] = (
     normalize_site,
     insert_taps,
     replace_core,
+    narrow_projections,
     generate_method,
     audit_site,
 )
