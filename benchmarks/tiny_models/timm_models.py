@@ -101,7 +101,7 @@ tiny(
 )
 tiny(
     "levit_128s",
-    {"*": BIAS},
+    {"*downsample*": "keep: .*not self-attention", "*": BIAS},
     patch=16,
     sizes=FIXED,
     options={"img_size": pixels(16), "depth": (1, 1, 1)},
@@ -148,7 +148,7 @@ tiny(
     options={"depths": (1, 1, 1, 1), "window_sizes": (2, 2, 2, 2)},
 )
 tiny("davit_tiny", {"*.0.attn": WINDOWS, "*.1.attn": CHANNELS}, patch=32, options={"depths": (1, 1, 1, 1), "window_size": 2})
-tiny("mobilevit_xxs", {"*": WINDOWS}, patch=32, note="attention between the same places of all patches")
+tiny("mobilevit_xxs", patch=64, note="attention between the same places of all patches, on their grid")
 tiny("maxvit_rmlp_pico_rw_256", {"*": KEEP}, patch=64, sizes=FIXED, options={"img_size": pixels(64)}, note="windows and sparse grids")
 
 
