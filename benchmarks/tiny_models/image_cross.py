@@ -18,6 +18,7 @@ from tiny_models.base import (
     LINEAR,
     REWRITE,
     SIZES,
+    TEXT,
     TEXT_DIM,
     WIDTH,
     Size,
@@ -94,7 +95,7 @@ def hunyuan_dit_inputs(size: Size) -> dict[str, Any]:
     )
 
 
-@configuration(GROUP, hunyuan_dit_inputs, CROSSED)
+@configuration(GROUP, hunyuan_dit_inputs, {**CROSSED, "*pooler": TEXT})
 def HunyuanDiT2DModel() -> nn.Module:
     """Four layers, so that there is one long skip connection."""
     words = {"text_len": 7, "cross_attention_dim": TEXT_DIM, "text_len_t5": 9, "cross_attention_dim_t5": 40, "pooled_projection_dim": 28}

@@ -79,7 +79,7 @@ tiny(
 )
 tiny(
     "hiera_tiny_224",
-    {"blocks.0*": WINDOWS, "blocks.1*": WINDOWS, "*": REWRITE},
+    {"blocks.0*": WINDOWS, "*": "keep: .*not self-attention"},
     patch=32,
     sizes=FIXED,
     options={"img_size": pixels(32), "stages": (1, 1, 1, 1)},

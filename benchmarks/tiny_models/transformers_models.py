@@ -66,9 +66,9 @@ tiny("BeitModel", "BeitConfig", {"*": "keep: .*differs from query to query"}, op
 tiny(
     "SegformerModel",
     "SegformerConfig",
-    {"*": KEEP, "*.3.*": REWRITE},
+    {"stages.3.*": REWRITE, "*": KEEP},
     inputs=lambda s: {"pixel_values": normal(s.batch, 3, 32 * s.height, 32 * s.width), "return_dict": False},
-    options={"depths": [1, 1, 1, 1], "hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2]},
+    options={"num_hidden_layers": 4, "depths": [1, 1, 1, 1], "hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2]},
     sizes=SIZES,
     note="keys on a coarser grid but for the last stage",
 )

@@ -300,7 +300,12 @@ def sana_world_inputs(size: Size) -> dict[str, Any]:
     )
 
 
-@configuration(CROSSED_GROUP, sana_world_inputs, {"blocks.1.attn*": REWRITE, "blocks.0.attn*": LINEAR, "*cross_attn*": CROSS}, **CLIP)
+@configuration(
+    CROSSED_GROUP,
+    sana_world_inputs,
+    {"blocks.1.attn*": "keep: one module runs", "blocks.0.attn*": "keep: .*(linear|no softmax)", "*cross_attn*": CROSS},
+    **CLIP,
+)
 def SanaWMTransformer3DModel() -> nn.Module:
     options = {"num_layers": 2, "softmax_every_n": 2, "linear_head_dim": HEAD_DIM, "chunk_plucker_channels": 12, "mlp_ratio": 2.0}
     dims = {"in_channels": VIDEO, "hidden_size": 2 * HEAD_DIM, "num_attention_heads": 2, "caption_channels": TEXT_DIM}
@@ -497,7 +502,8 @@ def framepack_inputs(size: Size) -> dict[str, Any]:
     framepack_inputs,
     {"transformer_blocks.*": EITHER, "single_transformer_blocks.*": EITHER, "context_embedder*": TEXT},
     **CLIP,
-    note="four grids of different fineness in one sequence",
+    error="data",
+    note="four grids of different fineness in one sequence; how many tokens of the text count is data",
 )
 def HunyuanVideoFramepackTransformer3DModel() -> nn.Module:
     more = {"num_single_layers": 1, "pooled_projection_dim": POOLED_DIM, "has_image_proj": True, "image_proj_dim": 20}

@@ -18,6 +18,9 @@ _OPERATORS: dict[type[ast.AST], Callable[..., int]] = {
     ast.USub: operator.neg,
 }
 
+_MANY_DIVISORS = 2**12 * 3**4 * 5**2 * 7
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37)
+
 Evaluator = Callable[[Mapping[str, int]], int]
 
 
@@ -42,6 +45,16 @@ def symbols_in(expression: str) -> set[str]:
     except SyntaxError:
         return set()
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def same_value(a: str, b: str) -> bool:
+    """Say whether two expressions have one value for sizes that all usual patches divide; True where either cannot be evaluated."""
+    symbols = sorted(symbols_in(a) | symbols_in(b))
+    sizes = {symbol: _MANY_DIVISORS * prime for symbol, prime in zip(symbols, _PRIMES, strict=False)}
+    try:
+        return evaluator(a, set(sizes))(sizes) == evaluator(b, set(sizes))(sizes)
+    except (GridError, ZeroDivisionError):
+        return True
 
 
 def _compiled(node: ast.AST, symbols: set[str]) -> Evaluator:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 
 from torch import fx
 
+from edit_compile.ir.size_expressions import same_value, symbols_in
 from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
 from edit_compile.passes.axes.algebra import (
     Axes,
@@ -110,15 +111,35 @@ class TokenMap:
         return tuple(dim.size for dim in dims) if dims else (sum(segment.size for segment in self._image_segments(axis)),)
 
     def _image_dims(self, axis: Axis) -> list[AxisSegment]:
-        """Find the two or more dimensions whose product is the axis' only image segment, if they are of the image alone."""
+        """Find the two or more dimensions whose product is the axis' only image segment, if they are of the image alone.
+
+        What was added to a part of a dimension, as a pose to all frames but the first, leaves it one dimension.
+        """
         found = self._image_segments(axis)
         dims = found[0].composed_of if len(found) == 1 else ()
-        if len(dims) < 2 or any(len(dim) != 1 or self.kind(dim[0]) is not TokenKind.IMAGE for dim in dims):
+        if len(dims) < 2 or any(self.kind(segment) is not TokenKind.IMAGE for dim in dims for segment in dim):
             return []
-        return [dim[0] for dim in dims]
+        return _multiplied(found[0], [dim[0] if len(dim) == 1 else _one_segment(dim) for dim in dims])
 
     def _image_segments(self, axis: Axis) -> list[AxisSegment]:
         return [segment for segment in axis if self.kind(segment) is TokenKind.IMAGE]
+
+
+def _one_segment(axis: Axis) -> AxisSegment:
+    length = reduce(_sum, (segment.expr for segment in axis))
+    return AxisSegment(axis_size(axis), length, sources_of([axis]), in_order=all(segment.in_order for segment in axis))
+
+
+def _multiplied(product: AxisSegment, dims: list[AxisSegment]) -> list[AxisSegment]:
+    """Correct dimensions of which one is the example's number, or unknown, though the product has it open: the others leave it over."""
+    constant = [i for i, dim in enumerate(dims) if not symbols_in(dim.expr)]
+    if len(constant) != 1 or product.expr.isdigit():
+        return dims
+    at = constant[0]
+    if dims[at].expr.isdigit() and same_value(product.expr, "*".join(f"({dim.expr})" for dim in dims)):
+        return dims
+    rest = "*".join(f"({dim.expr})" for i, dim in enumerate(dims) if i != at)
+    return [*dims[:at], replace(dims[at], expr=f"({product.expr})//({rest})"), *dims[at + 1 :]]
 
 
 def _sum(a: str, b: str) -> str:

@@ -149,7 +149,7 @@ class GridFinder:
             paths = {path for path, dim in read if dim is not None}
             dims = {dim for _, dim in read if dim is not None}
             beside = {self.captured.source(node).name for node in self._inputs() if node.name in sources and self._is_beside(node, read)}
-            group = self._with_lists(paths | beside) if paths and dims else ()
+            group = self._with_lists(paths | beside) if len(paths) == 1 and dims else ()
             if len(group) > 1 or not paths >= set(group):
                 yield group
 

@@ -265,8 +265,13 @@ def _part_of_the_image(facts: _Facts) -> str | None:
 
 
 def _image_dims_in_batch(axes: Axes, tokens: TokenMap) -> int:
-    """Count the dimensions of the image, its own batch among them, that are in the batch of attention."""
-    return sum(tokens.kind(segment) is TokenKind.IMAGE for axis in axes[:-2] for segment in _uncomposed(axis))
+    """Count the dimensions of the image, its own batch among them, that are in the batch of attention.
+
+    Where the number of tokens is open, one that is a constant is none: it may be the channels of a table for the tokens.
+    """
+    constants = all(segment.expr.isdigit() for segment in axes[-2])
+    batched = (segment for axis in axes[:-2] for segment in _uncomposed(axis) if constants or not segment.expr.isdigit())
+    return sum(tokens.kind(segment) is TokenKind.IMAGE for segment in batched)
 
 
 def _uncomposed(axis: Axis) -> Iterator[AxisSegment]:
@@ -284,10 +289,10 @@ _CHECKS: tuple[Callable[[_Facts], str | None], ...] = (
     _several_runs,
     _not_in_a_module,
     _shares_its_module,
+    _part_of_the_image,
     _other_rank,
     _scale_by_size,
     _start_unknown,
-    _part_of_the_image,
     _video_in_unknown_order,
     _grid_in_blocks,
 )
