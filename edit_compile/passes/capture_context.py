@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -120,20 +121,26 @@ def _module(function: Any) -> str:
 @contextmanager
 def _symbolic_numbers(module: nn.Module) -> Iterator[None]:
     """Have `int`, `float` and `len` leave sizes symbolic in the files of a module's own packages."""
-    packages = {type(each).__module__.partition(".")[0] for each in module.modules()}
-    packages = {package for package in packages if _is_of_models(package)}
     names: dict[str, Any] = {"int": symbolic_int(), "float": symbolic_float(), "len": symbolic_len}
     changed: list[tuple[dict[str, Any], str]] = []
     try:
-        for name, loaded in list(sys.modules.items()):
-            if name.partition(".")[0] in packages and loaded is not None:
-                for each in names.keys() - vars(loaded).keys():
-                    vars(loaded)[each] = names[each]
-                    changed.append((vars(loaded), each))
+        for scope in _own_scopes(module):
+            for each in names.keys() - scope.keys():
+                scope[each] = names[each]
+                changed.append((scope, each))
         yield
     finally:
         for scope, each in changed:
             scope.pop(each, None)
+
+
+def _own_scopes(module: nn.Module) -> list[dict[str, Any]]:
+    """List the global names of a module's own packages, and those of its methods, which need not be in a package that is loaded."""
+    kinds = {type(each) for each in module.modules() if _is_of_models(type(each).__module__)}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    loaded = [vars(each) for name, each in list(sys.modules.items()) if each is not None and name.partition(".")[0] in packages]
+    methods = [function.__globals__ for kind in kinds for function in vars(kind).values() if isinstance(function, FunctionType)]
+    return [*loaded, *methods]
 
 
 def _is_of_models(module: str) -> bool:
