@@ -498,7 +498,8 @@ _LEGEND = """
 ## The columns
 
 - **right**: every attention is treated as it should be for this class, decided by reading the model: rewritten, or left unchanged
-  for a reason that is true; and everything in the row holds.
+  for a reason that is true; and everything in the row holds. A model in which data decides the control flow cannot be captured:
+  it is right to refuse it, naming the line.
 - **rewritten**: of how many attention computations, by which designs. **grid**: how the student learns the grid of image tokens:
   from the sizes of its inputs, from position ids, or stated by the caller with `edit_compile.grid`.
 - **teacher**: the largest difference between `edit_compile.teacher` and the original, float32. **second size**: another resolution,
@@ -509,14 +510,17 @@ _LEGEND = """
 
 
 def _totals(groups: dict[str, list[str]], rows: dict[str, Row], unknown: list[str]) -> list[str]:
-    lines = ["| | configurations | run | right | of those run |", "|---|---|---|---|---|"]
-    for group, names in groups.items():
+    lines = ["| | configurations | run | right | of those run | converted | nothing to convert | refused as a whole |", "|" + "---|" * 8]
+    everything = [name for names in groups.values() for name in names]
+    for group, names in (*groups.items(), ("**all**", everything)):
         run = [rows[name] for name in names if name in rows]
-        right = sum(row["right"] for row in run)
-        lines.append(f"| {group} | {len(names)} | {len(run)} | {right} | {f'{right / len(run):.0%}' if run else ''} |")
+        right = [row for row in run if row["right"]]
+        converted, refused = sum(row.get("rewritten", 0) > 0 for row in right), sum("refused" in row for row in right)
+        counts = (len(names), len(run), len(right), f"{len(right) / len(run):.0%}" if run else "", converted)
+        lines.append(f"| {' | '.join(map(str, (group, *counts, len(right) - converted - refused, refused)))} |")
     if unknown:
-        lines.append(f"| {WITHOUT} | {len(unknown)} | 0 | 0 | |")
-    return lines + _incomplete([name for names in groups.values() for name in names], rows)
+        lines.append(f"| {WITHOUT} | {len(unknown)} | 0 | 0 | | | | |")
+    return lines + _incomplete(everything, rows)
 
 
 def _incomplete(names: list[str], rows: dict[str, Row]) -> list[str]:

@@ -213,7 +213,7 @@ def hidream_inputs(size: Size) -> dict[str, Any]:
     )
 
 
-@configuration(GROUP, hidream_inputs)
+@configuration(GROUP, hidream_inputs, error="numpy", note="a loop over data says which expert computes which tokens")
 def HiDreamImageTransformer2DModel() -> nn.Module:
     options = {"patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 1, "num_single_layers": 1}
     captions = {"caption_channels": [20, TEXT_DIM], "text_emb_dim": POOLED_DIM, "llama_layers": (0, 1)}
