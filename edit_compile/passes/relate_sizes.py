@@ -45,9 +45,10 @@ def capture_model(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Capture,
     """
     captured = capture(model, inputs)
     fixed = list(_fixed_positions(captured))
-    if fixed and captured.symbolic and (larger := _at_larger_sizes(model, inputs, captured, fixed)) is not None:
-        return larger
-    return (relate_sizes(model, inputs, captured, set(fixed)) if captured.fixed or fixed else captured), inputs
+    if not captured.fixed and not any(_runs(model, _resized(inputs, {size: 2 * size}), captured.probe) for size in set(fixed)):
+        return captured, inputs
+    larger = _at_larger_sizes(model, inputs, captured, fixed) if fixed and captured.symbolic else None
+    return larger or (relate_sizes(model, inputs, captured, set(fixed)), inputs)
 
 
 def _at_larger_sizes(
