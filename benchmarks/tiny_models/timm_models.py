@@ -59,7 +59,13 @@ tiny("vit_small_patch16_dinov3", options={**VIT, "img_size": pixels(16), "dynami
 tiny("eva02_tiny_patch14_224", patch=14, sizes=FIXED, options={**VIT, "img_size": pixels(14)})
 tiny("naflexvit_base_patch16_gap", options={**VIT, "img_size": pixels(16)})
 tiny("pit_ti_224", patch=8, sizes=FIXED, options={"img_size": pixels(8), "patch_size": 8, "depth": [1, 1, 1]}, note="three resolutions")
-tiny("tnt_s_legacy_patch16_224", {"*attn_out": REWRITE, "*attn_in": WINDOWS}, sizes=FIXED, options={"img_size": pixels(16), "depth": 1})
+tiny(
+    "tnt_s_legacy_patch16_224",
+    {"*attn_out": REWRITE, "*attn_in": WINDOWS},
+    sizes=FIXED,
+    stated=True,
+    options={"img_size": pixels(16), "depth": 1},
+)
 tiny(
     "visformer_tiny",
     {"*": REWRITE},

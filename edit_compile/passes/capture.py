@@ -141,8 +141,9 @@ def capture(
 def _first_that_works(attempts: Sequence[_Attempt], symbolic: bool, limit: float | None = None) -> Capture:
     module = attempts[0].module
     seconds = limit or SECONDS + len(list(module.modules())) / MODULES_PER_SECOND
+    told: dict[torch.dtype | None, Exception] = {}
     for open_sizes in (True, False) if symbolic else (False,):
-        errors: dict[torch.dtype | None, Exception] = {}  # of the last kind of attempt: what stands in the way though sizes are plain
+        errors: dict[torch.dtype | None, Exception] = {}
         for attempt in _with_one_device_after(attempts, errors):
             try:
                 return _captured(attempt, open_sizes, seconds)
@@ -151,7 +152,9 @@ def _first_that_works(attempts: Sequence[_Attempt], symbolic: bool, limit: float
                 break
             except Exception as error:
                 errors.setdefault(attempt.probe, error)
-    raise _capture_error(module, errors)
+        # what stands in the way though sizes are plain, unless it is a size of data, of which the open ones tell more
+        told |= {probe: error for probe, error in errors.items() if probe not in told or _UNHASHABLE not in str(error)}
+    raise _capture_error(module, told)
 
 
 def _with_one_device_after(attempts: Sequence[_Attempt], errors: Mapping[torch.dtype | None, Exception]) -> Iterator[_Attempt]:
