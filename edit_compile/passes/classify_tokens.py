@@ -14,6 +14,7 @@ from edit_compile.passes.axes.algebra import (
     Axes,
     Axis,
     AxisSegment,
+    FirstDim,
     Value,
     WithoutRule,
     axis_size,
@@ -25,12 +26,6 @@ from edit_compile.passes.axes.algebra import (
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import shape_of
-
-
-class FirstDim(str):
-    """The source of an input's first dimension, mostly the batch. An image's output has it in common with all other inputs."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True)

@@ -267,11 +267,11 @@ def _part_of_the_image(facts: _Facts) -> str | None:
 def _image_dims_in_batch(axes: Axes, tokens: TokenMap) -> int:
     """Count the dimensions of the image, its own batch among them, that are in the batch of attention.
 
-    Where the number of tokens is open, one that is a constant is none: it may be the channels of a table for the tokens.
+    Where the number of tokens is open, a constant one by itself is none: it may be the channels of a table for the tokens.
     """
-    constants = all(segment.expr.isdigit() for segment in axes[-2])
-    batched = (segment for axis in axes[:-2] for segment in _uncomposed(axis) if constants or not segment.expr.isdigit())
-    return sum(tokens.kind(segment) is TokenKind.IMAGE for segment in batched)
+    fixed = all(segment.expr.isdigit() for segment in axes[-2])
+    counted = (axis for axis in axes[:-2] if fixed or len(axis) > 1 or axis[0].composed_of or not axis[0].expr.isdigit())
+    return sum(tokens.kind(segment) is TokenKind.IMAGE for axis in counted for segment in _uncomposed(axis))
 
 
 def _uncomposed(axis: Axis) -> Iterator[AxisSegment]:

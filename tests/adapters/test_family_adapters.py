@@ -40,7 +40,7 @@ def test_every_class_finds_its_family_and_so_do_classes_derived_from_it():
 def test_known_classes_are_those_that_offer_the_part():
     generative = ("PixArt", "SD3", "Flux", "Flux2", "QwenImage", "ZImage", "HunyuanImage")
     assert known_classes(TextToImageFamily) == ", ".join([*(f"{name}Transformer2DModel" for name in generative), "WanTransformer3DModel"])
-    assert known_classes(DiffusionFamily) == f"{known_classes(TextToImageFamily)}, DiTTransformer2DModel"
+    assert known_classes(DiffusionFamily) == f"{known_classes(TextToImageFamily)}, HunyuanVideoTransformer3DModel, DiTTransformer2DModel"
     assert known_classes(Family) == f"{known_classes(DiffusionFamily)}, VisionTransformer"
 
 

@@ -28,6 +28,12 @@ class WithoutRule(str):
     __slots__ = ()
 
 
+class FirstDim(str):
+    """The source of an input's first dimension, mostly the batch. An image's output has it in common with all other inputs."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class AxisSegment:
     """A run of positions along an axis.
@@ -145,8 +151,12 @@ def summed(a: Axis, b: Axis) -> Axis:
     """Merge the axes of two summands. What an operator without a rule made of one's positions leaves that one's where they are."""
     for known, other in ((a, b), (b, a)):
         others = sources_of([other])
-        real = {source for source in others if not isinstance(source, WithoutRule)}
-        if real != others and real <= sources_of([known]) and operator_without_rule([known]) is None:
+        real = {source for source in others if not isinstance(source, WithoutRule | FirstDim)}
+        if (
+            any(isinstance(source, WithoutRule) for source in others)
+            and real <= sources_of([known])
+            and operator_without_rule([known]) is None
+        ):
             return known
     return unify(a, b)
 
