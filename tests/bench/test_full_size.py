@@ -91,6 +91,7 @@ def qwen_by_hand(layers, rows, columns, text, reduction=None):
     return layers * block + ends
 
 
+@pytest.mark.slow
 def test_wan_is_counted_as_by_hand(tmp_path):
     """81 frames of 720 x 1280 pixels are 21 x 45 x 80 tokens."""
     (found,) = ec.cost(shortened("wan2.1-t2v-14b", tmp_path, num_layers=1), [(81, 720, 1280)]).costs
@@ -99,6 +100,7 @@ def test_wan_is_counted_as_by_hand(tmp_path):
     assert found.after == pytest.approx(wan_by_hand(1, 21, 45, 80, 4), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_qwen_image_is_counted_as_by_hand(tmp_path):
     (found,) = ec.cost(shortened("qwen-image", tmp_path, num_layers=1), [(1024, 1328)]).costs
     assert (found.image, found.text) == (64 * 83, 1024)

@@ -46,6 +46,7 @@ def convert_once(recipe, monkeypatch):
     monkeypatch.setattr(module, "make_student", lambda recipe, structure_only: student)
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_frames(monkeypatch):
     convert_once(recipe(), monkeypatch)
 
@@ -126,6 +127,7 @@ def test_a_pipeline_makes_as_many_frames_as_a_stage_says(wan):
         assert source.recorded(request, torch.tensor([500.0])).arguments["hidden_states"].shape == (1, 4, latent, 4, 6)
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_recorded_calls_asks_the_pipeline(wan, monkeypatch):
     data = {"kind": "pipeline", "path": str(wan / "prompts.txt"), "call": {"guidance_scale": 5.0}}
     kinds = (data, {"kind": "random"})
@@ -136,6 +138,7 @@ def test_a_dry_run_of_recorded_calls_asks_the_pipeline(wan, monkeypatch):
     assert called.phases[0].flops == random.phases[0].flops  # this pipeline calls the model once with and once without the prompt
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_recorded_calls_needs_no_adapter(tmp_path, monkeypatch):
     unet_pipeline().save_pretrained(tmp_path)
     convert_once(recipe(str(tmp_path)), monkeypatch)

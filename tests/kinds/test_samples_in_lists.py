@@ -77,6 +77,7 @@ def test_images_of_one_size_are_converted(kind: type[OneByOne], count: int):
             assert not torch.allclose(b, a, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_call_with_images_of_several_sizes_is_refused():
     """As many tokens, other rows: nothing but the sizes of the inputs tells."""
     for count in (1, 2):
@@ -86,12 +87,14 @@ def test_a_call_with_images_of_several_sizes_is_refused():
                 student(**given(*sizes))
 
 
+@pytest.mark.slow
 def test_images_of_several_sizes_in_the_example_are_kept():
     plan = ec.plan(OneByOne().eval(), example_inputs=given((6, 10), (4, 8)))
     reason = "aten.pad_sequence of samples of different lengths has no rule: where it puts image tokens is unknown"
     assert [(site.action, site.reason) for site in plan.sites] == [("keep", reason)] * 2
 
 
+@pytest.mark.slow
 def test_captions_of_several_lengths_behind_images_of_one_size():
     plan = ec.plan(OneByOne().eval(), example_inputs=given((6, 10), (6, 10), words=(5, 9)))
     assert [site.action for site in plan.sites] == ["edit", "mm-edit"]
