@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edit_compile.demo.text import TEXT_LENGTH
 
 VAE_SCALE, RGB = 8, 3
+VAE_FRAMES = 4  # frames that a video VAE makes one of, after the first
 DEFAULT_SIDES = (1024, 2048, 4096)  # pixels
 Size = tuple[int, int]  # height and width in pixels, or rows and columns of image tokens
 Extent = tuple[int, ...]  # a Size, or of videos (frames, height, width): in pixels, or in image tokens
@@ -193,3 +194,15 @@ def known_classes(kind: type) -> str:
 def _family(class_name: str) -> Family:
     module = import_module(f"edit_compile.adapters.{_MODULES[class_name]}")
     return cast("Family", module.FAMILY)
+
+
+def frames_in_tokens(frames: int, patch: int, compression: int = VAE_FRAMES) -> int | None:
+    """Return how many frames of image tokens stand for a video's frames; None if they are no whole number.
+
+    Args:
+        frames: of the video.
+        patch: latent frames in one token.
+        compression: frames that become one latent frame, after the first; 1 for a model without a VAE.
+    """
+    latents, rest = 1 + (frames - 1) // compression, (frames - 1) % compression
+    return None if rest or latents % patch or latents < patch else latents // patch

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_compile.adapters.family import VAE_SCALE, DiffusionFamily, Extent, InputSizes
+from edit_compile.adapters.family import VAE_SCALE, DiffusionFamily, Extent, InputSizes, frames_in_tokens
 
-_FRAMES, _VAE_FRAMES = 129, 4  # of the pipeline's videos; that the VAE makes one of, after the first
+_FRAMES = 129  # of the pipeline's videos
 _SIZES = ((544, 960), (720, 1280))  # pixels
 _TEXT_TOKENS = 256
 
@@ -38,9 +38,7 @@ class HunyuanVideo(DiffusionFamily):
         return _FRAMES
 
     def token_frames(self, model: Any, frames: int) -> int | None:
-        patch = int(model.config.patch_size_t)
-        latents, rest = 1 + (frames - 1) // _VAE_FRAMES, (frames - 1) % _VAE_FRAMES
-        return None if rest or latents % patch or latents < patch else latents // patch
+        return frames_in_tokens(frames, int(model.config.patch_size_t))
 
     def default_sizes(self, model: Any) -> tuple[Extent, ...]:
         return tuple((_FRAMES, *size) for size in _SIZES)

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from edit_compile.adapters.family import RGB, VAE_SCALE, Extent, InputSizes, TextToImageFamily, is_pixel_space
+from edit_compile.adapters.family import RGB, VAE_FRAMES, VAE_SCALE, Extent, InputSizes, TextToImageFamily, frames_in_tokens, is_pixel_space
 from edit_compile.demo import models as demo
 from edit_compile.demo import motion
 
-_FRAMES, _VAE_FRAMES = 81, 4  # of the pipeline's videos; that the VAE makes one of, after the first
+_FRAMES = 81  # of the pipeline's videos
 _SIZES = ((480, 832), (720, 1280))  # pixels
 _CLIP_TOKENS = 257  # of the image that some models continue
 
@@ -59,9 +59,7 @@ class Wan(TextToImageFamily):
         return motion.FRAMES if is_pixel_space(model) else _FRAMES
 
     def token_frames(self, model: Any, frames: int) -> int | None:
-        patch = int(model.config.patch_size[0])
-        latents, rest = (frames, 0) if is_pixel_space(model) else (1 + (frames - 1) // _VAE_FRAMES, (frames - 1) % _VAE_FRAMES)
-        return None if rest or latents % patch or latents < patch else latents // patch
+        return frames_in_tokens(frames, int(model.config.patch_size[0]), 1 if is_pixel_space(model) else VAE_FRAMES)
 
     def default_sizes(self, model: Any) -> tuple[Extent, ...]:
         """Return the sizes of the released checkpoints; of the demo model its own, twice and four times it."""

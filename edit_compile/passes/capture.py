@@ -185,7 +185,7 @@ class _Attempt:
         """Return the arguments, tensors of their own: export leaves marks of open sizes on what it is given."""
         given = dict(self.inputs) if self.cast is None else self.cast(dict(self.inputs), self.probe)
         tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)}
-        fresh = {name: _unmarked(tensor) for name, tensor in tensors.items()}  # one that is given twice stays one
+        fresh = {key: _unmarked(tensor) for key, tensor in tensors.items()}  # one that is given twice stays one
         copied: dict[str, Any] = pytree.tree_map(lambda leaf: fresh.get(id(leaf), leaf), given)
         return copied
 
