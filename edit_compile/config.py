@@ -132,9 +132,15 @@ class LinearizeConfig(_Data):
 
 
 def _with_companions(choice: Choice) -> tuple[Choice, ...]:
+    """Return a choice, and after it those of the designs that its design brings for sites of another kind."""
     if choice.design is None:
         return (choice,)
-    return (choice, *(Choice(choice.paths, design, options) for design, options in choice.design.companions(choice.options)))
+    try:
+        brought = tuple(Choice(choice.paths, design, options) for design, options in choice.design.companions(choice.options))
+    except Exception as error:  # whatever somebody else's design raises
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"`companions` of the design {choice.design.name!r} fails: {problem}") from error
+    return (choice, *brought)
 
 
 def parse_options(design: type[Design], options: Mapping[str, Any]) -> Any:

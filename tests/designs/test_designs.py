@@ -133,6 +133,35 @@ def test_a_registered_design_is_found_by_name(nothing):
     assert find_design("nothing") is again
 
 
+class Brings(Nothing):
+    """A design that brings whatever its option says."""
+
+    name = "brings"
+
+    class Options(Design.Options):
+        number: int = 2
+
+    @classmethod
+    def companions(cls, options):
+        return [(Nothing, Nothing.Options(), None)[: options.number]] * 2
+
+
+def test_a_design_brings_others_to_the_paths_that_it_is_for():
+    register(Brings)
+    try:
+        rules = LinearizeConfig(rules=[Rule("*.a", "brings"), Rule("*", "edit")])
+        assert [(c.paths, c.design.name) for c in rules.choices()] == [
+            ("*.a", "brings"),
+            ("*.a", "nothing"),
+            ("*.a", "nothing"),
+            ("*", "edit"),
+        ]
+        with pytest.raises(ConfigError, match=r"^`companions` of the design 'brings' fails: ValueError: too many values to unpack"):
+            LinearizeConfig(design="brings", number=3)
+    finally:
+        unregister("brings")
+
+
 @pytest.mark.parametrize("name", ["auto", "keep", "edit"])
 def test_names_that_mean_something_are_taken(name):
     with pytest.raises(ConfigError, match=f"a design named '{name}' exists already"):
