@@ -42,7 +42,8 @@ class TokenMap(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.restore(self.activation(self.norm(self.reduce(x))))
+        added: Tensor = self.restore(self.activation(self.norm(self.reduce(x))))
+        return x + added
 
 
 class LinFusion(Design):
