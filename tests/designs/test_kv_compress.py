@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import edit_compile as ec
 import reference
 import small_picture
+import toy
 import whole_sequence
 from edit_compile.designs import find_design
 from edit_compile.designs.kv_compress import WindowMean
@@ -73,7 +75,7 @@ def hand(h: int, w: int, others: int) -> int:
 
 def test_a_model_is_converted_at_the_cost_counted_by_hand():
     student = whole_sequence.check_conversion("kv-compress", {}, hand)
-    student(**whole_sequence.toy.inputs(text=4)).square().sum().backward()
+    student(**toy.inputs(text=4)).square().sum().backward()
     added = {name: p.grad for name, p in student.named_parameters() if ".edit." in name}
     assert len(added) == 2 * 8
     assert all(g is not None and g.isfinite().all() for g in added.values())
@@ -81,6 +83,27 @@ def test_a_model_is_converted_at_the_cost_counted_by_hand():
 
 def test_a_fused_projection_is_converted():
     small_picture.check_converted(small_picture.Picture(), "kv-compress", config=ec.LinearizeConfig(design="kv-compress", factor=4))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_it_compiles_to_as_many_graphs_as_the_original():
+    """Windows that the image does not fill depend on its size, which stays open."""
+    sizes = [toy.inputs(2, 10, 14, 5), toy.inputs(1, 6, 18, 3), toy.inputs(3, 12, 10, 4)]
+    model = toy.Toy(joint=True).eval()
+    student = ec.linearize(model, ec.LinearizeConfig(design="kv-compress"), sizes[0])
+    expected = [student(**given) for given in sizes]
+    of_model, of_student = CompileCounter(), CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=of_model, dynamic=True, fullgraph=True)
+    for given in sizes:
+        model(**given)
+    torch._dynamo.reset()
+    ec.compile(student, backend=of_student)
+    for given, wanted in zip(sizes, expected, strict=True):
+        torch.testing.assert_close(student(**given), wanted, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+    assert of_student.frame_count <= of_model.frame_count
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (2, 4, 6)])
