@@ -121,13 +121,26 @@ class LinearizeConfig(_Data):
             ConfigError: see `LinearizeConfig`.
         """
         if self.rules:
-            return tuple(rule.choice() for rule in self.rules)
+            return tuple(each for rule in self.rules for each in _with_companions(rule.choice()))
         if self.design == KEEP:
             raise ConfigError(f"design={KEEP!r} converts nothing; use it in a rule")
         designs = [find_design(name) for name in (AUTOMATIC if self.design == AUTO else (self.design,))]
         _check_names(self.options, designs, beside=tuple(LinearizeConfig.model_fields))
         own = ({name: value for name, value in self.options.items() if name in design.Options.model_fields} for design in designs)
-        return tuple(Choice("*", design, parse_options(design, options)) for design, options in zip(designs, own, strict=True))
+        chosen = (Choice("*", design, parse_options(design, options)) for design, options in zip(designs, own, strict=True))
+        return tuple(each for choice in chosen for each in _with_companions(choice))
+
+
+def _with_companions(choice: Choice) -> tuple[Choice, ...]:
+    """Return a choice, and after it those of the designs that its design brings for sites of another kind."""
+    if choice.design is None:
+        return (choice,)
+    try:
+        brought = tuple(Choice(choice.paths, design, options) for design, options in choice.design.companions(choice.options))
+    except Exception as error:  # whatever somebody else's design raises
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"`companions` of the design {choice.design.name!r} fails: {problem}") from error
+    return (choice, *brought)
 
 
 def parse_options(design: type[Design], options: Mapping[str, Any]) -> Any:

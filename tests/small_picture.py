@@ -58,17 +58,19 @@ def image(batch: int, height: int, width: int) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, LATENT, PATCH * height, PATCH * width)}
 
 
-def check_converted(model: nn.Module, design: str, paths: tuple[str, ...] = ("blocks.0", "blocks.1")) -> nn.Module:
+def check_converted(
+    model: nn.Module, design: str, paths: tuple[str, ...] = ("blocks.0", "blocks.1"), config: ec.LinearizeConfig | None = None
+) -> nn.Module:
     """Convert a model; assert that its sites get the design, its teacher is the original, and it runs at another size.
 
     Args:
         paths: the sites' paths begin with them, one site each.
     """
     model.eval()
-    plan = ec.plan(model, example_inputs=image(*SIZES[0]))
+    plan = ec.plan(model, config, image(*SIZES[0]))
     assert [site.path.startswith(path) for site, path in zip(plan.sites, paths, strict=True)] == [True] * len(paths)
     assert [(site.action, site.reason) for site in plan.sites if site.action != design] == []
-    student = ec.linearize(model, example_inputs=image(*SIZES[0]))
+    student = ec.linearize(model, config, image(*SIZES[0]))
     for size in SIZES:
         inputs = image(*size)
         with torch.no_grad():

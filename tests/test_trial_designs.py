@@ -17,7 +17,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.designs import unregister
 from edit_compile.distillation.data import Batch
 from edit_compile.distillation.data.seeding import noise_for
-from trial_designs import TRIALS, MixFFN, VideoLinear, Window
+from trial_designs import TRIALS, ConvFFN, VideoLinear, Window
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +60,16 @@ def video():
     return toy.shaken(ToyVideo().eval()), clip(), ec.LinearizeConfig(design="video-linear")
 
 
-def mix_ffn():
-    return toy.shaken(toy.Toy(joint=True).eval()), toy.inputs(text=5), ec.LinearizeConfig(rules=[ec.Rule("*.ff", "mix-ffn")])
+def conv_ffn():
+    return toy.shaken(toy.Toy(joint=True).eval()), toy.inputs(text=5), ec.LinearizeConfig(rules=[ec.Rule("*.ff", "conv-ffn")])
 
 
-CASES = {"window": lambda: window(False), "window, joint": lambda: window(True), "video": video, "mix-ffn": mix_ffn}
+CASES = {"window": lambda: window(False), "window, joint": lambda: window(True), "video": video, "conv-ffn": conv_ffn}
 OTHER_SIZE = {
     "window": toy.inputs(1, 6, 18),
     "window, joint": toy.inputs(1, 6, 18, 3),
     "video": clip(1, 5, 6, 8),
-    "mix-ffn": toy.inputs(1, 6, 18, 3),
+    "conv-ffn": toy.inputs(1, 6, 18, 3),
 }
 
 
@@ -92,9 +92,9 @@ def test_it_is_planned_converted_and_audited(case):
     model, inputs, student = converted(case)
     plan = ec.plan_of(student)
     rewritten = [site for site in plan if site.rewritten]
-    assert [site.path for site in rewritten] == [f"blocks.{i}.{'ff' if case == 'mix-ffn' else 'attn'}" for i in range(2)]
-    assert {site.kind for site in rewritten} == {"feed_forward" if case == "mix-ffn" else "attention"}
-    assert ec.audit(student).sites == (0 if case == "mix-ffn" else 2)
+    assert [site.path for site in rewritten] == [f"blocks.{i}.{'ff' if case == 'conv-ffn' else 'attn'}" for i in range(2)]
+    assert {site.kind for site in rewritten} == {"feed_forward" if case == "conv-ffn" else "attention"}
+    assert ec.audit(student).sites == (0 if case == "conv-ffn" else 2)
     with torch.no_grad():
         for given in (inputs, OTHER_SIZE[case]):
             assert student(**given).shape == given["x"].shape
@@ -149,7 +149,7 @@ class Clips:
 
     def batch(self, request):
         shape = (3, 3, request.height, request.width) if self.case == "video" else (3, request.height, request.width)
-        text = {"text": noise_for(request.positions, (5, 6), 2, request.split)} if self.case in ("window, joint", "mix-ffn") else {}
+        text = {"text": noise_for(request.positions, (5, 6), 2, request.split)} if self.case in ("window, joint", "conv-ffn") else {}
         return Batch(noise_for(request.positions, shape, 1, request.split), text)
 
     def decode(self, latents):
@@ -180,7 +180,7 @@ def test_it_is_distilled_for_two_steps(case, tmp_path):
         report=rows.append,
     )
     assert [row["total"] for row in rows] == [1, 2]
-    assert result.after.total > 0 or case == "mix-ffn"  # the feed-forward design begins as its teacher
+    assert result.after.total > 0 or case == "conv-ffn"  # the feed-forward design begins as its teacher
     assert (tmp_path / "edit_compile.json").is_file()
 
 
@@ -200,7 +200,7 @@ def test_the_window_is_softmax_within_windows():
 
 
 def test_the_feed_forward_design_begins_as_its_teacher():
-    model, inputs, student = converted("mix-ffn")
+    model, inputs, student = converted("conv-ffn")
     with torch.no_grad():
         torch.testing.assert_close(student(**inputs), model(**inputs), atol=1e-5, rtol=1e-5)
     shaken(student)
@@ -209,24 +209,24 @@ def test_the_feed_forward_design_begins_as_its_teacher():
 
 
 def test_a_rule_for_attention_and_one_for_feed_forward_networks():
-    rules = [ec.Rule("*.attn", "window", {"side": 3}), ec.Rule("blocks.0.ff", "mix-ffn")]
+    rules = [ec.Rule("*.attn", "window", {"side": 3}), ec.Rule("blocks.0.ff", "conv-ffn")]
     plan = ec.plan(toy.Toy(), ec.LinearizeConfig(rules=rules), toy.inputs())
     assert {site.path: site.action for site in plan if site.rewritten} == {
         "blocks.0.attn": "window",
         "blocks.1.attn": "window",
-        "blocks.0.ff": "mix-ffn",
+        "blocks.0.ff": "conv-ffn",
     }
     assert plan["blocks.0.attn"].options == {"side": 3}
 
 
 def test_rules_of_both_kinds_over_the_same_paths():
-    keep_first = [ec.Rule("blocks.0.ff", "keep"), ec.Rule("*", "mix-ffn"), ec.Rule("*", "window")]
+    keep_first = [ec.Rule("blocks.0.ff", "keep"), ec.Rule("*", "conv-ffn"), ec.Rule("*", "window")]
     plan = ec.plan(toy.Toy(), ec.LinearizeConfig(rules=keep_first), toy.inputs())
     actions = {site.path: site.action for site in plan}
     assert actions.pop("blocks.0.ff", "keep") == "keep"
-    assert actions == {"blocks.0.attn": "window", "blocks.1.attn": "window", "blocks.1.ff": "mix-ffn"}
-    wrong_kind = ec.plan(toy.Toy(blocks=1), ec.LinearizeConfig(rules=[ec.Rule("*.attn", "mix-ffn")]), toy.inputs())
-    assert wrong_kind["blocks.0.attn"].reason == "the design 'mix-ffn' is for sites of kind feed_forward, this one is of kind attention"
+    assert actions == {"blocks.0.attn": "window", "blocks.1.attn": "window", "blocks.1.ff": "conv-ffn"}
+    wrong_kind = ec.plan(toy.Toy(blocks=1), ec.LinearizeConfig(rules=[ec.Rule("*.attn", "conv-ffn")]), toy.inputs())
+    assert wrong_kind["blocks.0.attn"].reason == "the design 'conv-ffn' is for sites of kind feed_forward, this one is of kind attention"
 
 
 class Rolls(toy.ToyAttention):
@@ -289,7 +289,7 @@ def test_a_design_that_does_more_than_it_allows_is_found_out_wherever_it_is_used
         unregister("liar")
 
 
-@pytest.mark.parametrize(("design", "grid"), [(Window, (6, 10)), (VideoLinear, (3, 5, 7)), (MixFFN, (5, 7))])
+@pytest.mark.parametrize(("design", "grid"), [(Window, (6, 10)), (VideoLinear, (3, 5, 7)), (ConvFFN, (5, 7))])
 def test_flops_are_in_closed_form(design, grid):
     places = ("after_key", "after_value", "before_output")
     layout = ec.TokenLayout.of(("image", "n"))

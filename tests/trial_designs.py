@@ -92,10 +92,10 @@ class VideoLinear(ec.Design):
         return convolutions + 2 * site.heads * site.head_dim * ((n + m) * site.value_dim + n)
 
 
-class MixFFN(ec.Design):
+class ConvFFN(ec.Design):
     """A depthwise 3x3 between a feed-forward network's projections (after SANA, arXiv 2410.10629); at first it does nothing."""
 
-    name, kind = "mix-ffn", "feed_forward"
+    name, kind = "conv-ffn", "feed_forward"
 
     @classmethod
     def accepts(cls, site, options):
@@ -116,4 +116,4 @@ class MixFFN(ec.Design):
         return 18 * math.prod(grid) * site.channels["before_output"]
 
 
-TRIALS = (Window, VideoLinear, MixFFN)
+TRIALS = (Window, VideoLinear, ConvFFN)

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 GROUP = "edit_compile.designs"
 AUTO, KEEP = "auto", "keep"
 AUTOMATIC = ("mm-edit", "edit")  # what "auto" tries, in order
-_SHIPPED = {"edit": "edit_compile.designs.edit:Edit", "mm-edit": "edit_compile.designs.mm_edit:MMEdit"}
+_SHIPPED = {
+    "edit": "edit_compile.designs.edit:Edit",
+    "mm-edit": "edit_compile.designs.mm_edit:MMEdit",
+    "linear-mm-alpha": "edit_compile.designs.linear_mm_alpha:LinearMMAlpha",
+    "linfusion": "edit_compile.designs.linfusion:LinFusion",
+    "kv-compress": "edit_compile.designs.kv_compress:KVCompress",
+    "sana": "edit_compile.designs.sana:Sana",
+    "mix-ffn": "edit_compile.designs.mix_ffn:MixFFN",
+}
 _registered: dict[str, type[Design]] = {}
 
 DesignClass = TypeVar("DesignClass", bound="type[Design]")

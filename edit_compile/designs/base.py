@@ -153,6 +153,11 @@ class Design(nn.Module, ABC):
         """The design's own options; none unless the subclass has an `Options` of its own."""
 
     @classmethod
+    def companions(cls, options: Any) -> tuple[tuple[type[Design], Any], ...]:
+        """List the designs that come with this one for sites of another kind, each with its options. Default: none."""
+        return ()
+
+    @classmethod
     @abstractmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
         """Say whether the design takes a site, and why or why not."""

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
 from edit_compile.designs.ops.conv_modules import TEMPORAL_TAPS, ConvFusion, SpatialCompressor, Temporal
-from edit_compile.designs.ops.linear_attention import linear_attention, log_weights, matching_heads
-from edit_compile.designs.ops.site_checks import first_problem
+from edit_compile.designs.ops.linear_attention import masked_linear_attention
+from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind
 
 Projection = Literal["conv-fusion", "compressor", "plain"]
 STRIDE = 2  # of the compressor, along rows and columns
-GRID_DIMS = (2, 3)  # images and videos
 
 
 class Edit(Design):
@@ -98,15 +97,12 @@ class Edit(Design):
                 yield Tap(before, module)
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
-        key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
-        y_BHND, _ = linear_attention(x.query.relu(), log_weights(key.relu(), x.mask), value)
-        return y_BHND
+        return masked_linear_attention(x.query.relu(), x.key.relu(), x.value, x.mask)
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        n, m = math.prod(grid), compressed_tokens(site, grid, options)
-        linear = 2 * site.heads * site.head_dim * (m * site.value_dim + n * site.value_dim + n)
-        return linear + sum(_tap_flops(getattr(options, name), name, site, grid, options) for name in ("query", "key", "value"))
+        linear = linear_attention_flops(site, math.prod(grid), compressed_tokens(site, grid, options))
+        return linear + tap_flops(site, grid, options)
 
 
 def temporal(site: Site, options: Any) -> Temporal:
@@ -137,6 +133,11 @@ def _module(kind: Projection, name: str, site: Site, options: Any) -> nn.Module 
         return None
     step = options.temporal_stride if frames != "none" else 1
     return SpatialCompressor(site.channels[f"after_{name}"], stride=STRIDE, temporal=frames, temporal_stride=step, identity=identity)
+
+
+def tap_flops(site: Site, grid: Sequence[int], options: Any) -> int:
+    """Count the FLOPs of the convolutions on the way of query, key and value."""
+    return sum(_tap_flops(getattr(options, name), name, site, grid, options) for name in ("query", "key", "value"))
 
 
 def _tap_flops(kind: Projection, name: str, site: Site, grid: Sequence[int], options: Any) -> int:

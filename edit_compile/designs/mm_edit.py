@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Tokens, Verdict
-from edit_compile.designs.edit import GRID_DIMS, Edit, compressed_tokens
+from edit_compile.designs.edit import Edit, compressed_tokens
 from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
-from edit_compile.designs.ops.site_checks import first_problem
+from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, has_other_queries, softmax_attention_flops, who_attends
 from edit_compile.ir.site import Site
 from edit_compile.ir.tokens import TokenKind
 
@@ -49,13 +49,12 @@ class MMEdit(Edit):
         problem = first_problem(site, GRID_DIMS)
         if problem is None and site.keys.only(TokenKind.IMAGE):
             problem = "it is for joint attention of image tokens and others"
-        jointly = "image tokens and others attend jointly"
-        return Verdict(problem is None, problem or (jointly if _has_others(site) else "image tokens attend to image tokens and others"))
+        return Verdict(problem is None, problem or who_attends(site))
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)
         self.eta, self.scale = options.eta, site.softmax_scale
-        self.needs_original = options.compresses and options.text_keys == "full" and _has_others(site)
+        self.needs_original = options.compresses and options.text_keys == "full" and has_other_queries(site)
         self.log_weight = nn.Parameter(torch.full((site.heads, 1, 1), START_LOG_WEIGHT)) if self.eta == "calibrated" else None
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
@@ -100,11 +99,5 @@ class MMEdit(Edit):
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
         n, m = math.prod(grid), compressed_tokens(site, grid, options)
         seen = (n if options.text_keys == "full" else m) + others
-        pairs = others * (n + seen) if _has_others(site) else others * n
-        softmax = 2 * site.heads * (site.head_dim + site.value_dim) * pairs
-        return super().flops(site, grid, others, options) + softmax
-
-
-def _has_others(site: Site) -> bool:
-    """Say whether other tokens than the image's have queries."""
-    return not site.queries.only(TokenKind.IMAGE)
+        pairs = others * (n + seen) if has_other_queries(site) else others * n
+        return super().flops(site, grid, others, options) + softmax_attention_flops(site, pairs)

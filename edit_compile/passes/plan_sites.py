@@ -54,7 +54,8 @@ def plan_sites(
     others: list[str] = []  # the paths of networks that no rule converts
     if any(choice.design is not None and choice.design.kind == "feed_forward" for choice in choices):
         others = [network.path for network in networks if network.path]
-        found += [c for network in networks if (c := _of_network(network, tokens, config, choices)) is not None]
+        attended = [candidate.plan.path for candidate in found if candidate.choices]
+        found += [c for network in networks if (c := _of_network(network, tokens, config, choices, attended)) is not None]
     found += [Candidate(plan) for plan in _other_sites(graph, tokens, {candidate.plan.path for candidate in found})]
     _check_globs([*(candidate.plan.path for candidate in found), *others], config)
     return found
@@ -105,8 +106,14 @@ def _of_attention(facts: _Facts, config: LinearizeConfig, choices: Sequence[Choi
     return _chosen(plan, config, choices)
 
 
-def _of_network(network: FeedForward, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate | None:
-    """A candidate for a network over image tokens; None for one over other things."""
+def _of_network(
+    network: FeedForward, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice], attended: Sequence[str]
+) -> Candidate | None:
+    """A candidate for a network over image tokens; None for one over other things.
+
+    Args:
+        attended: the paths of attention that is to be rewritten: a network in a module around it would be rewritten with it as it was.
+    """
     axes = tokens.axes.get(network.source)
     if not isinstance(axes, tuple) or len(axes) < 2 or not tokens.layout(axes[-2])[0].has(TokenKind.IMAGE):
         return None
@@ -117,6 +124,9 @@ def _of_network(network: FeedForward, tokens: TokenMap, config: LinearizeConfig,
     runs = sum(s.kind is TokenKind.IMAGE for s in plan.query_layout.segments)
     reason = _outside(network.path) or (f"its input has {len(axes)} dimensions, not (batch, tokens, channels)" if len(axes) != 3 else None)
     reason = reason or ("the image tokens are in several runs" if runs != 1 else _unknown_start(plan.query_layout))
+    inside = next((path for path in attended if path == plan.path or path.startswith(f"{plan.path}.")), None)
+    if reason is None and inside is not None:
+        reason = f"its module holds attention that is to be rewritten, at {inside}"
     return Candidate(plan.kept(reason, refusal(reason, network.output))) if reason is not None else own
 
 

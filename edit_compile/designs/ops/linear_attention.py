@@ -43,6 +43,13 @@ def matching_heads(q_BHND: Tensor, k_BGMD: Tensor) -> Tensor:
     return k_BGMD if heads == groups else k_BGMD.repeat_interleave(heads // groups, 1)
 
 
+def masked_linear_attention(q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute linear attention of non-negative features over all keys, each as far as a mask by key lets it count, (B, H, N, E)."""
+    key, value = matching_heads(q_BHND, k_BGMD), matching_heads(q_BHND, v_BGME)
+    y_BHNE, _ = linear_attention(q_BHND, log_weights(key, mask), value)
+    return y_BHNE
+
+
 def attention_with_normaliser(q_BHND: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Compute softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32.
 

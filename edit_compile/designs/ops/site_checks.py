@@ -1,8 +1,11 @@
-"""What designs without a special answer to it refuse: masks by query, causal attention, grids that are not (h, w)."""
+"""What several designs read from a site: why they refuse it, who attends to whom, and the FLOPs that follow from that."""
 
 from __future__ import annotations
 
 from edit_compile.ir.site import Site
+from edit_compile.ir.tokens import TokenKind
+
+GRID_DIMS = (2, 3)  # images and videos
 
 
 def first_problem(site: Site, grid_dims: tuple[int, ...] = (2,)) -> str | None:
@@ -23,3 +26,31 @@ def first_problem(site: Site, grid_dims: tuple[int, ...] = (2,)) -> str | None:
             f"video: the grid has time, {site.grid_dims} dimensions" if site.grid_dims == 3 else f"the grid has {site.grid_dims} dimensions"
         )
     return None
+
+
+def has_other_queries(site: Site) -> bool:
+    """Say whether other tokens than the image's have queries."""
+    return not site.queries.only(TokenKind.IMAGE)
+
+
+def who_attends(site: Site) -> str:
+    """Say in words which tokens attend to which."""
+    if site.keys.only(TokenKind.IMAGE) and not has_other_queries(site):
+        return "attention between image tokens"
+    return "image tokens and others attend jointly" if has_other_queries(site) else "image tokens attend to image tokens and others"
+
+
+def sequence_lengths(site: Site, image_queries: int, image_keys: int, others: int) -> tuple[int, int]:
+    """Count all queries and all keys of a site, given those of the image and the number of other tokens."""
+    queries = image_queries + (others if has_other_queries(site) else 0)
+    return queries, image_keys + (0 if site.keys.only(TokenKind.IMAGE) else others)
+
+
+def linear_attention_flops(site: Site, queries: int, keys: int) -> int:
+    """Count the FLOPs of `linear_attention`: the summary of the keys, and each query's numerator and denominator."""
+    return 2 * site.heads * site.head_dim * (keys * site.value_dim + queries * site.value_dim + queries)
+
+
+def softmax_attention_flops(site: Site, pairs: int) -> int:
+    """Count the FLOPs of softmax attention over that many pairs of a query and a key."""
+    return 2 * site.heads * (site.head_dim + site.value_dim) * pairs

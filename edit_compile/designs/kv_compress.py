@@ -1,0 +1,107 @@
+"""KV compression: softmax attention over fewer image keys (PixArt-Sigma, arXiv 2403.04692)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
+from edit_compile.designs.ops.conv_modules import per_frame
+from edit_compile.designs.ops.linear_attention import matching_heads
+from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, sequence_lengths, softmax_attention_flops, who_attends
+from edit_compile.frozen import Frozen
+from edit_compile.ir.site import Place, Site
+
+_COMPRESSED: tuple[Place, Place] = ("after_key", "after_value")
+
+
+class WindowMean(nn.Module):
+    """LayerNorm(DepthwiseConv k x k, stride k) (PixArt-Sigma), (B, C, h, w) to (B, C, ceil(h / k), ceil(w / k)).
+
+    It starts as the mean of each window. Windows that the image does not fill repeat its last row and column. A video is mapped
+    frame by frame.
+    """
+
+    def __init__(self, channels: int, factor: int, *, layer_norm: bool = True) -> None:
+        super().__init__()
+        self.factor = factor
+        self.conv = nn.Conv2d(channels, channels, factor, stride=factor, groups=channels)
+        self.norm = nn.LayerNorm(channels) if layer_norm else nn.Identity()
+        nn.init.constant_(self.conv.weight, 1 / factor**2)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(self._compress, x)
+
+    def _compress(self, image: Tensor) -> Tensor:
+        height, width = image.shape[2:]
+        filled = F.pad(image, (0, -width % self.factor, 0, -height % self.factor), mode="replicate")
+        means: Tensor = self.norm(self.conv(filled).movedim(1, -1))
+        return means.movedim(-1, 1)
+
+
+class KVCompress(Design):
+    """softmax(Q_i K^T) V over all queries, with the image tokens' K and V compressed k x k by a depthwise convolution.
+
+    It remains quadratic, at 1 / k^2 of the cost. Other tokens' keys and values, where a site has them, are as they are, and all
+    queries attend to the same keys. What is indexed by token, as RoPE, is that of each window's first token. Of a video the
+    windows are within frames.
+    """
+
+    name = "kv-compress"
+
+    class Options(Frozen):
+        """The options of KV compression.
+
+        Attributes:
+            factor: k, the side of the windows of keys and values that become one.
+            layer_norm: normalise compressed keys and values, as PixArt-Sigma does; without it they are the teacher's means at first.
+        """
+
+        factor: int = Field(default=2, ge=2)
+        layer_norm: bool = True
+
+    @classmethod
+    def accepts(cls, site: Site, options: Any) -> Verdict:
+        problem = first_problem(site, GRID_DIMS)
+        return Verdict(problem is None, problem or who_attends(site))
+
+    def __init__(self, site: Site, options: Any) -> None:
+        super().__init__(site, options)
+        self.scale = site.scale
+        self.stride = (1, *_stride(options)) if site.grid_dims == 3 else _stride(options)
+        key, value = (WindowMean(site.channels[place], options.factor, layer_norm=options.layer_norm) for place in _COMPRESSED)
+        self.key, self.value = key, value
+
+    def taps(self) -> tuple[Tap, ...]:
+        return tuple(Tap(place, module, self.stride) for place, module in zip(_COMPRESSED, (self.key, self.value), strict=True))
+
+    def forward(self, x: QKV, tokens: Tokens) -> Tensor:
+        key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
+        return F.scaled_dot_product_attention(x.query, key, value, x.mask, scale=self.scale)
+
+    @classmethod
+    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+        """Count 2 k^2 C M for each convolution, M compressed keys, and softmax attention over them and the other tokens'."""
+        m = _compressed_tokens(grid, options)
+        convolutions = sum(2 * options.factor**2 * m * site.channels[place] for place in _COMPRESSED)
+        queries, keys = sequence_lengths(site, math.prod(grid), m, others)
+        return int(convolutions) + softmax_attention_flops(site, queries * keys)
+
+    @classmethod
+    def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:
+        """Allow every query against the compressed keys."""
+        return min(rows, columns) <= _compressed_tokens(grid, options)
+
+
+def _stride(options: Any) -> tuple[int, int]:
+    return options.factor, options.factor
+
+
+def _compressed_tokens(grid: Sequence[int], options: Any) -> int:
+    return math.prod(thinned_grid(grid, _stride(options)))

@@ -1,0 +1,35 @@
+"""Linear MM-DiT-alpha: one linear attention over image tokens and others (compared with MM-EDiT in arXiv 2503.16726)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from edit_compile.designs.base import Verdict
+from edit_compile.designs.edit import Edit, compressed_tokens, tap_flops
+from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
+from edit_compile.ir.site import Site
+from edit_compile.ir.tokens import TokenKind
+
+
+class LinearMMAlpha(Edit):
+    """y_i = Q_i (sum_j K_j^T V_j) / (Q_i sum_j K_j) for all queries i, over the compressed image keys and all other keys j.
+
+    Of image tokens Q = ReLU(Linear(ConvFusion(X))), and K and V are compressed, as in EDiT; of other tokens Q and K are ReLU of
+    the model's own. There is no softmax and no eta: a compressed image key counts as much as another token's.
+    """
+
+    name = "linear-mm-alpha"
+
+    @classmethod
+    def accepts(cls, site: Site, options: Any) -> Verdict:
+        problem = first_problem(site, GRID_DIMS)
+        if problem is None and site.keys.only(TokenKind.IMAGE):
+            problem = "it is for joint attention of image tokens and others"
+        return Verdict(problem is None, problem or who_attends(site))
+
+    @classmethod
+    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+        queries, keys = sequence_lengths(site, math.prod(grid), compressed_tokens(site, grid, options), others)
+        return linear_attention_flops(site, queries, keys) + tap_flops(site, grid, options)

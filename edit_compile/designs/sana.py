@@ -1,0 +1,51 @@
+"""SANA: linear attention of ReLU features, with a convolution in the feed-forward networks (arXiv 2410.10629)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from edit_compile.designs.base import QKV, Design, Tokens, Verdict
+from edit_compile.designs.mix_ffn import MixFFN
+from edit_compile.designs.ops.linear_attention import masked_linear_attention
+from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
+from edit_compile.frozen import Frozen
+from edit_compile.ir.site import Site
+
+
+class Sana(Design):
+    """y_i = ReLU(Q_i) (sum_j ReLU(K_j)^T V_j) / (ReLU(Q_i) sum_j ReLU(K_j)), j over all tokens, image tokens and others alike.
+
+    The queries, keys and values are the model's own: nothing is added to attention. `MixFFN` comes with it.
+    """
+
+    name = "sana"
+
+    class Options(Frozen):
+        """SANA's options.
+
+        Attributes:
+            mix_ffn: give the feed-forward networks of image tokens a gated 3x3 convolution, too; see the design `mix-ffn`.
+        """
+
+        mix_ffn: bool = True
+
+    @classmethod
+    def companions(cls, options: Any) -> tuple[tuple[type[Design], Any], ...]:
+        return ((MixFFN, MixFFN.Options()),) if options.mix_ffn else ()
+
+    @classmethod
+    def accepts(cls, site: Site, options: Any) -> Verdict:
+        problem = first_problem(site, GRID_DIMS)
+        return Verdict(problem is None, problem or who_attends(site))
+
+    def forward(self, x: QKV, tokens: Tokens) -> Tensor:
+        return masked_linear_attention(x.query.relu(), x.key.relu(), x.value, x.mask)
+
+    @classmethod
+    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+        n = math.prod(grid)
+        return linear_attention_flops(site, *sequence_lengths(site, n, n, others))
