@@ -46,6 +46,7 @@ ONLY = {  # a library, and the files that may import it
     "timm": ("adapters/",),
 }
 NAMESAKES = {"passes/site_graph.py": {"edit"}}  # ADDED, the attribute of a site that a design's module becomes: part of state-dict names
+ORDINARY_WORDS = {"clear", "edit"}  # names of designs that are words of their own: in code they may be methods, in sentences words
 LINKS = {"passes": "edit_compile/passes", "recipes": "edit_compile/recipes", "cli.py": "edit_compile/cli.py"}
 
 
@@ -205,7 +206,7 @@ def test_public_verbs_are_never_modules():
 
 
 def words_of_code(path: Path) -> set[str]:
-    """The identifiers of a file, and the words of its strings that are not docstrings."""
+    """The identifiers of a file, and the words of its strings that are not docstrings; of `ORDINARY_WORDS`, those that name a design."""
     found: set[str] = set()
     tree = ast.parse(path.read_text())
     docstrings = {
@@ -218,12 +219,33 @@ def words_of_code(path: Path) -> set[str]:
     }
     middle = getattr(tokenize, "FSTRING_MIDDLE", None)
     with path.open("rb") as file:
-        for token in tokenize.tokenize(file.readline):
-            if token.type == tokenize.NAME:
-                found.add(token.string.lower())
-            elif token.type in (tokenize.STRING, middle) and token.start[0] not in docstrings:
-                found |= set(re.findall(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*", token.string.lower()))
+        tokens = list(tokenize.tokenize(file.readline))
+    for before, token, after in zip([tokens[0], *tokens], tokens, [*tokens[1:], tokens[-1]], strict=False):
+        word = token.string.lower()
+        if token.type == tokenize.NAME:
+            is_method = before.string == "." and after.string == "("
+            found |= set() if word in ORDINARY_WORDS and is_method else {word}
+        elif token.type in (tokenize.STRING, middle) and token.start[0] not in docstrings:
+            quoted = set(re.findall(r"""['"`]([a-z-]+)['"`]""", word))
+            found |= set(re.findall(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*", word)) - ORDINARY_WORDS | quoted
     return found
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("cache.clear()", False),
+        ('raise ValueError("say clear words")', False),
+        ("clear = 1", True),
+        ("designs.clear.Clear()", True),
+        ('design == "clear"', True),
+        ("f\"use {x}: 'clear' or not\"", True),
+        ('x = "sana has it"', True),
+    ],
+)
+def test_names_of_designs_are_told_from_words(tmp_path, code, named):
+    (path := tmp_path / "code.py").write_text(f"{code}\n")
+    assert bool(words_of_code(path) & {"clear", "sana"}) is named
 
 
 def test_nothing_outside_designs_names_a_design():
