@@ -1,9 +1,10 @@
 """Train a demo model from scratch: `python scripts/train_demo.py mm-dit --out runs/mm-dit`.
 
-Rectified flow on procedural images or clips, with Muon for the blocks' matrices and AdamW for the rest, at a constant rate that
-falls to zero in the last third, and an EMA of the weights. The run is seeded. Every `--save-every` steps its state is
-saved to `OUT/state.safetensors` (atomically), from which a rerun of the same command continues. The EMA weights are
-written to `OUT/model` in diffusers' folder format. One CPU core does about 2 steps a second, 4 of video-dit.
+Rectified flow on procedural images or clips, in stages of growing resolution, with Muon for the blocks' matrices and AdamW for
+the rest, at a constant rate that falls to zero in the last third of the steps, and an EMA of the weights. The run is seeded.
+Every `--save-every` steps its state is saved to `OUT/state.safetensors` (atomically), from which a rerun of the same command
+continues. The EMA weights are written to `OUT/model` in diffusers' folder format. One CPU core does about 2 steps a second of
+the 32 px models, 4 of video-dit; a 64 px model takes it some hours.
 """
 
 from __future__ import annotations
@@ -15,35 +16,67 @@ import random
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edit_compile.demo import models, motion, shapes
-from edit_compile.demo.prompt_adherence import motion_adherence, prompt_adherence
+from edit_compile.demo import groups, models, motion, shapes
+from edit_compile.demo.prompt_adherence import group_adherence, motion_adherence, prompt_adherence
 
 COOL_DOWN = 1 / 3
-STEPS = {"mm-dit": 4_500, "dit": 3_500, "video-dit": 3_600}
-BATCH = {"mm-dit": 16, "dit": 16, "video-dit": 8}
-SIGMA_SHIFT = {"mm-dit": 0.0, "dit": 0.0, "video-dit": 0.5}  # equal frames show through more noise
 
 
-def batch(name: str, step: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Make a step's images (B, 3, 32, 32), or clips (B, 3, 8, 24, 24), in [-1, 1], and captions, a tenth of them empty.
+class Stage(NamedTuple):
+    """Steps of a batch size on samples of a side in pixels. A positive shift trains more at high noise: more pixels, or equal
+    frames, show through more of it."""
+
+    side: int
+    steps: int
+    batch: int
+    shift: float = 0.0
+
+
+STAGES = {
+    "mm-dit": (Stage(32, 4_500, 16),),
+    "dit": (Stage(32, 3_500, 16),),
+    "mm-dit-64": (Stage(32, 4_000, 32), Stage(64, 2_000, 16, 0.5)),
+    "dit-64": (Stage(32, 4_000, 32), Stage(64, 2_000, 16, 0.5)),
+    "video-dit": (Stage(24, 3_600, 8, 0.5),),
+}
+
+
+def stage_at(name: str, step: int) -> Stage:
+    """Return the stage that a step, counted from 0 over all stages, belongs to."""
+    for stage in STAGES[name]:
+        if step < stage.steps:
+            return stage
+        step -= stage.steps
+    raise ValueError(f"{name} is trained for fewer steps")
+
+
+def batch(name: str, step: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Make a step's images (B, 3, H, W), or clips (B, 3, 8, 24, 24), in [-1, 1], and captions, a tenth of them empty.
 
     All is a function of name, step and seed alone.
     """
-    rng = random.Random(seed * 1_000_003 + step)
+    rng, stage = random.Random(seed * 1_000_003 + step), stage_at(name, step)
+    pairs = [_sample(name, stage.side, rng) for _ in range(stage.batch)]
+    pixels = torch.from_numpy(np.stack([drawn for drawn, _ in pairs])).movedim(-1, 1) * 2 - 1
+    return pixels, ["" if rng.random() < 0.1 else caption for _, caption in pairs]
+
+
+def _sample(name: str, side: int, rng: random.Random) -> tuple[np.ndarray, str]:
     if name == models.VIDEO_NAME:
-        clips = [motion.random_clip(rng) for _ in range(size)]
-        videos = torch.from_numpy(np.stack([motion.render(clip) for clip in clips])).permute(0, 4, 1, 2, 3) * 2 - 1
-        return videos, ["" if rng.random() < 0.1 else motion.caption(clip) for clip in clips]
-    drawn = [shapes.random_scene(rng) for _ in range(size)]
-    images = torch.from_numpy(np.stack([shapes.render(scene) for scene in drawn])).permute(0, 3, 1, 2) * 2 - 1
-    return images, ["" if rng.random() < 0.1 else shapes.caption(scene) for scene in drawn]
+        clip = motion.random_clip(rng)
+        return motion.render(clip), motion.caption(clip)
+    if name in models.LARGE_NAMES:
+        scene = groups.random_scene(rng)
+        return groups.render(scene, side), groups.caption(scene)
+    simple = shapes.random_scene(rng)
+    return shapes.render(simple), shapes.caption(simple)
 
 
 class Muon(torch.optim.Optimizer):
@@ -123,18 +156,23 @@ def load_state(path: Path, model: nn.Module, ema: dict[str, Tensor], optimizers:
         return int(file.metadata()["step"])
 
 
+def adherence_of(name: str) -> Any:
+    """Return the function that measures how well a model's samples obey their captions."""
+    if name == models.VIDEO_NAME:
+        return motion_adherence
+    return group_adherence if name in models.LARGE_NAMES else prompt_adherence
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=models.NAMES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help=f"default: as many as the shipped weights were trained for, {STEPS}")
-    parser.add_argument("--batch", type=int, help=f"default: {BATCH}")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    args.steps, args.batch = args.steps or STEPS[args.name], args.batch or BATCH[args.name]
+    steps = sum(stage.steps for stage in STAGES[args.name])
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -144,17 +182,18 @@ def main() -> None:
     optimizers = optimizers_for(model, args.lr)
     state_file = args.out / "state.safetensors"
     start = load_state(state_file, model, ema, optimizers) if state_file.exists() else 0
-    step_model = torch.compile(model)
+    step_model = torch.compile(model, dynamic=False)
 
     recent, clock = [], time.monotonic()
-    for step in range(start, args.steps):
-        rate = min(1, step / 200, (1 - step / args.steps) / COOL_DOWN) * args.lr
+    for step in range(start, steps):
+        stage = stage_at(args.name, step)
+        rate = min(1, step / 200, (1 - step / steps) / COOL_DOWN) * args.lr
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = rate
-        images, captions = batch(args.name, step, args.batch, args.seed)
+        images, captions = batch(args.name, step, args.seed)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         noise = torch.randn(images.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(len(images), generator=generator) + SIGMA_SHIFT[args.name])
+        sigma = torch.sigmoid(torch.randn(len(images), generator=generator) + stage.shift)
         x = torch.lerp(images, noise, sigma.view(-1, *[1] * (images.ndim - 1)))
         velocity = models.predict(step_model, x, sigma, models.conditions(model, captions))
         loss = (velocity - (noise - images)).square().mean()
@@ -172,14 +211,13 @@ def main() -> None:
             row = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": round(time.monotonic() - clock, 1)}
             print(json.dumps(row), flush=True)
             recent = []
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_state(state_file, step + 1, model, ema, optimizers)
             averaged = models.untrained(args.name)
             averaged.load_state_dict(ema)
             averaged.eval().save_pretrained(args.out / "model")
-            if (step + 1) % (4 * args.save_every) == 0 or step + 1 == args.steps:
-                adherence = motion_adherence if args.name == models.VIDEO_NAME else prompt_adherence
-                found = adherence(averaged, 60 if step + 1 < args.steps else 200)
+            if (step + 1) % (4 * args.save_every) == 0 and stage is STAGES[args.name][-1] or step + 1 == steps:
+                found = adherence_of(args.name)(averaged, 20 if step + 1 < steps else 200)
                 print(json.dumps({"step": step + 1, **found.to_dict()}), flush=True)
 
 

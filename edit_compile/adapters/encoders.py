@@ -15,7 +15,6 @@ from edit_compile.adapters.hub_access import hub_access
 from edit_compile.adapters.latents import decode, encode
 from edit_compile.adapters.pipelines import dtype_kwarg, load_diffusers_pipeline
 from edit_compile.demo import models as demo
-from edit_compile.demo import text as demo_text
 from edit_compile.errors import DistillError
 
 _MASK = "encoder_attention_mask"
@@ -92,7 +91,7 @@ class DemoEncoder:
 
     def check(self, caption: str) -> None:
         """Raise ValueError for a caption with unknown words, or too many."""
-        demo_text.encode([caption])
+        demo.conditions(self.model, [caption])
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Encode B captions: tensors (B, ...), by the name of the forward's argument."""

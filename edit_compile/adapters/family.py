@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from edit_compile.demo.text import TEXT_LENGTH
+from edit_compile.demo import models as demo
 
 VAE_SCALE, RGB = 8, 3
 VAE_FRAMES = 4  # frames that a video VAE makes one of, after the first
@@ -165,7 +165,7 @@ class TextToImageFamily(DiffusionFamily):
         return latents
 
     def text_tokens(self, model: Any) -> int:
-        return TEXT_LENGTH if is_pixel_space(model) else self.max_text_tokens
+        return demo.trained_on(model).text_length if is_pixel_space(model) else self.max_text_tokens
 
 
 def is_pixel_space(model: Any) -> bool:

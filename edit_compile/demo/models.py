@@ -1,27 +1,40 @@
-"""The demo transformers, two for images and one for video: their configurations, how to call them, and how to sample from them."""
+"""The demo transformers, four for images and one for video: their configurations, how to call them, and how to sample from them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from edit_compile.demo import motion, shapes, text
+from edit_compile.demo import groups, motion, shapes, text
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-IMAGE_NAMES, VIDEO_NAME = ("mm-dit", "dit"), "video-dit"
-NAMES = (*IMAGE_NAMES, VIDEO_NAME)
+IMAGE_NAMES, LARGE_NAMES, VIDEO_NAME = ("mm-dit", "dit"), ("mm-dit-64", "dit-64"), "video-dit"
+NAMES = (*IMAGE_NAMES, *LARGE_NAMES, VIDEO_NAME)
 SOURCES = tuple(f"demo/{name}" for name in NAMES)  # what users call them
 GUIDANCE = 2.0
 RGB, _WAVES = 3, 2
 _DIRECTIONS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 1, 0), (-0.5, 1, 0), (0.5, 0, 1), (-0.5, 0, 1))  # of time, rows, columns
 POSITION_CHANNELS = len(_DIRECTIONS) * 2 * _WAVES  # that the video model is given with a clip
+
+
+class TrainingData(NamedTuple):
+    """What a demo model was trained on: samples of this side in pixels, and captions of these words, so many at most."""
+
+    side: int
+    vocabulary: Sequence[str]
+    text_length: int
+
+
+SHAPES = TrainingData(shapes.IMAGE_SIZE, text.VOCABULARY, text.TEXT_LENGTH)
+GROUPS = TrainingData(groups.IMAGE_SIZE, text.GROUP_VOCABULARY, text.GROUP_TEXT_LENGTH)
+CLIPS = TrainingData(motion.SIDE, text.MOTION_VOCABULARY, text.TEXT_LENGTH)
 
 
 def folder(name: str) -> Path:
@@ -31,43 +44,45 @@ def folder(name: str) -> Path:
 
 def side_and_patch(source: str) -> tuple[int, int]:
     """Return the side of a demo model's training data, and what sides must be multiples of, in pixels; `source` is demo/NAME."""
-    return (motion.SIDE, 4) if source == f"demo/{VIDEO_NAME}" else (shapes.IMAGE_SIZE, 2)
+    name = source.removeprefix("demo/")
+    return (CLIPS.side, 4) if name == VIDEO_NAME else (GROUPS.side if name in LARGE_NAMES else SHAPES.side, 2)
 
 
 def untrained(name: str) -> ModelMixin:
-    """Make a freshly initialised demo model: `mm-dit` (SD3's transformer), `dit` (PixArt's) or `video-dit` (Wan's).
+    """Make a freshly initialised demo model: `mm-dit`, `mm-dit-64` (SD3's transformer), `dit`, `dit-64` (PixArt's), `video-dit` (Wan's).
 
     Raises:
         ValueError: there is no model of that name.
     """
     from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
 
-    if name == "mm-dit":
+    heads, side = (4, GROUPS.side) if name in LARGE_NAMES else (3, SHAPES.side)
+    if name in ("mm-dit", "mm-dit-64"):
         return SD3Transformer2DModel(
-            sample_size=shapes.IMAGE_SIZE,
+            sample_size=side,
             patch_size=2,
             in_channels=3,
             out_channels=3,
             num_layers=4,
             attention_head_dim=32,
-            num_attention_heads=3,
+            num_attention_heads=heads,
             joint_attention_dim=text.TEXT_CHANNELS,
-            caption_projection_dim=96,
+            caption_projection_dim=32 * heads,
             pooled_projection_dim=text.TEXT_CHANNELS,
             pos_embed_max_size=64,
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         )
-    if name == "dit":
+    if name in ("dit", "dit-64"):
         return PixArtTransformer2DModel(
-            sample_size=shapes.IMAGE_SIZE,
+            sample_size=side,
             patch_size=2,
             in_channels=3,
             out_channels=3,
-            num_layers=5,
+            num_layers=5 if name == "dit" else 6,
             attention_head_dim=32,
-            num_attention_heads=3,
-            cross_attention_dim=96,
+            num_attention_heads=heads,
+            cross_attention_dim=32 * heads,
             caption_channels=text.TEXT_CHANNELS,
             norm_num_groups=32,
             use_additional_conditions=False,
@@ -94,13 +109,21 @@ def conditions(model: nn.Module, captions: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: a caption has words that the model was not trained with, or too many.
     """
+    data = trained_on(model)
+    tokens, pooled, mask = text.encode(captions, data.vocabulary, data.text_length)
     if draws_video(model):
-        return {"encoder_hidden_states": text.encode(captions, text.MOTION_VOCABULARY)[0]}
-    tokens, pooled, mask = text.encode(captions)
+        return {"encoder_hidden_states": tokens}
     if hasattr(model, "context_embedder"):
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
     added = {"resolution": None, "aspect_ratio": None}
     return {"encoder_hidden_states": tokens, "encoder_attention_mask": mask, "added_cond_kwargs": added}
+
+
+def trained_on(model: nn.Module) -> TrainingData:
+    """Return what a demo model was trained on."""
+    if draws_video(model):
+        return CLIPS
+    return GROUPS if getattr(getattr(model, "config", None), "sample_size", None) == GROUPS.side else SHAPES
 
 
 def draws_video(model: nn.Module) -> bool:
@@ -145,7 +168,7 @@ def sample(
     Raises:
         ValueError: a caption has unknown words, or too many.
     """
-    frames, side = ((motion.FRAMES,), motion.SIDE) if draws_video(model) else ((), shapes.IMAGE_SIZE)
+    frames, side = (motion.FRAMES,) if draws_video(model) else (), trained_on(model).side
     x = torch.randn(len(captions), 3, *frames, height or side, width or side, generator=torch.Generator().manual_seed(seed))
     condition = conditions(model, [*captions, *[""] * len(captions)])
     sigmas = torch.linspace(1, 0, steps + 1)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from edit_compile.demo import models, motion, shapes
+from edit_compile.demo import groups, models, motion, shapes
 
 HELD_OUT_SEED = 10_000  # of captions; training draws its scenes from other seeds
 _BATCH = 50
@@ -44,6 +44,41 @@ def prompt_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_O
     placed = torch.tensor([check.colour_and_place for check in checks], dtype=torch.float64)
     shaped = torch.tensor([check.shape for check in checks], dtype=torch.float64)
     return PromptAdherence(len(checks), placed.mean().item(), shaped.mean().item())
+
+
+@dataclass(frozen=True)
+class GroupAdherence:
+    """Shares in [0, 1] of `groups` described groups: with the right colour and position; with one more property right as well; with all."""
+
+    groups: int
+    colour_and_place: float
+    count: float
+    size: float
+    shape: float
+    texture: float
+    all: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def held_out_groups(count: int, seed: int = HELD_OUT_SEED) -> list[groups.Scene]:
+    """Return the first scenes of groups of a reproducible stream that is never trained on."""
+    return list(itertools.islice(groups.scenes(seed), count))
+
+
+def group_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_OUT_SEED, steps: int = 25) -> GroupAdherence:
+    """Sample images of 64 x 64 px for the captions of `prompts` held-out scenes of groups, and check every group described."""
+    scenes = held_out_groups(prompts, seed)
+    checks: list[groups.GroupCheck] = []
+    for start in range(0, prompts, _BATCH):
+        part = scenes[start : start + _BATCH]
+        images = models.sample(model, [groups.caption(scene) for scene in part], seed=start, steps=steps)
+        for image, scene in zip(images, part, strict=True):
+            checks += groups.check(image.permute(1, 2, 0).numpy(), scene)
+    names = ("colour_and_place", "count", "size", "shape", "texture", "all")
+    return GroupAdherence(len(checks), **{name: sum(getattr(check, name) for check in checks) / len(checks) for name in names})
 
 
 @dataclass(frozen=True)

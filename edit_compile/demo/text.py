@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edit_compile.demo import motion, shapes
+from edit_compile.demo import groups, motion, shapes
 
-TEXT_LENGTH = 32
+TEXT_LENGTH, GROUP_TEXT_LENGTH = 32, 40
 _WORD_CHANNELS, _POSITION_CHANNELS = 48, 32
 TEXT_CHANNELS = 2 * _WORD_CHANNELS + _POSITION_CHANNELS
 _NEIGHBOURS = 4
@@ -39,11 +39,26 @@ MOTION_VOCABULARY = (  # of the video model
     *shapes.SHAPES,
     *shapes.BACKGROUNDS,
 )
-_ALL_WORDS = tuple(dict.fromkeys((*VOCABULARY, *MOTION_VOCABULARY)))  # a word's place decides its vector: new ones come last
+_GROUP_TEMPLATE_WORDS = ("a", "picture", "with", "background", "showing", "in", "the", "part", "and")
+GROUP_VOCABULARY = (  # of the 64 px models
+    PADDING,
+    *_GROUP_TEMPLATE_WORDS,
+    *("upper", "lower", "left", "right"),
+    *groups.COUNTS,
+    *groups.SIZES,
+    *groups.TEXTURES,
+    *shapes.COLOURS,
+    *shapes.SHAPES,
+    *groups.PLURALS.values(),
+    *shapes.BACKGROUNDS,
+)
+_ALL_WORDS = tuple(
+    dict.fromkeys((*VOCABULARY, *MOTION_VOCABULARY, *GROUP_VOCABULARY))
+)  # a word's place decides its vector: new ones come last
 
 
-def encode(captions: Sequence[str], vocabulary: Sequence[str] = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode B captions as (tokens, pooled, mask): (B, 32, 128), (B, 128), and (B, 32) of 1 for words and 0 for padding.
+def encode(captions: Sequence[str], vocabulary: Sequence[str] = VOCABULARY, length: int = TEXT_LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode B captions as (tokens, pooled, mask): (B, length, 128), (B, 128), and (B, length) of 1 for words and 0 for padding.
 
     A token is its word's vector, the sum of the vectors of the words at most four places away, and its position's
     sinusoids. The empty caption, all padding, is the unconditional one.
@@ -59,9 +74,9 @@ def encode(captions: Sequence[str], vocabulary: Sequence[str] = VOCABULARY) -> t
         if unknown:
             known = ", ".join(word for word in vocabulary if word != PADDING)
             raise ValueError(f"this demo model does not know {unknown} in {text!r}; it knows: {known}")
-        if len(words) > TEXT_LENGTH:
-            raise ValueError(f"the demo models read {TEXT_LENGTH} words at most, {text!r} has {len(words)}")
-        rows.append([index[word] for word in words] + [0] * (TEXT_LENGTH - len(words)))
+        if len(words) > length:
+            raise ValueError(f"this demo model reads {length} words at most, {text!r} has {len(words)}")
+        rows.append([index[word] for word in words] + [0] * (length - len(words)))
     ids = torch.tensor(rows)
     mask = (ids != 0).float()
     table = torch.randn(len(_ALL_WORDS), _WORD_CHANNELS, generator=torch.Generator().manual_seed(0))
@@ -69,9 +84,9 @@ def encode(captions: Sequence[str], vocabulary: Sequence[str] = VOCABULARY) -> t
     window = torch.ones(_WORD_CHANNELS, 1, 2 * _NEIGHBOURS + 1)
     spoken_BET = (words_BTE * mask[..., None]).mT
     context_BTE = functional.conv1d(spoken_BET, window, padding=_NEIGHBOURS, groups=_WORD_CHANNELS).mT
-    positions_BTE = _sinusoids(TEXT_LENGTH, _POSITION_CHANNELS).expand(len(rows), -1, -1)
+    positions_BTE = _sinusoids(length, _POSITION_CHANNELS).expand(len(rows), -1, -1)
     tokens = torch.cat([words_BTE, context_BTE / _NEIGHBOURS**0.5, positions_BTE], -1)
-    return tokens, (tokens * mask[..., None]).sum(1) / TEXT_LENGTH**0.5, mask
+    return tokens, (tokens * mask[..., None]).sum(1) / length**0.5, mask
 
 
 def _sinusoids(length: int, channels: int) -> Tensor:

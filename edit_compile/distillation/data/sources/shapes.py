@@ -1,4 +1,5 @@
-"""Data of kinds `shapes` and `moving-shapes`: the demos' coloured shapes with captions, in pixel space, made as needed without end."""
+"""Data of kinds `shapes`, `shape-groups` and `moving-shapes`: the demos' coloured shapes with captions, in pixel space, made as needed
+without end."""
 
 from __future__ import annotations
 
@@ -12,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edit_compile.demo import models, motion, shapes
+from edit_compile.demo import groups, models, motion, shapes
 from edit_compile.distillation.data.captioned_images import Share
 from edit_compile.distillation.data.registry import DataConfig, register_data
 from edit_compile.distillation.data.source import Batch, BatchRequest, DataSource, SourceContext
 from edit_compile.errors import DistillError
 
-Draw = Callable[[random.Random], tuple[np.ndarray, str]]  # an image (H, W, 3), or a video (T, H, W, 3), in [0, 1], and its caption
+# To an image (H, W, 3), or a video (T, H, W, 3), in [0, 1], of about the given side in pixels if its kind can be, and its caption.
+Draw = Callable[[random.Random, int], tuple[np.ndarray, str]]
 
 
 @register_data("shapes")
 class ShapesData(DataConfig):
-    """The images of the demo models."""
+    """The images of the 32 px demo models."""
 
     kind: Literal["shapes"] = "shapes"
     caption_dropout: Share = 0.1
@@ -31,9 +33,20 @@ class ShapesData(DataConfig):
 
     def open(self, context: SourceContext) -> DataSource:
         """Open the source."""
-        if models.draws_video(context.model):
-            raise DistillError(f"data.kind: {self.kind} is images, and {type(context.model).__name__} makes videos; use moving-shapes")
-        return ShapesSource(_draw_image, self.caption_dropout, context.model, context.seed)
+        return _open(self.kind, self.caption_dropout, context)
+
+
+@register_data("shape-groups")
+class ShapeGroupsData(DataConfig):
+    """The images of the 64 px demo models: groups of textured shapes, drawn at the stage's resolution."""
+
+    kind: Literal["shape-groups"] = "shape-groups"
+    caption_dropout: Share = 0.1
+    """The share of samples trained with the empty caption, which guidance needs."""
+
+    def open(self, context: SourceContext) -> DataSource:
+        """Open the source."""
+        return _open(self.kind, self.caption_dropout, context)
 
 
 @register_data("moving-shapes")
@@ -46,9 +59,15 @@ class MovingShapesData(DataConfig):
 
     def open(self, context: SourceContext) -> DataSource:
         """Open the source."""
-        if not models.draws_video(context.model):
-            raise DistillError(f"data.kind: {self.kind} is videos, and {type(context.model).__name__} makes images; use shapes")
-        return ShapesSource(_draw_video, self.caption_dropout, context.model, context.seed)
+        return _open(self.kind, self.caption_dropout, context)
+
+
+def _open(kind: str, caption_dropout: float, context: SourceContext) -> DataSource:
+    """Open a kind of data for a demo model that was trained on it."""
+    wanted, draw = _KINDS[models.trained_on(context.model)]
+    if kind != wanted:
+        raise DistillError(f"data.kind: {kind} is not what this {type(context.model).__name__} was trained on; use {wanted}")
+    return ShapesSource(draw, caption_dropout, context.model, context.seed)
 
 
 @dataclass
@@ -68,27 +87,39 @@ class ShapesSource:
             raise DistillError(f"moving shapes are videos of {motion.FRAMES} frames, not {frames}: leave frames out")
 
     def batch(self, request: BatchRequest) -> Batch:
-        drawn, captions = zip(*(self._sample(request.split, position) for position in request.positions), strict=True)
+        drawn, captions = zip(*(self._sample(request, position) for position in request.positions), strict=True)
         pixels = torch.from_numpy(np.stack(drawn)).movedim(-1, 1) * 2 - 1
         return Batch(_resized(pixels, request.height, request.width), models.conditions(self.model, captions), captions)
 
     def decode(self, latents: Tensor) -> Tensor:
         return (latents / 2 + 0.5).clamp(0, 1)
 
-    def _sample(self, split: str, position: int) -> tuple[np.ndarray, str]:
-        rng = random.Random(f"{self.seed}/{split}/{position}")
-        pixels, caption = self.draw(rng)
+    def _sample(self, request: BatchRequest, position: int) -> tuple[np.ndarray, str]:
+        rng = random.Random(f"{self.seed}/{request.split}/{position}")
+        pixels, caption = self.draw(rng, max(request.height, request.width))
         return pixels, "" if rng.random() < self.caption_dropout else caption
 
 
-def _draw_image(rng: random.Random) -> tuple[np.ndarray, str]:
+def _draw_image(rng: random.Random, side: int) -> tuple[np.ndarray, str]:
     scene = shapes.random_scene(rng)
     return shapes.render(scene), shapes.caption(scene)
 
 
-def _draw_video(rng: random.Random) -> tuple[np.ndarray, str]:
+def _draw_groups(rng: random.Random, side: int) -> tuple[np.ndarray, str]:
+    scene = groups.random_scene(rng)
+    return groups.render(scene, side), groups.caption(scene)
+
+
+def _draw_video(rng: random.Random, side: int) -> tuple[np.ndarray, str]:
     clip = motion.random_clip(rng)
     return motion.render(clip), motion.caption(clip)
+
+
+_KINDS: dict[models.TrainingData, tuple[str, Draw]] = {
+    models.SHAPES: ("shapes", _draw_image),
+    models.GROUPS: ("shape-groups", _draw_groups),
+    models.CLIPS: ("moving-shapes", _draw_video),
+}
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
