@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from os import PathLike, fspath
 from typing import Any, TypeVar, overload
 
@@ -13,7 +14,7 @@ from edit_compile.adapters.load_model import LoadedModel, load_model
 from edit_compile.adapters.pipelines import denoiser_of, with_denoiser
 from edit_compile.adapters.record_inputs import inputs_of
 from edit_compile.config import LinearizeConfig
-from edit_compile.errors import AuditError, ConfigError, PlanError
+from edit_compile.errors import AuditError, ConfigError, EditCompileError, PlanError
 from edit_compile.ir import input_spec
 from edit_compile.ir.plan import Plan, SizesOfInputs
 from edit_compile.passes.audit import Audit, allowed_at
@@ -198,7 +199,7 @@ def transformer_of(model: Any) -> nn.Module:
 
 
 @contextmanager
-def teacher(student: Any) -> Iterator[Any]:
+def teacher(student: Any, students: Iterable[str] = ()) -> Iterator[Any]:
     """Run the original attention with its original weights in the calls inside, bit for bit the original model.
 
     It holds for this thread or asyncio task, and for tasks begun inside: others go on calling the student. Blocks may
@@ -206,18 +207,27 @@ def teacher(student: Any) -> Iterator[Any]:
     teacher. After `unshare`, the calls inside run a copy of the module tree with the original weights, which
     `edit_compile.compile` has not compiled.
 
+    Of two blocks inside each other, the inner one says which sites stay students.
+
     Args:
         student: a converted model, or what holds one: a pipeline, DDP, torch.compile, PEFT.
+        students: paths of sites that run as converted all the same; of blocks compiled by `edit_compile.compile`, each gets a
+            graph of its own then.
 
     Yields:
         What was given.
 
     Raises:
-        EditCompileError: nothing in it is converted; or, at a call, the weights that were trained outside the sites are
-            sharded or offloaded.
+        EditCompileError: nothing in it is converted, or nothing at one of the paths; or, at a call, the weights that were
+            trained outside the sites are sharded or offloaded.
     """
-    conversion = conversion_of(student)
-    with conversion.runtime.stating(Statement(teacher=True, original=OriginalWeights() if conversion.originals else None)):
+    conversion, kept = conversion_of(student), frozenset(students)
+    known = [site.path for site in conversion.plan.rewritten]
+    if unknown := sorted(kept.difference(known)):
+        near = get_close_matches(unknown[0], known, 3, 0)
+        raise EditCompileError(f"no site at {unknown[0]!r} is converted; near it: {', '.join(near)}")
+    original = OriginalWeights() if conversion.originals else None
+    with conversion.runtime.stating(Statement(teacher=True, original=original, students=kept)):
         yield student
 
 

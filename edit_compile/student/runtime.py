@@ -58,11 +58,13 @@ class Frame(NamedTuple):
         grids: the image tokens' grids as the shapes of tensors without content, in the order of the grid source; where several
             images are in the sequence, a tuple of them. None for a teacher.
         outputs: where sites leave what they give out, if that was asked for.
+        students: paths of sites that run as converted although the others are the teacher.
     """
 
     teacher: bool
     grids: tuple[Grids, ...]
     outputs: Outputs | None
+    students: frozenset[str] = frozenset()
 
 
 class Statement:
@@ -73,6 +75,7 @@ class Statement:
         original: given the model, the one whose forward runs instead.
         grid: the grid of image tokens, as the shape of a tensor; of several images, of each.
         outputs: where sites leave what they give out.
+        students: paths of sites that run as converted although `teacher` holds.
     """
 
     def __init__(
@@ -81,8 +84,9 @@ class Statement:
         original: Callable[[nn.Module], nn.Module] | None = None,
         grid: tuple[Tensor, ...] | None = None,
         outputs: Outputs | None = None,
+        students: frozenset[str] = frozenset(),
     ) -> None:
-        self.teacher, self.original, self.grid, self.outputs = teacher, original, grid, outputs
+        self.teacher, self.original, self.grid, self.outputs, self.students = teacher, original, grid, outputs, students
         self.holds = True
 
 
@@ -132,6 +136,7 @@ class Runtime:
         traced = torch.compiler.is_compiling() and not TRACES_CONTEXT_VARIABLES
         for statement in getattr(self.local, "statements", ()) if traced else self.statements.get():
             if statement.holds:
+                found.students = statement.students if statement.teacher else found.students
                 found.teacher = found.teacher or statement.teacher
                 found.original = statement.original if found.original is None else found.original
                 found.grid = found.grid if statement.grid is None else statement.grid
@@ -145,8 +150,8 @@ class Runtime:
             GridError: the grid is unknown, or cannot be that of these inputs.
         """
         stated = self.stated()
-        grids = () if stated.teacher else self._measured(stated.grid, model, args, kwargs)
-        frame = Frame(stated.teacher, grids, stated.outputs)
+        grids = () if stated.teacher and not stated.students else self._measured(stated.grid, model, args, kwargs)
+        frame = Frame(stated.teacher, grids, stated.outputs, stated.students)
         if stated.teacher and stated.original is not None:
             model = stated.original(model)
         before, backward = self.frame(), self._set_backward(NO_BACKWARD)
@@ -215,10 +220,14 @@ class Runtime:
             "call the whole model, or wrap the call in edit_compile.grid(model, height, width)"
         )
 
-    def teacher_is_on(self) -> bool:
-        """Tell a site whether its original attention runs in this call."""
+    def teacher_is_on(self, path: str) -> bool:
+        """Tell a site whether its original attention runs in this call.
+
+        Compiled code must not read the path unless it has to: blocks that differ in it would have a graph each.
+        """
         frame = self.frame()
-        return self.stated().teacher if frame is None else frame.teacher
+        mode = self.stated() if frame is None else frame
+        return mode.teacher and not (mode.students and path in mode.students)
 
     def keep(self, site: nn.Module, output: Any) -> None:
         """Keep a site's output, if the call's outputs were asked for."""
@@ -233,7 +242,7 @@ class Runtime:
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        local, (teacher, grids, outputs) = self.local, frame
+        local, (teacher, grids, outputs, students) = self.local, frame
         asked = outputs is not None  # compiled code differs by it. Tensors must not be referred to from a hook: it lives as long as they do
 
         def restore(gradient: Tensor) -> None:
@@ -241,7 +250,7 @@ class Runtime:
             if here.get("backward", NO_BACKWARD) != backward:
                 after_backward(functools.partial(_put_back, here, {name: here[name] for name in _OF_CALLS if name in here}))
                 here["backward"] = backward
-            here["frame"] = Frame(teacher, grids, Outputs() if asked else None)
+            here["frame"] = Frame(teacher, grids, Outputs() if asked else None, students)
 
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:

@@ -46,7 +46,7 @@ class ConvertedSite(Generated):
 
     def edit_teacher_is_on(self) -> bool:
         """Tell the generated forward whether the original attention runs in this call."""
-        return self.edit_conversion.runtime.teacher_is_on()
+        return self.edit_conversion.runtime.teacher_is_on(self.edit_path)
 
     def edit_current_grid(self) -> Grids:
         """Tell the generated forward the grid of this call, as the shape of a tensor; of several images, of each.
