@@ -20,6 +20,7 @@ class Choice(NamedTuple):
     paths: str
     design: type[Design] | None
     options: Any
+    reason: str = ""
 
 
 class _Data(Frozen):
@@ -46,10 +47,20 @@ class Rule(_Data):
     """A design's name, or "keep"."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the design."""
+    reason: str = ""
+    """Why, for the plan: it stands behind the design's own reason."""
 
-    def __init__(self, paths: str = "*", design: str | None = None, options: Mapping[str, Any] | None = None, **unknown: Any) -> None:
+    def __init__(
+        self,
+        paths: str = "*",
+        design: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        reason: str = "",
+        **unknown: Any,
+    ) -> None:
         named = {} if design is None else {"design": design}
-        super().__init__(paths=paths, options={} if options is None else options, **named, **unknown)
+        super().__init__(paths=paths, options={} if options is None else options, reason=reason, **named, **unknown)
 
     @model_validator(mode="after")
     def _known(self) -> Rule:
@@ -65,13 +76,13 @@ class Rule(_Data):
         if self.design == KEEP:
             if self.options:
                 raise ConfigError(f"design={KEEP!r} has no options")
-            return Choice(self.paths, None, None)
+            return Choice(self.paths, None, None, self.reason)
         if self.design == AUTO:
             raise ConfigError(
                 f"design={AUTO!r} is not for rules: give a rule for each of {', '.join(AUTOMATIC)}, the first that takes a site wins"
             )
         design = find_design(self.design)
-        return Choice(self.paths, design, parse_options(design, self.options))
+        return Choice(self.paths, design, parse_options(design, self.options), self.reason)
 
 
 class LinearizeConfig(_Data):
@@ -167,6 +178,9 @@ def _check_names(options: Iterable[str], designs: list[type[Design]], beside: tu
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if name in ("sites", "ranking"):
+        made = "`edit-compile rank MODEL` makes one, and edit_compile.Ranking.read(FILE).config(SITES) reads it"
+        return f"unknown option {name!r}: a ranking chooses sites; {made}"
     near = get_close_matches(name, known, 1)
     return f"unknown option {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}there are: {', '.join(known) or 'none'}"
 

@@ -137,7 +137,7 @@ def _chosen(plan: SitePlan, config: LinearizeConfig, choices: Sequence[Choice]) 
     if not own:
         return Candidate(plan.kept(_not_named(plan, choices)))
     if own[0].design is None:
-        return Candidate(plan.kept(f"kept by the rule for {own[0].paths!r}"))
+        return Candidate(plan.kept(own[0].reason or f"kept by the rule for {own[0].paths!r}"))
     return Candidate(plan, tuple(own))
 
 
@@ -344,6 +344,7 @@ def decided(candidate: Candidate, choice: Choice, reason: str) -> SitePlan:
     """Return the plan of a site that gets a design."""
     assert choice.design is not None
     options = choice.options.model_dump(mode="json")
+    reason = "; ".join(part for part in (reason, choice.reason) if part)
     return candidate.plan.model_copy(update={"action": choice.design.name, "options": options, "reason": reason, "refusal": None})
 
 

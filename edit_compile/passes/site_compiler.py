@@ -38,9 +38,9 @@ class SiteForward:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """What came of one distinct structure: the first design that took it, or what each refused."""
+    """What came of one distinct structure: the number of the first choice that took it, or what each refused."""
 
-    chosen: tuple[Choice, str, SiteForward] | None
+    chosen: tuple[int, str, SiteForward] | None
     refusals: tuple[tuple[str, Refusal], ...]
 
 
@@ -79,8 +79,8 @@ class SiteCompiler:
         found = self._compiled(candidate)
         if found.chosen is None:
             return refused(candidate, found.refusals), None
-        choice, reason, forward = found.chosen
-        return decided(candidate, choice, reason), forward
+        number, reason, forward = found.chosen
+        return decided(candidate, candidate.choices[number], reason), forward
 
     def _compiled(self, candidate: Candidate) -> _Compiled:
         plan = candidate.plan
@@ -94,7 +94,8 @@ class SiteCompiler:
             return _Compiled(None, (("", Refusal(reason=f"an object among the arguments of its forward: {error}")),))
         facts = plan.model_copy(update={"path": "", "index": 0, "grid": None}).model_dump_json()
         grid_dims = len(plan.grid.sizes) if plan.grid is not None else None
-        key = (structural_hash(module), spec, facts, grid_dims, str(candidate.choices))
+        designs = str([(choice.design, choice.options) for choice in candidate.choices])  # whatever rule they are of
+        key = (structural_hash(module), spec, facts, grid_dims, designs)
         if key not in self._done:
             self._done[key] = self._attempt(module, candidate)
         return self._done[key]
@@ -103,7 +104,7 @@ class SiteCompiler:
         """Try the choices in order. What a design refuses by the facts alone is told only if none failed at the rewrite."""
         verdicts: list[tuple[str, Refusal]] = []
         failures: list[tuple[str, Refusal]] = []
-        for choice in candidate.choices:
+        for number, choice in enumerate(candidate.choices):
             if choice.design is None:
                 break
             try:
@@ -116,7 +117,7 @@ class SiteCompiler:
                 continue
             assert site.forward is not None
             forward = SiteForward(site.forward, choice.design, site.facts, choice.options)
-            return _Compiled((choice, site.verdict, forward), ())
+            return _Compiled((number, site.verdict, forward), ())
         return _Compiled(None, tuple(failures or verdicts))
 
     def _site_graph(self, module: nn.Module, plan: SitePlan, choice: Choice) -> SiteGraph:
