@@ -34,7 +34,10 @@ def first_tensor(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("name", ACTIONS)
+IN_EVERY_RUN = ("sd3-dual", "pixart", "flux", "dit", "vit", "wan")  # half a minute each where it is slow; all of them in `make test-all`
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in ACTIONS])
 def test_family_is_planned_converted_and_run(name):
     model, inputs = FAMILIES[name]()
     plan = ec.plan(model, example_inputs=inputs)

@@ -72,6 +72,7 @@ def test_rows_are_written_and_not_made_again(tmp_path: Path, capsys: pytest.Capt
     assert "| FluxTransformer2DModel | not run |" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_configuration_that_takes_too_long_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert support.main(["DiTTransformer", "--limit", "0.01", "--rows", str(tmp_path / "rows.jsonl")]) == 1
     assert "no answer in 0 s" in capsys.readouterr().out

@@ -167,6 +167,7 @@ def test_save_pretrained_writes_a_folder_that_both_libraries_read(model, student
     assert same(both(ec.load(tmp_path / "again"), inputs), expected)
 
 
+@pytest.mark.slow
 def test_two_grids_of_equal_count_are_told_apart_whatever_memory_their_ids_get():
     model, inputs = FAMILIES["flux"]()
     student = ec.linearize(model, plan=ec.plan(model, example_inputs=inputs))
@@ -248,7 +249,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_give_the_gradients_the_teacher_and_the_checkpoint_of_one(small, tmp_path, kind):
     base, plan = small
     save_file(base.state_dict(), tmp_path / "base")
