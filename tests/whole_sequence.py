@@ -55,6 +55,7 @@ def site(
     stride: int = 1,
     rotary: bool = False,
     counts: Array | None = None,
+    balanced: bool = False,
 ) -> Array:
     """A converted ToyAttention on one sample: every query's mean of the values of the keys that count, by positive weights.
 
@@ -63,6 +64,7 @@ def site(
         text: (T, C), of which those with `counts` (T,) are keys.
         weigh: the weight of a key (D,) for a query (D,).
         stride: of the rows and columns whose positions the keys of the image have.
+        balanced: a key of the image has the weight of as many as it stands for, if there are other keys.
     """
     n, channels = math.prod(grid), image.shape[1]
     registers, image = image[: len(image) - n], image[len(image) - n :]
@@ -80,6 +82,14 @@ def site(
         counted = [i for i in counted if not is_text[i] or counts[texts.index(i)]]
     image_positions = start + np.arange(n)
     key_positions = reference.as_frames(image_positions, grid)[:, ::stride, ::stride].flatten()
+    frames = reference.as_frames(image_positions, grid)[..., 0]
+    stands_for = [
+        sum(1 for y in range(row, min(row + stride, frame.shape[0])) for x in range(column, min(column + stride, frame.shape[1])))
+        for frame in frames
+        for row in range(0, frame.shape[0], stride)
+        for column in range(0, frame.shape[1], stride)
+    ]
+    times = [*(stands_for if balanced and counted else [1] * len(stands_for)), *[1] * len(counted)]
 
     q_image, k_image, v_image = (of(module, image, grid) for of in maps)
     q_other, k_other, v_other = (reference.project(module, which, others) for which in range(3))
@@ -102,7 +112,7 @@ def site(
         keys += [turned(k_other[:, shared], other_positions, module.norm_k)[i] for i in counted]
         values = [*v_image[:, shared], *(v_other[i, shared] for i in counted)]
         for position, q in queries:
-            weights = [weigh(q, k) for k in keys]
+            weights = [n * weigh(q, k) for n, k in zip(times, keys, strict=True)]
             rows[position, own] = reference.weighted(weights, np.array(values))
     return reference.linear(module.to_out, rows)
 
@@ -120,7 +130,14 @@ def converted(design: str, config: dict[str, Any], *, video: bool = False, padde
 
 
 def check(
-    design: str, config: dict[str, Any], options: dict[str, Any], maps: Maps, weigh: Callable[[Array, Array], float], *, stride: int = 1
+    design: str,
+    config: dict[str, Any],
+    options: dict[str, Any],
+    maps: Maps,
+    weigh: Callable[[Array, Array], float],
+    *,
+    stride: int = 1,
+    balanced: bool = False,
 ) -> None:
     """Compare a converted toy's attention with the loops, on two grids that the convolutions do not divide alike.
 
@@ -140,7 +157,8 @@ def check(
         for sample, output in enumerate(seen[1].numpy()):
             image, text = [x[sample].numpy() if x is not None else None for x in (*seen[0], None)[:2]]
             counts = given["text_mask"][sample].numpy() if padded else None
-            wanted = site(attention, image, text, grid, maps, weigh, stride=stride, rotary=rotary, counts=counts)
+            more = {"stride": stride, "rotary": rotary, "counts": counts, "balanced": balanced}
+            wanted = site(attention, image, text, grid, maps, weigh, **more)
             np.testing.assert_allclose(output, wanted, atol=(1e-5 if rotary else 1e-10) * np.abs(wanted).max(), rtol=0)
 
 

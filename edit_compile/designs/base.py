@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edit_compile.designs.ops.token_spans import Grids, aligned, grids_of, image_tokens, in_words
+from edit_compile.designs.ops.token_spans import Grids, aligned, grids_of, image_tokens, in_words, window_counts
 from edit_compile.errors import GridError
 from edit_compile.frozen import Frozen
 from edit_compile.ir.plan import SiteKind
@@ -115,6 +115,12 @@ class Tokens(NamedTuple):
         image = sum(math.prod(grid) for grid in grids)
         lengths = tuple(image if kind == IMAGE else n for kind, n in zip(self.kinds, self.lengths, strict=True))
         return Tokens(self.kinds, lengths, *_one_or_several(grids))
+
+    def counts(self, stride: Sequence[int], like: Tensor) -> Tensor:
+        """Count how many tokens of this layout each token behind a tap of that stride stands for: others for themselves, (M,)."""
+        thinned = self.thinned(stride)
+        image = torch.cat([window_counts(grid, stride, like) for grid in self.grids or (self.grid,)])
+        return thinned.joined(image, image.new_ones(sum(thinned.lengths) - len(image)), 0)
 
 
 class QKV(NamedTuple):

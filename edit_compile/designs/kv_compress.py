@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from edit_compile.designs.ops.linear_attention import matching_heads
 from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, sequence_lengths, softmax_attention_flops, who_attends
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Place, Site
+from edit_compile.ir.tokens import TokenKind
 
 _COMPRESSED: tuple[Place, Place] = ("after_key", "after_value")
 
@@ -27,7 +29,7 @@ class WindowMean(nn.Module):
     frame by frame.
     """
 
-    def __init__(self, channels: int, factor: int, *, layer_norm: bool = True) -> None:
+    def __init__(self, channels: int, factor: int, *, layer_norm: bool = False) -> None:
         super().__init__()
         self.factor = factor
         self.conv = nn.Conv2d(channels, channels, factor, stride=factor, groups=channels)
@@ -51,6 +53,8 @@ class KVCompress(Design):
     It remains quadratic, at 1 / k^2 of the cost. Other tokens' keys and values, where a site has them, are as they are, and all
     queries attend to the same keys. What is indexed by token, as RoPE, is that of each window's first token. Of a video the
     windows are within frames.
+
+    PixArt-Sigma has no other tokens among its keys, and a LayerNorm behind each convolution. Balance is ours.
     """
 
     name = "kv-compress"
@@ -61,10 +65,13 @@ class KVCompress(Design):
         Attributes:
             factor: k, the side of the windows of keys and values that become one.
             layer_norm: normalise compressed keys and values, as PixArt-Sigma does; without it they are the teacher's means at first.
+            balance: where other tokens are among the keys, add to a compressed key's score the logarithm of the number of tokens
+                that it stands for, so that image and other tokens share the softmax as in the teacher.
         """
 
         factor: int = Field(default=2, ge=2)
-        layer_norm: bool = True
+        layer_norm: bool = False
+        balance: bool = True
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
@@ -77,13 +84,15 @@ class KVCompress(Design):
         self.stride = (1, *_stride(options)) if site.grid_dims == 3 else _stride(options)
         key, value = (WindowMean(site.channels[place], options.factor, layer_norm=options.layer_norm) for place in _COMPRESSED)
         self.key, self.value = key, value
+        self.balances = options.balance and not site.keys.only(TokenKind.IMAGE)
 
     def taps(self) -> tuple[Tap, ...]:
         return tuple(Tap(place, module, self.stride) for place, module in zip(_COMPRESSED, (self.key, self.value), strict=True))
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
         key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
-        return F.scaled_dot_product_attention(x.query, key, value, x.mask, scale=self.scale)
+        mask = _balanced(x.mask, tokens.of_keys.counts(self.stride, x.query), x.query.dtype) if self.balances else x.mask
+        return F.scaled_dot_product_attention(x.query, key, value, mask, scale=self.scale)
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
@@ -97,6 +106,14 @@ class KVCompress(Design):
     def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:
         """Allow every query against the compressed keys."""
         return min(rows, columns) <= _compressed_tokens(grid, options)
+
+
+def _balanced(mask: Tensor | None, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask by key (..., 1, M) to add to scores, with the logarithms of the counts of the keys (M,) in it."""
+    bias = counts.log().to(dtype)[None, None, None]
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask + bias
 
 
 def _stride(options: Any) -> tuple[int, int]:

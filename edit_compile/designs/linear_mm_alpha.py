@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from edit_compile.designs.base import Verdict
+from torch import Tensor
+
+from edit_compile.designs.base import QKV, Tokens, Verdict
 from edit_compile.designs.edit import Edit, compressed_tokens, tap_flops
+from edit_compile.designs.ops.linear_attention import masked_linear_attention
 from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
 from edit_compile.ir.site import Site
 from edit_compile.ir.tokens import TokenKind
@@ -17,10 +20,20 @@ class LinearMMAlpha(Edit):
     """y_i = Q_i (sum_j K_j^T V_j) / (Q_i sum_j K_j) for all queries i, over the compressed image keys and all other keys j.
 
     Of image tokens Q = ReLU(Linear(ConvFusion(X))), and K and V are compressed, as in EDiT; of other tokens Q and K are ReLU of
-    the model's own. There is no softmax and no eta: a compressed image key counts as much as another token's.
+    the model's own. There is no softmax and no eta. Balance is ours.
     """
 
     name = "linear-mm-alpha"
+
+    class Options(Edit.Options):
+        """EDiT's options, and:
+
+        Attributes:
+            balance: a compressed image key counts as often as there are image tokens for which it stands; otherwise once, as
+                another token's.
+        """
+
+        balance: bool = True
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
@@ -28,6 +41,16 @@ class LinearMMAlpha(Edit):
         if problem is None and site.keys.only(TokenKind.IMAGE):
             problem = "it is for joint attention of image tokens and others"
         return Verdict(problem is None, problem or who_attends(site))
+
+    def __init__(self, site: Site, options: Any) -> None:
+        super().__init__(site, options)
+        self.balances = options.balance and options.compresses
+
+    def forward(self, x: QKV, tokens: Tokens) -> Tensor:
+        key = x.key.relu()
+        if self.balances:
+            key = key * tokens.of_keys.counts(self.stride, key).to(key.dtype).unsqueeze(-1)
+        return masked_linear_attention(x.query.relu(), key, x.value, x.mask)
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:

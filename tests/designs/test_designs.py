@@ -36,9 +36,9 @@ LAYOUTS = {"edit": [IMAGE], "mm-edit": [JOINT], "linear-mm-alpha": [JOINT]}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "edit": [{}, {"key": "plain", "value": "plain"}, {"reduction": 2, "query": "plain"}, {"key": "conv-fusion", "value": "conv-fusion"}],
     "mm-edit": [{}, {"eta": "ratio"}, {"eta": "calibrated", "text_keys": "compressed"}, {"key": "plain", "value": "plain"}],
-    "linear-mm-alpha": [{}, {"reduction": 2, "key": "plain", "value": "plain"}],
+    "linear-mm-alpha": [{}, {"reduction": 2, "key": "plain", "value": "plain"}, {"balance": False}],
     "linfusion": [{}, {"reduction": 4}],
-    "kv-compress": [{}, {"factor": 3, "layer_norm": False}],
+    "kv-compress": [{}, {"factor": 3, "layer_norm": True}, {"balance": False}],
     "sana": [{}],
     "mix-ffn": [{}],
 }

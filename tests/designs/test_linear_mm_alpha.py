@@ -28,7 +28,11 @@ def maps(temporal: str = "none") -> Maps:
 @pytest.mark.parametrize("case", JOINT)
 def test_it_is_the_formula(case: str):
     temporal = "causal" if "video" in case else "none"
-    whole_sequence.check("linear-mm-alpha", {"temporal": temporal}, CASES[case], maps(temporal), relu_weight, stride=2)
+    whole_sequence.check("linear-mm-alpha", {"temporal": temporal}, CASES[case], maps(temporal), relu_weight, stride=2, balanced=True)
+
+
+def test_without_balance_it_is_the_formula():
+    whole_sequence.check("linear-mm-alpha", {"balance": False}, {"joint": True, "padded": True}, maps(), relu_weight, stride=2)
 
 
 def test_without_compression_it_is_the_formula():

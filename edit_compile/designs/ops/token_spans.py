@@ -125,6 +125,19 @@ def dropped_tokens(grid: Grids, stride: Sequence[int]) -> int:
     return image_tokens(grid) - kept
 
 
+def window_counts(grid: Sequence[int], stride: Sequence[int], like: Tensor) -> Tensor:
+    """Count the tokens of each window that a tap with that stride makes one token of, (prod(ceil(grid / stride)),) in float32 or higher.
+
+    A window that the grid does not fill has fewer: 5 rows by steps of 2 are windows of 2, 2 and 1.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    counts = torch.ones((), dtype=dtype, device=like.device)
+    for n, step in zip(grid, aligned(stride, len(grid)), strict=True):
+        left = n - step * torch.arange((n + step - 1) // step, dtype=dtype, device=like.device)
+        counts = counts.unsqueeze(-1) * left.clamp(max=step)
+    return counts.flatten()
+
+
 def on_images(module: torch.nn.Module, x_BNC: Tensor, grid: Grids) -> Tensor:
     """Call a module that maps images on tokens, on each image by itself: (B, N, C) to (B, N', C).
 
