@@ -47,6 +47,10 @@ class RecipeError(EditCompileError, ValueError):
     """A recipe has an unknown key, a wrong value or an impossible combination."""
 
 
+class StudyError(EditCompileError, ValueError):
+    """A study has an unknown key or a wrong value, or its folder holds another study's cells."""
+
+
 class DistillError(EditCompileError, RuntimeError):
     """A distillation cannot start or go on."""
 

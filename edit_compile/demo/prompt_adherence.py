@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edit_compile.demo import groups, models, motion, shapes
 
@@ -35,12 +37,13 @@ def held_out_scenes(count: int, seed: int = HELD_OUT_SEED) -> list[shapes.Scene]
 def prompt_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_OUT_SEED, steps: int = 25) -> PromptAdherence:
     """Sample images of 32 x 32 px for the captions of `prompts` held-out scenes, and check every object described."""
     scenes = held_out_scenes(prompts, seed)
+    return _check_shapes(scenes, draw(model, [shapes.caption(scene) for scene in scenes], steps))
+
+
+def _check_shapes(scenes: Sequence[shapes.Scene], images: Tensor) -> PromptAdherence:
     checks: list[shapes.ItemCheck] = []
-    for start in range(0, prompts, _BATCH):
-        part = scenes[start : start + _BATCH]
-        images = models.sample(model, [shapes.caption(scene) for scene in part], seed=start, steps=steps)
-        for image, scene in zip(images, part, strict=True):
-            checks += shapes.check(image.permute(1, 2, 0).numpy(), scene)
+    for image, scene in zip(images, scenes, strict=True):
+        checks += shapes.check(image.permute(1, 2, 0).numpy(), scene)
     placed = torch.tensor([check.colour_and_place for check in checks], dtype=torch.float64)
     shaped = torch.tensor([check.shape for check in checks], dtype=torch.float64)
     return PromptAdherence(len(checks), placed.mean().item(), shaped.mean().item())
@@ -71,12 +74,13 @@ def held_out_groups(count: int, seed: int = HELD_OUT_SEED) -> list[groups.Scene]
 def group_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_OUT_SEED, steps: int = 25) -> GroupAdherence:
     """Sample images of 64 x 64 px for the captions of `prompts` held-out scenes of groups, and check every group described."""
     scenes = held_out_groups(prompts, seed)
+    return _check_groups(scenes, draw(model, [groups.caption(scene) for scene in scenes], steps))
+
+
+def _check_groups(scenes: Sequence[groups.Scene], images: Tensor) -> GroupAdherence:
     checks: list[groups.GroupCheck] = []
-    for start in range(0, prompts, _BATCH):
-        part = scenes[start : start + _BATCH]
-        images = models.sample(model, [groups.caption(scene) for scene in part], seed=start, steps=steps)
-        for image, scene in zip(images, part, strict=True):
-            checks += groups.check(image.permute(1, 2, 0).numpy(), scene)
+    for image, scene in zip(images, scenes, strict=True):
+        checks += groups.check(image.permute(1, 2, 0).numpy(), scene)
     names = ("colour_and_place", "count", "size", "shape", "texture", "all")
     return GroupAdherence(len(checks), **{name: sum(getattr(check, name) for check in checks) / len(checks) for name in names})
 
@@ -104,11 +108,11 @@ def held_out_clips(count: int, seed: int = HELD_OUT_SEED) -> list[motion.Clip]:
 def motion_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_OUT_SEED, steps: int = 25) -> MotionAdherence:
     """Sample clips of 8 frames of 24 x 24 px for the captions of `prompts` held-out clips, and check each."""
     clips = held_out_clips(prompts, seed)
-    checks: list[motion.ClipCheck] = []
-    for start in range(0, prompts, _BATCH):
-        part = clips[start : start + _BATCH]
-        videos = models.sample(model, [motion.caption(clip) for clip in part], seed=start, steps=steps)
-        checks += [motion.check(video.permute(1, 2, 3, 0).numpy(), clip) for video, clip in zip(videos, part, strict=True)]
+    return _check_clips(clips, draw(model, [motion.caption(clip) for clip in clips], steps))
+
+
+def _check_clips(clips: Sequence[motion.Clip], videos: Tensor) -> MotionAdherence:
+    checks = [motion.check(video.permute(1, 2, 3, 0).numpy(), clip) for video, clip in zip(videos, clips, strict=True)]
     shares = {
         "colour": [found.colour for found in checks],
         "shape": [found.shape for found in checks],
@@ -116,3 +120,32 @@ def motion_adherence(model: nn.Module, prompts: int = 200, *, seed: int = HELD_O
         "all": [found.shape and found.motion for found in checks],
     }
     return MotionAdherence(len(checks), **{name: sum(right) / len(checks) for name, right in shares.items()})
+
+
+def draw(model: nn.Module, captions: Sequence[str], steps: int) -> Tensor:
+    """Sample the captions' images or videos in batches, always from the same noise: (B, 3, ...) in [0, 1]."""
+    parts = range(0, len(captions), _BATCH)
+    return torch.cat([models.sample(model, captions[start : start + _BATCH], seed=start, steps=steps) for start in parts])
+
+
+Adherence = PromptAdherence | GroupAdherence | MotionAdherence
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a demo model is asked to draw: captions, and `check`, which tells how well samples (B, 3, ...) of all of them obey."""
+
+    captions: tuple[str, ...]
+    check: Callable[[Tensor], Adherence]
+
+
+def held_out(data: models.TrainingData, prompts: int) -> HeldOut:
+    """Return the first held-out captions of what a demo model was trained on, and what checks samples of them."""
+    if data == models.GROUPS:
+        scenes = held_out_groups(prompts)
+        return HeldOut(tuple(map(groups.caption, scenes)), partial(_check_groups, scenes))
+    if data == models.CLIPS:
+        clips = held_out_clips(prompts)
+        return HeldOut(tuple(map(motion.caption, clips)), partial(_check_clips, clips))
+    simple = held_out_scenes(prompts)
+    return HeldOut(tuple(map(shapes.caption, simple)), partial(_check_shapes, simple))

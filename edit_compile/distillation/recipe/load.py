@@ -48,7 +48,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: it cannot be read; names the key, and the line if the file has one for it.
     """
     path = find_recipe(name)
-    content, lines = _parse(path)
+    content, lines = read_yaml(path)
     for override in overrides:
         key, value = _split(override)
         _set(content, key, value, override)
@@ -59,7 +59,15 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("; ".join(_in_words(path, content, lines, problem) for problem in error.errors())) from None
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
+def read_yaml(path: Path, what: str = "recipe") -> tuple[dict[str, Any], dict[Key, str]]:
+    """Read a mapping from a YAML file, and where each of its keys is: `file:line`.
+
+    Args:
+        what: the file holds, for errors.
+
+    Raises:
+        RecipeError: it cannot be read, is no mapping, or gives a key twice.
+    """
     try:
         text = path.read_text()
         node = yaml.compose(text, yaml.SafeLoader)
@@ -69,7 +77,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     except (OSError, ValueError) as error:  # what is not UTF-8, and dates that do not exist, are ValueErrors
         raise RecipeError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} is not a recipe: it must be a mapping of keys to values")
+        raise RecipeError(f"{path} is not a {what}: it must be a mapping of keys to values")
     lines: dict[Key, str] = {}
     for key, line in _lines(node, ()):
         if key in lines:
