@@ -31,7 +31,7 @@ from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import OriginalWeights
 
 __all__ = ["REGIONAL", "audit", "compile", "grid", "linearize", "plan", "plan_and_convert", "plan_of", "repeated_blocks", "teacher"]
-__all__ += ["transformer_of"]
+__all__ += ["plan_with_forwards", "transformer_of"]
 
 Model = TypeVar("Model")
 REGIONAL: dict[str, Any] = {"dynamic": True, "fullgraph": True}  # how blocks are compiled
@@ -58,8 +58,15 @@ def plan(
         PlanError: it has no attention, and says what was looked at; or it is converted already.
         NoExampleInputsError: no adapter knows the model, and no inputs were given.
     """
+    return plan_with_forwards(model, config, example_inputs, passes).plan
+
+
+def plan_with_forwards(
+    model: Any, config: LinearizeConfig | None = None, example_inputs: Mapping[str, Any] | None = None, passes: Passes | None = None
+) -> CompiledPlan:
+    """Do `plan`, and return with it the new forwards of the sites, for `install`."""
     found, inputs = _with_inputs(model, example_inputs, structure_only=True)
-    return _compiled(found, config, inputs, passes).plan
+    return _compiled(found, config, inputs, passes)
 
 
 def plan_and_convert(

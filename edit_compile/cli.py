@@ -1,4 +1,4 @@
-"""The command line: `edit-compile inspect`, `convert`, `distill`, `sample` and `cache`.
+"""The command line: `edit-compile inspect`, `convert`, `rank`, `distill`, `sample` and `cache`.
 
 Imports nothing heavy until a command runs, so that `--help` is quick.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edit_compile.ir.plan import Plan
 
 UNTRAINED = "The output of a converted model is unusable until it is distilled."
+BUDGETS = "all, best N, flops <= 0.5x, time <= 0.7x or error <= 0.01"
 STOPPED = 130  # exit status of a run that was interrupted, as shells give it
 
 
@@ -66,11 +67,20 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
         include: tuple[str, ...],
         exclude: tuple[str, ...],
         inputs_file: Path | None,
+        ranking: Path | None,
+        sites: str | None,
         **options: Any,
     ) -> Any:
         if (model is None) == (model_option is None):
             raise click.UsageError("give one model, as MODEL or as --model MODEL")
-        config = _config(design=design, **_settings(settings), **({"include": include} if include else {}), exclude=exclude)
+        given = {**({"design": design} if design != "auto" else {}), **({"include": include} if include else {})}
+        chosen = {"ranking": ranking, "sites": sites}
+        config = _config(
+            **given,
+            **_settings(settings),
+            **({"exclude": exclude} if exclude else {}),
+            **{k: v for k, v in chosen.items() if v is not None},
+        )
         return command(model=model or model_option, config=config, example_inputs=_example_inputs(inputs_file), **options)
 
     options = [
@@ -87,6 +97,10 @@ def _conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="FILE",
             help="YAML with the arguments of one forward, x: {shape: [2, 4, 12, 20]}; pipelines and known models need none",
         ),
+        click.option(
+            "--ranking", type=click.Path(path_type=Path), metavar="FILE", help="convert the sites that a ranking chooses; see `rank`"
+        ),
+        click.option("--sites", metavar="BUDGET", help=f"which of them: {BUDGETS}; default: all"),
         click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else"),
     ]
     return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
@@ -108,7 +122,7 @@ def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set {setting!r}: write KEY=VALUE")
-        if name in ("design", "include", "exclude"):
+        if name in ("design", "include", "exclude", "ranking", "sites"):
             raise ConfigError(f"--set {setting}: this is the option --{name}")
         try:
             found[name] = yaml.safe_load(value)
@@ -120,7 +134,11 @@ def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
 def _config(**options: Any) -> LinearizeConfig:
     from edit_compile.config import LinearizeConfig
 
-    return LinearizeConfig(**options)
+    if "ranking" not in options and "sites" not in options:
+        return LinearizeConfig(**options)
+    from edit_compile.distillation.ranking.ranking import resolve_ranking
+
+    return resolve_ranking(options)
 
 
 _dtype_option = click.option(
@@ -287,6 +305,50 @@ def sample(folder: Path, prompts: tuple[str, ...], base: str | None, output: Pat
 
 
 @main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompts", type=click.Path(path_type=Path), required=True, help="a text file with a prompt a line")
+@click.option("--images", type=click.Path(path_type=Path), help="a folder of real images for the FIDs; default: the teacher's images")
+@click.option("--metrics", metavar="NAMES", help="of clip-score, fid-inception, fid-clip and lpips, with commas; default: all")
+@click.option("--samples", type=click.IntRange(min=1), help="images by teacher and student each; default: one a prompt")
+@click.option("--size", type=_Size(), help="PX or HEIGHTxWIDTH; default: the model's")
+@click.option("--steps", type=click.IntRange(min=1), help="sampling steps; default: the pipeline's")
+@click.option("--guidance", type=float, help="classifier-free guidance scale; default: the pipeline's")
+@click.option("--seed", type=int, default=0, show_default=True, help="of the first image")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="images sampled and judged at once")
+@click.option("--device", help="of the pipeline and the networks that judge; default: cuda, if there is any")
+@click.option("--clip", "clip_name", metavar="MODEL", help="a CLIP model: hub id or folder; default: openai/clip-vit-large-patch14")
+@click.option("--base", help="the base pipeline: hub id or folder; default: as the checkpoint says")
+@_dtype_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file; images go beside it; default: evaluation.json in FOLDER")
+@click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
+@_errors_in_one_line
+def evaluate(
+    folder: Path, prompts: Path, metrics: str | None, size: tuple[int, ...] | None, clip_name: str | None, as_json: bool, **options: Any
+) -> None:
+    """Sample from teacher and student for many prompts and judge the images: CLIP score, FIDs, LPIPS. Resumes if interrupted.
+
+    FOLDER holds a converted model, its pipeline, or a finished run.
+    """
+    from edit_compile.evaluation.run import evaluate as run
+    from edit_compile.report.evaluation_table import evaluation_table
+
+    if size is not None and len(size) != 2:
+        raise click.UsageError("--size: PX or HEIGHTxWIDTH; only images are evaluated")
+    height, width = size or (None, None)
+    names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    chosen = {} if clip_name is None else {"clip_name": clip_name}
+
+    def progress(done: int, total: int) -> None:
+        click.echo(f"{done:,} of {total:,} images", err=True)
+
+    found = run(folder, prompts, metrics=names, height=height, width=width, progress=progress, **chosen, **options).to_dict()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _console().print(evaluation_table(found))
+
+
+@main.command()
 @click.argument("recipe")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, for example stages.0.steps=500; repeatable"
@@ -327,6 +389,110 @@ def distill(
     print_result(result, as_json)
     if push_to_hub is not None:
         click.echo(f"uploaded to {push(folder, push_to_hub)}", err=True)
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--recipe", help="a YAML file or a shipped recipe's name: data, layerwise fit, validation; default: the shipped one for MODEL"
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, for example layerwise.lr=0.001; repeatable"
+)
+@click.option(
+    "--candidates",
+    metavar="LIST",
+    help="designs that compete for the sites, as in YAML: NAME, {design: NAME, option: value}; default: the recipe's",
+)
+@click.option("--sites", multiple=True, metavar="BUDGET", help=f"convert, measure and save what this chooses: {BUDGETS}; repeatable")
+@click.option("--size", type=_Size(), help="PX or [FRAMESx]HEIGHTxWIDTH to count FLOPs at; default: the recipe's last stage's")
+@click.option("--steps", type=click.IntRange(min=1), help="of the layerwise fit; default: the recipe's")
+@click.option("--time", is_flag=True, help="measure every site's milliseconds as well, on this machine")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the ranking; default: rankings/ and the model's name")
+@click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
+@_errors_in_one_line
+def rank(
+    model: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    candidates: str | None,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what converting each of MODEL's sites does to its output, and saves, and choose the best. Continues what was begun."""
+    from edit_compile.distillation.console import print_ranking, show_ranking
+    from edit_compile.distillation.ranking.rank import rank as run
+    from edit_compile.distillation.ranking.rank import recipe_for
+    from edit_compile.distillation.recipe.load import load_recipe
+
+    folder = output or Path("rankings") / Path(model).name
+    resolved = load_recipe(recipe or recipe_for(model), overrides)
+    try:
+        with show_ranking(quiet=as_json) as report:
+            found = run(model, folder, recipe=resolved, candidates=_candidates(candidates), report=report, **options)
+    except Interrupted as stopped:
+        click.echo(f"{stopped}. The same command continues.", err=True)
+        sys.exit(STOPPED)
+    print_ranking(found, folder, as_json)
+
+
+def _candidates(text: str | None) -> list[Any] | None:
+    import yaml
+
+    if text is None:
+        return None
+    try:
+        found = yaml.safe_load(text if text.lstrip().startswith("[") else f"[{text}]")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--candidates {text}: not valid YAML: {' '.join(str(error).split())}") from None
+    return list(found)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, metavar="STUDY | RUN...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="default: runs/ and the study's name, or runs/comparison")
+@click.option("--only", multiple=True, metavar="NAME", help="do the cells of this configuration alone; repeatable")
+@click.option("--samples", type=click.IntRange(min=0), help="of runs: held-out captions that a demo model draws; default: 100")
+@click.option("--table", is_flag=True, help="print what was found before, and do nothing")
+@click.option("--json", "as_json", is_flag=True, help="print JSON on stdout and nothing else")
+@_errors_in_one_line
+def compare(paths: tuple[str, ...], output: Path | None, only: tuple[str, ...], samples: int | None, table: bool, as_json: bool) -> None:
+    """Compare ways to convert and distil a model: tables and a gallery.
+
+    STUDY: a YAML file, or the name of a shipped study; its cells are trained and measured, those that are done are not done again.
+    RUN: folders of finished runs.
+    """
+    from edit_compile.distillation.console import show_progress
+    from edit_compile.study.compare import compare as run
+    from edit_compile.study.compare import output_of, read_results
+    from edit_compile.study.console import print_results
+
+    folder = output_of(paths, output)
+    again = shlex.join(["edit-compile", "compare", *paths, *(part for name in only for part in ("--only", name)), "-o", str(folder)])
+    try:
+        results = (
+            read_results(folder)
+            if table
+            else run(
+                *paths,
+                output=folder,
+                only=only,
+                samples=samples,
+                say=lambda line: click.echo(line, err=True),
+                progress=lambda title, recipe: show_progress(recipe, quiet=as_json or not sys.stderr.isatty()),
+            )
+        )
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        click.echo(f"{stopped or 'stopped'}. To continue: {again}", err=True)
+        sys.exit(STOPPED)
+    if as_json:
+        click.echo(results.model_dump_json(indent=2))
+    else:
+        print_results(results)
+        click.echo(f"results.json, results.md and gallery.png are in {folder}", err=True)
+    if results.failed and not table:
+        raise EditCompileError(f"{len(results.failed)} of the cells failed; comparing again tries them again: {again}")
 
 
 @main.command()

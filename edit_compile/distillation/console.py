@@ -6,14 +6,19 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from edit_compile.distillation.dry_run import Estimate
+from edit_compile.distillation.ranking.measure import Progress as RankingProgress
+from edit_compile.distillation.ranking.ranking import Ranking
+from edit_compile.distillation.ranking.tables import TextTable, sets_table, sites_table, title, untaken
 from edit_compile.distillation.recipe.schedule import total_steps
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.run import Result
@@ -69,6 +74,64 @@ def print_result(result: Result, as_json: bool) -> None:
         ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
         console.print(f"one forward at {speed.size} px: {ratio}")
     console.print(f"{result.seconds:.0f} s of training; the student is in {result.folder}")
+
+
+@contextmanager
+def show_ranking(*, quiet: bool) -> Iterator[Callable[[RankingProgress], None]]:
+    """Yield a callback for the parts of a ranking: a live bar on a terminal, now and then a line elsewhere, nothing if quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield (lambda at: None) if quiet else _print_part
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def update(at: RankingProgress) -> None:
+            if at.what not in tasks:
+                tasks[at.what] = bar.add_task(at.what, total=at.total, loss="")
+            bar.update(tasks[at.what], completed=at.done, total=at.total, loss="" if at.loss is None else f"loss {at.loss:.5f}")
+
+        yield update
+
+
+def _print_part(at: RankingProgress) -> None:
+    """Print the last of every tenth of a part."""
+    if at.done * 10 // at.total != (at.done - 1) * 10 // at.total:
+        loss = "" if at.loss is None else f"  loss {at.loss:.5f}"
+        print(f"{at.what}  {at.done}/{at.total}{loss}", file=sys.stderr, flush=True)
+
+
+def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:
+    """Print the sites with their errors and savings, the sets that were measured, and where the ranking is."""
+    if as_json:
+        print(ranking.to_json())
+        return
+    console = _console()
+    console.print(title(ranking), style="bold")
+    console.print("error with one site converted, for what it saves of the FLOPs:", markup=False)
+    console.print(_rich_table(sites_table(ranking)))
+    for line in untaken(ranking):
+        console.print(line, markup=False)
+    if ranking.checked:
+        console.print(_rich_table(sets_table(ranking)))
+    console.print(
+        f"the ranking is in {folder}; in a recipe: convert: {{ranking: {folder}/ranking.json, sites: flops <= 0.8x}}", markup=False
+    )
+
+
+def _rich_table(found: TextTable) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for number, name in enumerate(found.head):
+        table.add_column(name, justify="right" if number in found.right else "left")
+    for row in found.rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def print_estimate(estimate: Estimate, as_json: bool) -> None:
