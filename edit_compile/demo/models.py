@@ -56,7 +56,7 @@ def untrained(name: str) -> ModelMixin:
     """
     from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
 
-    heads, side = (4, GROUPS.side) if name in LARGE_NAMES else (3, SHAPES.side)
+    side = GROUPS.side if name in LARGE_NAMES else SHAPES.side
     if name in ("mm-dit", "mm-dit-64"):
         return SD3Transformer2DModel(
             sample_size=side,
@@ -65,9 +65,9 @@ def untrained(name: str) -> ModelMixin:
             out_channels=3,
             num_layers=4,
             attention_head_dim=32,
-            num_attention_heads=heads,
+            num_attention_heads=3,
             joint_attention_dim=text.TEXT_CHANNELS,
-            caption_projection_dim=32 * heads,
+            caption_projection_dim=96,
             pooled_projection_dim=text.TEXT_CHANNELS,
             pos_embed_max_size=64,
             dual_attention_layers=(0,),
@@ -81,8 +81,8 @@ def untrained(name: str) -> ModelMixin:
             out_channels=3,
             num_layers=5 if name == "dit" else 6,
             attention_head_dim=32,
-            num_attention_heads=heads,
-            cross_attention_dim=32 * heads,
+            num_attention_heads=3,
+            cross_attention_dim=96,
             caption_channels=text.TEXT_CHANNELS,
             norm_num_groups=32,
             use_additional_conditions=False,
