@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edit_compile.adapters.hub_access import hub_access
+from edit_compile.adapters.sampler_timesteps import timesteps_of_pipeline
 from edit_compile.errors import DistillError
 
 Prediction = Literal["rectified-flow", "epsilon", "v-prediction"]
@@ -47,12 +48,14 @@ class NoiseSchedule:
         alphas: (T,), the cumulative products of a discrete schedule: a^2 = alphas[t], s^2 = 1 - alphas[t]; None for a flow.
         shift: of a flow's sigmas, sigma' = shift sigma / (1 + (shift - 1) sigma) (Stable Diffusion 3, arXiv 2403.03206).
         dynamic: instead of `shift`, where it depends on the number of image tokens (FLUX): see `at`.
+        pipeline: the folder or hub id of the pipeline that it was read from, if it was: see `visited`.
     """
 
     prediction: Prediction
     alphas: Tensor | None = None
     shift: float = 1.0
     dynamic: DynamicShift | None = None
+    pipeline: str | None = field(default=None, compare=False)
 
     def at(self, tokens: int) -> NoiseSchedule:
         """Return the schedule for images of `tokens` image tokens: a dynamic shift becomes a number."""
@@ -61,12 +64,35 @@ class NoiseSchedule:
         return replace(self, shift=self.dynamic.shift(tokens), dynamic=None)
 
     def timesteps(self, u: Tensor, density: str = "uniform") -> Tensor:
-        """Map u (B,) in (0, 1) to timesteps (B,), float32 in [0, 1000); for a discrete schedule, whole numbers below T."""
+        """Map u (B,) in (0, 1) to timesteps (B,), float32 in [0, 1000]; for a discrete schedule, whole numbers below T."""
         if density == "logit-normal":
             u = torch.special.expit(torch.special.ndtri(u))
         if self.alphas is not None:
             return (u * len(self.alphas)).floor().float()
         return (self.shift * u / (1 + (self.shift - 1) * u) * NUM_TRAIN_TIMESTEPS).float()
+
+    def visited(self, steps: int, height: int, width: int, frames: int | None = None) -> Tensor:
+        """Return the timesteps (n,), ascending, that the model's sampler visits in a sampling of so many steps.
+
+        They are those of its pipeline. Of a flow without one they are those of Euler's steps between equally spaced sigmas, shifted.
+
+        Args:
+            height, width, frames: of the sample, in pixels.
+
+        Raises:
+            DistillError: the pipeline of a discrete schedule is not known, or cannot be asked.
+        """
+        if self.pipeline is not None:
+            found = timesteps_of_pipeline(self.pipeline, steps, height, width, frames).float()
+        elif self.alphas is None:
+            found = self.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps)
+        else:
+            raise DistillError(
+                "timesteps.sampler_steps: which timesteps a sampler of the model visits is known from its pipeline alone, and that is "
+                "not known; leave prediction: auto, or use timesteps: uniform"
+            )
+        distinct: Tensor = torch.unique(found if self.alphas is None else found.round())
+        return distinct
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Add noise to latents (B, ...) at timesteps (B,); returns them and what the model is trained to predict, both (B, ...)."""
@@ -106,7 +132,7 @@ def schedule_of_pipeline(pipeline: str) -> NoiseSchedule:
     folder = Path(pipeline)
     try:
         path = folder / "scheduler" / _FILE if folder.is_dir() else _downloaded(pipeline)
-        return schedule_of(json.loads(path.read_text()))
+        return replace(schedule_of(json.loads(path.read_text())), pipeline=pipeline)
     except (OSError, ValueError) as error:
         raise DistillError(f"{pipeline}: scheduler/{_FILE} cannot be read: {error}; set prediction: in the recipe") from error
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from edit_compile.adapters.inputs import tokens_of_size
 from edit_compile.adapters.noise_schedule import NoiseSchedule
-from edit_compile.api import teacher
+from edit_compile.api import repeated_blocks, teacher
 from edit_compile.distillation.data import BatchRequest, DataSource
 from edit_compile.distillation.data.seeding import low_discrepancy, noise_for
 from edit_compile.distillation.data.source import CallSource
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.errors import DistillError
 from edit_compile.passes.site_graph import ADDED
+from edit_compile.student.lora import lora_names
 from edit_compile.student.site import converted_sites
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ class Context:
         """Read a batch and add noise, on the CPU, at timesteps (B,) or, if None, at the recipe's."""
         schedule = self.schedule_at(request.height, request.width, request.frames)
         if timesteps is None:
-            timesteps = schedule.timesteps(low_discrepancy(request.positions, self.recipe.seed), self.recipe.timesteps)
+            u = low_discrepancy(request.positions, self.recipe.seed)
+            visited = self.visited(request.height, request.width, request.frames)
+            timesteps = schedule.timesteps(u, self.recipe.timesteps.density) if visited is None else visited[among(u, len(visited))]
         if isinstance(self.source, CallSource):
             calls = self.source.recorded(request, timesteps)
             return NoisyBatch(torch.empty(len(timesteps), 0), calls.timesteps, calls.arguments, None)
@@ -87,6 +90,15 @@ class Context:
         if self.schedule.dynamic is None:
             return self.schedule
         return self.schedule.at(math.prod(tokens_of_size(self.student, height, width, frames)))
+
+    def visited(self, height: int, width: int, frames: int | None = None) -> Tensor | None:
+        """Return the timesteps (n,), ascending, that the recipe's sampler visits at a size in pixels; None: it trains on all.
+
+        Raises:
+            DistillError: what the model's sampler does is not known.
+        """
+        steps = self.recipe.timesteps.sampler_steps
+        return None if steps is None else self.schedule_at(height, width, frames).visited(steps, height, width, frames)
 
     def on_device(self, batch: NoisyBatch) -> NoisyBatch:
         """Move a batch to the run's device."""
@@ -120,9 +132,24 @@ class Context:
         return [range((turn * count + rank) * size, (turn * count + rank + 1) * size) for turn in turns]
 
 
+def among(u: Tensor, number: int) -> Tensor:
+    """Map u (B,) in [0, 1) to indices (B,) below a number, all of equal shares."""
+    return (u * number).long().clamp_(max=number - 1)
+
+
 def trained_parameters(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """Select the parameters that a recipe's `train` names, by name in the model."""
     if train == "all":
         return dict(student.named_parameters())
-    sites = tuple(f"{path}." if train == "attention" else f"{path}.{ADDED}." for path in converted_sites(student))
-    return {name: p for name, p in student.named_parameters() if name.startswith(sites)}
+    within = tuple(f"{path}." for path in (blocks_with_sites(student) if train == "blocks" else converted_sites(student)))
+    if train == "inserted":
+        within = tuple(f"{path}{ADDED}." for path in within)
+    adapters = lora_names(student) if train == "lora" else set()
+    numbers = ((name, p) for name, p in student.named_parameters() if p.is_floating_point())
+    return {name: p for name, p in numbers if name.startswith(within) or name in adapters}
+
+
+def blocks_with_sites(student: nn.Module) -> list[str]:
+    """List the paths of the repeated blocks that hold converted sites; a site outside of them stands for itself."""
+    sites = [f"{path}." for path in converted_sites(student)]
+    return [block for block in repeated_blocks(student) if any(site.startswith(f"{block}.") for site in sites)]

@@ -20,11 +20,12 @@ from edit_compile.api import plan_of
 from edit_compile.bench import matmul_flops_per_second, peak_memory, size_in_words, video_size
 from edit_compile.bench.sized_inputs import InputMaker
 from edit_compile.distillation.context import Context, Denoise, NoisyBatch, trained_parameters
-from edit_compile.distillation.models import check_frames_of, make_student
+from edit_compile.distillation.models import check_frames_of, give_lora, make_student
 from edit_compile.distillation.recipe.schedule import Phase, phases_of
-from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.recipe.schema import LoraOptions, Recipe
 from edit_compile.distillation.train.distributed import recompute_blocks
 from edit_compile.distillation.train.layerwise import layerwise_fit
+from edit_compile.distillation.train.optimizer import moment_bytes
 from edit_compile.distillation.train.step import measure_losses
 from edit_compile.distillation.train.train_context import only_trainable
 from edit_compile.errors import GridError, NoExampleInputsError
@@ -34,8 +35,6 @@ from edit_compile.passes.native_attention import native_attention
 from edit_compile.student.grid import grid
 from edit_compile.student.grid_sources import Grids
 from edit_compile.student.site import converted_sites
-
-_MOMENTS = {"adamw": 8, "adamw-8bit": 2}  # bytes of both
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,8 @@ def dry_run(recipe: Recipe) -> Estimate:
     student = made.model
     check_frames_of(recipe, student)
     structure = meta_copy(student, recipe.dtype)
+    if recipe.train == "lora":
+        give_lora(structure, recipe.lora or LoraOptions())
     trained = trained_parameters(structure, recipe.train)
     number, state = sum(p.numel() for p in trained.values()), _state_bytes(structure, recipe)
     phases: list[PhaseEstimate] = []
@@ -136,14 +137,19 @@ def dry_run(recipe: Recipe) -> Estimate:
 
 
 def _state_bytes(structure: nn.Module, recipe: Recipe) -> int:
-    """Count what is kept between steps. The teacher has its own attention weights; with `train: all` it is a model of its own."""
-    frozen = recipe.dtype.itemsize
-    trained = {id(p) for p in trained_parameters(structure, recipe.train).values()}
-    of_trained = 4 + 4 + _MOMENTS[recipe.optimizer.kind] + (4 if recipe.ema_decay is not None else 0)  # itself, its gradient, ...
+    """Count what is kept between steps. The teacher has its own attention weights, with `train: blocks` also the other ones of those
+    blocks; with `train: all` it is a model of its own."""
+    frozen, parameters = recipe.dtype.itemsize, trained_parameters(structure, recipe.train)
+    trained = {id(p) for p in parameters.values()}
+    of_trained = 4 + 4 + (4 if recipe.ema_decay is not None else 0)  # itself, its gradient, its average
     own = sum(p.numel() * (of_trained if id(p) in trained else frozen) for p in structure.parameters())
-    originals = sum(p.numel() for site in converted_sites(structure).values() for p in site.edit_teacher.parameters())
-    teacher = originals if recipe.train != "all" else 2 * originals + sum(p.numel() for p in structure.parameters())
-    return own + frozen * teacher
+    teacher = sum(p.numel() for site in converted_sites(structure).values() for p in site.edit_teacher.parameters())
+    if recipe.train == "blocks":
+        sites = {id(p) for site in converted_sites(structure).values() for p in site.parameters()}
+        teacher += sum(p.numel() for p in parameters.values() if id(p) not in sites)
+    if recipe.train == "all":
+        teacher += teacher + sum(p.numel() for p in structure.parameters())
+    return own + moment_bytes(structure, parameters, recipe.optimizer) + frozen * teacher
 
 
 class _Inputs:

@@ -14,9 +14,14 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule
 from edit_compile.api import linearize
 from edit_compile.config import LinearizeConfig
 from edit_compile.demo import models as demo
-from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.context import blocks_with_sites
+from edit_compile.distillation.recipe.schema import LoraOptions, Recipe
 from edit_compile.errors import DistillError, GridError
 from edit_compile.student.checkpoint import INDEX, base_of, load
+from edit_compile.student.handle import conversion_of
+from edit_compile.student.lora import add_lora
+from edit_compile.student.site import converted_sites
+from edit_compile.student.weights import unshare
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,32 @@ def check_frames_of(recipe: Recipe, model: nn.Module) -> None:
                 check_frames(model, phase.frames)
             except GridError as error:
                 raise DistillError(f"{name}.frames: {error}") from error
+
+
+def give_lora(student: nn.Module, options: LoraOptions) -> None:
+    """Add a recipe's LoRA to a student, unless it has the same from an earlier run, which is trained on.
+
+    Raises:
+        DistillError: it has another.
+        ConfigError, EditCompileError: as `add_lora`.
+    """
+    alpha, found = options.alpha or options.rank, conversion_of(student).lora
+    if found is None:
+        add_lora(student, options.rank, alpha, options.targets)
+    elif (found.rank, found.alpha) != (options.rank, alpha):
+        raise DistillError(
+            f"lora: the student has LoRA of rank {found.rank} and alpha {found.alpha:g} already: ask for the same, "
+            "or merge it first with edit_compile.merge_lora"
+        )
+
+
+def unshare_blocks(student: nn.Module) -> None:
+    """Give a student weights of its own in all repeated blocks that hold sites."""
+    sites = tuple(f"{path}." for path in converted_sites(student))
+    outside = [n for n, p in student.named_parameters(remove_duplicate=False) if p.is_floating_point() and not n.startswith(sites)]
+    blocks = [block for block in blocks_with_sites(student) if any(name.startswith(f"{block}.") for name in outside)]
+    if blocks:
+        unshare(student, [f"{block}.*" for block in blocks])
 
 
 def _is_converted(recipe: Recipe) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from edit_compile.adapters.denoise import denoise as denoise_by_family
@@ -19,27 +20,30 @@ from edit_compile.api import plan_of
 from edit_compile.distillation.context import Context, Denoise, trained_parameters
 from edit_compile.distillation.data import DataSource, open_source
 from edit_compile.distillation.data.records import write_skipped
+from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.evaluate.sample_grid import GridSampler
 from edit_compile.distillation.evaluate.speed import Speed, measure_speeds
 from edit_compile.distillation.evaluate.validation import ValidationResult, validate
-from edit_compile.distillation.models import Student, check_frames_of, make_student, noise_schedule
+from edit_compile.distillation.models import Student, check_frames_of, give_lora, make_student, noise_schedule, unshare_blocks
 from edit_compile.distillation.output.model_card import model_card
 from edit_compile.distillation.output.plot import plot_losses
 from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.distillation.recipe.load import load_recipe
 from edit_compile.distillation.recipe.schedule import phases_of
-from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.recipe.schema import LoraOptions, Recipe
 from edit_compile.distillation.train.checkpoints import Checkpoint
 from edit_compile.distillation.train.distributed import gathered, make_accelerator, set_precision, shard, shards, share_sites
 from edit_compile.distillation.train.interrupt import interruptible
 from edit_compile.distillation.train.metrics import MetricsRow
+from edit_compile.distillation.train.optimizer import muon_matrices
 from edit_compile.distillation.train.trackers import settings_of
 from edit_compile.distillation.train.train_context import only_trainable, raise_recompile_limit
 from edit_compile.distillation.train.trainer import Trainer
 from edit_compile.errors import DistillError, EditCompileError
 from edit_compile.student.checkpoint import save
+from edit_compile.student.lora import merge_lora
 from edit_compile.student.site import converted_sites
-from edit_compile.student.weights import unshare
+from edit_compile.student.weights import separate_teacher, unshare
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -142,11 +146,22 @@ class Run:
     grids: GridSampler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.teacher = self.student.model
-        if self.recipe.train == "all":  # then the teacher needs weights of its own
-            self.teacher = copy.deepcopy(self.student.model).requires_grad_(False)
-            unshare(self.student.model)
-        self.trained = set(trained_parameters(self.student.model, self.recipe.train))
+        student, recipe = self.student.model, self.recipe
+        self.teacher = student
+        if recipe.train == "all":  # then the teacher needs weights of its own
+            self.teacher = copy.deepcopy(student).requires_grad_(False)
+            unshare(student)
+        elif recipe.train == "blocks":
+            self.teacher = separate_teacher(student)
+            unshare_blocks(student)
+        elif recipe.train == "lora":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(recipe.seed, "lora"))
+                give_lora(student, recipe.lora or LoraOptions())
+        trained = trained_parameters(student, recipe.train)
+        self.trained = set(trained)
+        if recipe.optimizer.kind == "muon":
+            muon_matrices(student, trained)  # there are some
 
     def prepare(self, source: DataSource | None, *, resume: bool) -> None:
         """Place the models, open the data and the folder, and find out now what would end the run in a later phase.
@@ -160,7 +175,9 @@ class Run:
         recipe, accelerator = self.recipe, self.accelerator
         self._place_student()
         if self.teacher is not self.student.model:
-            set_precision(self.teacher.eval(), (), recipe.precision)
+            # What a teacher shares with its student, the sites' own weights, stays as that needs it.
+            shared = trained_parameters(self.teacher, "attention") if recipe.train == "blocks" else ()
+            set_precision(self.teacher.eval(), shared, recipe.precision)
             self.teacher.to(accelerator.device)
         options: dict[str, Any] = {"base": self.student.base, "device": accelerator.device, "dtype": recipe.dtype}
         source = source or open_source(recipe.data, self.teacher, recipe.seed, **options)
@@ -170,6 +187,7 @@ class Run:
             try:
                 self.context.local_batch_slices(phase.options.global_batch_size, phase.options.micro_batch_size)
                 source.check(phase.height, phase.width, *([] if phase.frames is None else [phase.frames]))
+                self.context.visited(phase.height, phase.width, phase.frames)
             except DistillError as error:
                 raise DistillError(f"{phase.name}: {error}") from error
         with accelerator.main_process_first():
@@ -186,6 +204,8 @@ class Run:
             before = self.checkpoint[0].before if self.checkpoint is not None else self._validate().to_dict()
             trainer = Trainer(self.context, self.folder.checkpoints, self._record, interrupt, before, self._write_grid)
             trainer.run(self.checkpoint)
+        if self.recipe.lora is not None and self.recipe.lora.merge:
+            merge_lora(self.student.model)
         save(self.student.model, self.folder.path, base=self.student.base)
         for tracker in self.accelerator.trackers:  # end_training() would end the process group too
             tracker.finish()

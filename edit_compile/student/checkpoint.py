@@ -18,6 +18,7 @@ from edit_compile.student.checkpoint_format import HERE, INDEX, Index, read_inde
 from edit_compile.student.convert import install, require_plain_forwards
 from edit_compile.student.fingerprint import difference, fingerprint
 from edit_compile.student.handle import ConvertedModel
+from edit_compile.student.lora import install_lora, state_name
 from edit_compile.student.save import save
 from edit_compile.student.weights import trained_tensors, unshare
 
@@ -37,7 +38,7 @@ def load(folder: str | Path, base: Any = None, *, passes: Passes | None = None) 
         CheckpointError: the checkpoint is damaged or of another version, or the base is not the one it was made from.
         ModelNotFoundError: the base is not where the checkpoint says.
     """
-    folder = _checkpoint_in(Path(folder))
+    folder = checkpoint_in(Path(folder))
     index = read_index(folder)
     tensors = read_tensors(folder, index)
     model = base if isinstance(base, nn.Module) else denoiser_of(base) or _load_base(folder, index, base)
@@ -46,7 +47,7 @@ def load(folder: str | Path, base: Any = None, *, passes: Passes | None = None) 
         raise CheckpointError(f"{folder} was made from another base than this {type(model).__name__}: {differs}; pass base={index.base!r}")
     student = _convert_again(folder, index, model, passes)
     _check_names(folder, tensors, trained_tensors(student))
-    student.load_state_dict(tensors, strict=False)
+    student.load_state_dict({state_name(student, name): tensor for name, tensor in tensors.items()}, strict=False)
     student.edit_conversion.base = base_of(folder)
     return student
 
@@ -57,6 +58,8 @@ def _convert_again(folder: Path, index: Index, model: nn.Module, passes: Passes 
         student = install(model, recompile(model, Plan.from_json(json.dumps(index.plan)), passes))
         if index.unshared:
             unshare(student, index.unshared)
+        if index.lora is not None:
+            install_lora(student, index.lora)
     except EditCompileError as error:
         raise CheckpointError(f"{folder / INDEX}: {error}") from error
     return student
@@ -94,12 +97,12 @@ def base_of(folder: str | Path) -> str | None:
         CheckpointError: there is no checkpoint, or it is damaged or of another version.
     """
     folder = Path(folder)
-    base = read_index(_checkpoint_in(folder)).base
+    base = read_index(checkpoint_in(folder)).base
     return str(folder.resolve()) if base == HERE else base
 
 
-def _checkpoint_in(folder: Path) -> Path:
-    """The folder itself, or the denoiser's part of a pipeline's folder."""
+def checkpoint_in(folder: Path) -> Path:
+    """Return the folder itself, or the denoiser's part of a pipeline's folder."""
     if (folder / INDEX).exists() or not (folder / _PIPELINE_INDEX).is_file():
         return folder
     return next((folder / name for name in DENOISERS if (folder / name / INDEX).is_file()), folder)

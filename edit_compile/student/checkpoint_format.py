@@ -22,6 +22,7 @@ from edit_compile.errors import CheckpointError
 from edit_compile.files import flush, sha256
 from edit_compile.frozen import Frozen, first_problem
 from edit_compile.student.fingerprint import TensorPrint
+from edit_compile.student.handle import Lora
 from edit_compile.version import __version__
 
 FORMAT = 2
@@ -42,6 +43,8 @@ class Index(Frozen):
     """The original model's."""
     unshared: tuple[str, ...]
     """The names of weights outside the sites that were trained."""
+    lora: Lora | None = None
+    """The LoRA of Linears outside the sites."""
     plan: dict[str, Any]
     """The plan it was converted by."""
     tensors: str

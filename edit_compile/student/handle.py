@@ -9,12 +9,22 @@ from typing import Any
 from torch import nn
 
 from edit_compile.errors import EditCompileError
+from edit_compile.frozen import Frozen
 from edit_compile.ir.plan import Plan
 from edit_compile.student.fingerprint import Fingerprint
 from edit_compile.student.runtime import Runtime
 
 # Where wrappers keep the one model in them: torch.compile, DDP and accelerate, PEFT (twice), pipelines.
 _HOLDERS = ("_orig_mod", "module", "base_model", "model", "transformer", "unet")
+
+
+class Lora(Frozen):
+    """The LoRA of a converted model: an adapted Linear computes W x + alpha / rank B A x."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """The paths of the Linears."""
 
 
 @dataclass(eq=False)
@@ -27,6 +37,7 @@ class Conversion:
         runtime: how its calls find their grid and mode.
         base: where the original was loaded from, if that is known.
         originals: by name, the original weights outside the sites in whose place the model has its own now (see `unshare`).
+        lora: the LoRA of Linears outside the sites, if they have it (see `add_lora`).
     """
 
     plan: Plan
@@ -34,10 +45,11 @@ class Conversion:
     runtime: Runtime
     base: str | None = None
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    lora: Lora | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Copy what calls and training change; the rest is never written."""
-        copied = Conversion(self.plan, self.fingerprint, self.runtime.__deepcopy__(memo), self.base, dict(self.originals))
+        copied = Conversion(self.plan, self.fingerprint, self.runtime.__deepcopy__(memo), self.base, dict(self.originals), self.lora)
         memo[id(self)] = copied
         return copied
 

@@ -16,6 +16,7 @@ from edit_compile.errors import CheckpointError
 from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.checkpoint_format import HERE, write
 from edit_compile.student.handle import ConvertedModel, unwrap
+from edit_compile.student.lora import plain_name, without_lora, write_for_others
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import check_finite, original_state, trained_tensors
 from edit_compile.torch_internals import is_sharded
@@ -56,18 +57,20 @@ def save(student: Any, folder: str | Path, *, base: str | Path | None = None) ->
             base=_name_of(base or origin_of(student) or conversion.base),
             fingerprint=conversion.fingerprint,
             unshared=tuple(conversion.originals),
+            lora=conversion.lora,
             plan=json.loads(conversion.plan.to_json()),
         )
+        write_for_others(Path(folder), conversion.lora, tensors)
 
 
 def _check_names(student: ConvertedModel) -> None:
     """Refuse other weights than those of base and plan, from which the checkpoint is rebuilt."""
     known, added = student.edit_conversion.fingerprint, tuple(f"{path}.{ADDED}." for path in converted_sites(student))
-    found = {name for name in student.state_dict() if not name.startswith(added)}
+    found = {name for name in without_lora(student, student.state_dict()) if not name.startswith(added)}
     if strange := sorted(found ^ known.keys()):
         raise CheckpointError(
-            f"{', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''}: not as it was at conversion. Adapters (LoRA) are saved by "
-            "their own library; unload or fuse them before edit_compile.save"
+            f"{', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''}: not as it was at conversion. Adapters (LoRA) that other "
+            "libraries added are saved by them; unload or fuse them before edit_compile.save"
         )
 
 
@@ -90,7 +93,7 @@ def _check_values(student: nn.Module, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{offloaded} has no values (meta device); undo offloading first, pipe.remove_all_hooks() for a pipeline")
     if any(_is_on_disk(module) for module in student.modules()):
         raise CheckpointError("the weights are offloaded to disk: save before enabling group offloading, or without offload_to_disk_path")
-    unsaved = [n for n, p in student.named_parameters() if p.requires_grad and n not in tensors]
+    unsaved = [n for n, p in student.named_parameters() if p.requires_grad and plain_name(student, n) not in tensors]
     if unsaved:
         raise CheckpointError(
             f"{unsaved[0]}{f' and {len(unsaved) - 1} more' if len(unsaved) > 1 else ''} can be trained, but shares its memory with the "

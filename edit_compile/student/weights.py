@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError, EditCompileError, RewriteError
 from edit_compile.student.handle import ConvertedModel, unwrap
+from edit_compile.student.lora import lora_layers, lora_names, plain_name, without_lora
 from edit_compile.student.site import converted_sites
 from edit_compile.torch_internals import is_sharded
 
@@ -50,7 +51,7 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
 
     Raises:
         ConfigError: a glob matches no weight outside the sites.
-        EditCompileError: the student's weights are sharded or offloaded.
+        EditCompileError: the student's weights are sharded or offloaded, or have LoRA.
     """
     model = unwrap(student)
     sites = tuple(f"{path}." for path in converted_sites(model))
@@ -58,6 +59,8 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
     for glob in (globs := tuple(include)):
         if not any(fnmatchcase(name, glob) for name, _ in shared):
             raise ConfigError(f"{glob!r} matches no weight outside the converted sites; there are: {_some(n for n, _ in shared)}")
+    if lora_layers(model):
+        raise EditCompileError("weights with LoRA cannot be unshared: call edit_compile.unshare before LoRA is added, or merge that first")
     originals = model.edit_conversion.originals
     copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for name, parameter in shared:
@@ -99,7 +102,8 @@ def with_original_weights(model: nn.Module) -> nn.Module:
         EditCompileError: the trained weights are sharded or offloaded.
     """
     assert isinstance(model, ConvertedModel)
-    conversion, own = model.edit_conversion, dict(model.named_parameters(remove_duplicate=False))
+    conversion = model.edit_conversion
+    own = {plain_name(model, name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     memo: dict[int, Any] = {id(conversion): conversion, id(conversion.runtime): conversion.runtime}
     memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     for site in converted_sites(model).values():
@@ -115,20 +119,40 @@ def with_original_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def separate_teacher(student: nn.Module) -> nn.Module:
+    """Copy the module tree of a converted model over the same weights, the original ones outside the sites, with a handle of its own.
+
+    Weights that `unshare` gives the student afterwards are not the copy's. Moving the student moves what they share.
+    """
+    assert isinstance(student, ConvertedModel)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(student.parameters(), student.buffers())}
+    for site in converted_sites(student).values():
+        memo[id(site.edit_teacher)] = site.edit_teacher
+    own = {plain_name(student, name): p for name, p in student.named_parameters(remove_duplicate=False)}
+    memo |= {id(own[name]): original for name, original in student.edit_conversion.originals.items()}
+    teacher = copy.deepcopy(student, memo)
+    teacher.edit_conversion.originals = {}
+    return teacher
+
+
 def original_state(student: ConvertedModel) -> dict[str, Tensor]:
     """Make the state dict of the model that a student was made from."""
     sites, originals = converted_sites(student), student.edit_conversion.originals
     prefixes = tuple(f"{path}." for path in sites)
-    state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(prefixes)}
+    state = {name: t for name, t in without_lora(student, student.state_dict()).items() if not name.startswith(prefixes)}
     for path, site in sites.items():
         state |= {f"{path}.{name}": tensor for name, tensor in site.edit_teacher.state_dict().items()}
     return state | {name: original.detach().to(state[name]) for name, original in originals.items()}
 
 
 def trained_tensors(student: ConvertedModel) -> dict[str, Tensor]:
-    """List what is a student's own, by name in its state dict: the state of its sites, and what was unshared."""
+    """List what is a student's own: the state of its sites, what was unshared, and LoRA.
+
+    The names are those of its state dict, but for unshared weights that LoRA renames (see `student.lora`).
+    """
     prefixes, unshared = tuple(f"{path}." for path in converted_sites(student)), student.edit_conversion.originals
-    return {name: t.detach() for name, t in student.state_dict().items() if name.startswith(prefixes) or name in unshared}
+    adapters, named = lora_names(student), ((plain_name(student, name), name, t) for name, t in student.state_dict().items())
+    return {plain: t.detach() for plain, name, t in named if plain.startswith(prefixes) or plain in unshared or name in adapters}
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:

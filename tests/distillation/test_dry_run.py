@@ -23,6 +23,7 @@ from edit_compile.distillation import dry_run as module
 from edit_compile.distillation.context import Context, NoisyBatch, trained_parameters
 from edit_compile.distillation.data import BatchRequest, open_source
 from edit_compile.distillation.models import Student
+from edit_compile.distillation.train.optimizer import muon_matrices
 from edit_compile.distillation.train.step import measure_losses
 from edit_compile.distillation.train.train_context import only_trainable
 from edit_compile.student.site import converted_sites
@@ -97,6 +98,27 @@ def test_what_is_kept_by_option():
     assert state(optimizer={"kind": "adamw-8bit"}) == base.state_bytes - 6 * trained
     assert state(ema_decay=None) == base.state_bytes - 4 * trained
     assert state(train="all") == 4 * (5 * parameters + parameters + 2 * originals)
+    lora = tried("pixart-sigma", train="lora", lora={"rank": 4, "targets": ["*.ff.*", "proj_out"]})[1]
+    added = lora.trained - trained
+    assert added == sum(4 * (linear.in_features + linear.out_features) for linear in adapted("pixart-sigma"))
+    assert lora.state_bytes == base.state_bytes + 4 * 5 * added
+    blocks = tried("pixart-sigma", train="blocks")[1]
+    outside = blocks.trained - trained
+    assert blocks.trained == sum(p.numel() for p in student_of("pixart-sigma").transformer_blocks.parameters())
+    assert blocks.state_bytes == base.state_bytes + 4 * (4 * outside + outside)
+    matrices = sum(
+        p.numel() for p in muon_matrices(student_of("pixart-sigma"), trained_parameters(student_of("pixart-sigma"), "blocks")).values()
+    )
+    assert state(train="blocks", optimizer={"kind": "muon"}) == blocks.state_bytes - 4 * matrices
+
+
+def adapted(name):
+    """The Linears of the feed-forward networks, and the last one."""
+    blocks = student_of(name).transformer_blocks
+    return [
+        *(module for block in blocks for module in block.ff.modules() if isinstance(module, torch.nn.Linear)),
+        student_of(name).proj_out,
+    ]
 
 
 def test_recomputing_takes_time_for_memory():

@@ -20,7 +20,7 @@ from edit_compile.distillation.context import trained_parameters
 from edit_compile.distillation.recipe.schema import OptimizerConfig
 from edit_compile.distillation.train import distributed
 from edit_compile.distillation.train.features import captured
-from edit_compile.distillation.train.optimizer import make_optimizer
+from edit_compile.distillation.train.optimizer import make_optimizers
 from edit_compile.student.site import converted_sites
 
 STAGES = [{"resolution": size, "steps": 3, "global_batch_size": 2, "lr": 1e-3, "warmup_steps": 0} for size in ([12, 16], [16, 20])]
@@ -157,4 +157,4 @@ def test_training_all_leaves_the_base_alone_and_is_saved(tmp_path):
 def test_an_optimizer_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ec.DistillError, match="pip install bitsandbytes"):
-        make_optimizer({"p": torch.nn.Parameter(torch.zeros(1))}, OptimizerConfig(kind="adamw-8bit"))
+        make_optimizers(toy_distill.student(), {"p": torch.nn.Parameter(torch.zeros(1))}, OptimizerConfig(kind="adamw-8bit"))

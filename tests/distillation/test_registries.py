@@ -116,9 +116,11 @@ def test_entry_points_are_found_when_they_are_needed(installed, caplog):
 def test_the_json_schema_has_every_kind_and_describes_every_key(installed):
     schema = Recipe.model_json_schema()
     kinds = {section["properties"]["kind"]["const"]: section for section in schema["properties"]["data"]["oneOf"]}
-    assert {"shapes", "shape-groups", "moving-shapes", "images", "dataset", "webdataset", "prompts", "pipeline", "cached", "random", "toy"} == kinds.keys()
+    from_files = {"images", "dataset", "webdataset", "prompts", "pipeline", "cached"}
+    assert {"shapes", "shape-groups", "moving-shapes", "random", "toy"} | from_files == kinds.keys()
     assert kinds["toy"]["properties"]["shift"]["description"] == "Added to every image."
-    own = ("Buckets", "LayerwiseFit", "LinearizeConfig", "OptimizerConfig", "Rule", "SampleGrids", "Stage", "ValidationConfig")
+    own = ("Buckets", "LayerwiseFit", "LinearizeConfig", "LoraOptions", "MuonOptions", "OptimizerConfig", "Rule", "SampleGrids", "Stage")
+    own += ("TimestepSampling", "ValidationConfig")
     for section in (schema, *kinds.values(), *(schema["$defs"][name] for name in own)):
         for name, field in section["properties"].items():
             assert "description" in field, name

@@ -24,6 +24,7 @@ from edit_compile.distillation import distill
 from edit_compile.distillation.data.prefetch import prefetch
 from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.distillation.train.checkpoints import list_checkpoints
+from edit_compile.distillation.train.optimizer import Optimizers
 from edit_compile.distillation.train.spike_guard import SpikeGuard
 from edit_compile.distillation.train.train_state import TrainState
 
@@ -135,12 +136,12 @@ def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
 def test_what_is_restored_goes_to_its_parameters_device():
     """Fused AdamW counts its steps on the device; a checkpoint has been on the CPU."""
     before, after = (torch.nn.Linear(3, 2, device=device) for device in ("cpu", "meta"))
-    saved, restored = (TrainState(dict(m.named_parameters()), torch.optim.AdamW(m.parameters()), None) for m in (before, after))
+    saved, restored = (TrainState(dict(m.named_parameters()), Optimizers(torch.optim.AdamW(m.parameters())), None) for m in (before, after))
     before(torch.ones(1, 3)).sum().backward()
     saved.step(1e-3)
     restored.load(saved.tensors(), saved.numbers())
     for parameter in after.parameters():
-        assert {value.device.type for value in restored.optimizer.state[parameter].values()} == {"meta"}
+        assert {value.device.type for value in restored.optimizer.optimizers[0].state[parameter].values()} == {"meta"}
 
 
 def test_checkpoints_are_rotated(tmp_path):

@@ -44,11 +44,12 @@ class GridSampler:
             return
         noise = noise_for(request.positions, batch.latents.shape[1:], context.recipe.seed, "samples")
         start = context.on_device(NoisyBatch(noise, torch.zeros(count), batch.conditions, noise))
-        schedule = context.schedule_at(self.height, self.width, self.frames)
+        size = (self.height, self.width, self.frames)
+        schedule, visited = context.schedule_at(*size), context.visited(*size)
         if self.teacher_latents is None:
             with context.teacher_mode() as model:
-                self.teacher_latents = sample(context, schedule, model, start)
-        student_latents = sample(context, schedule, context.student, start)
+                self.teacher_latents = sample(context, schedule, model, start, visited)
+        student_latents = sample(context, schedule, context.student, start, visited)
         if context.accelerator.is_main_process:
             columns = [("teacher", self._images(self.teacher_latents)), ("student", self._images(student_latents))]
             captions = batch.captions or [""] * count
@@ -63,14 +64,17 @@ class GridSampler:
 
 
 @torch.no_grad()
-def sample(context: Context, schedule: NoiseSchedule, model: nn.Module, start: NoisyBatch) -> Tensor:
+def sample(context: Context, schedule: NoiseSchedule, model: nn.Module, start: NoisyBatch, visited: Tensor | None = None) -> Tensor:
     """Sample deterministically from noise, without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps).
+
+    Args:
+        visited: the timesteps (n,), ascending; None: as many as the recipe's sample grids take, evenly spaced.
 
     Returns:
         Latents, (B, C, H, W), of videos (B, C, T, H, W).
     """
     x, steps = start.x, context.recipe.samples.steps
-    timesteps = schedule.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6)
+    timesteps = schedule.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6) if visited is None else visited.flip(0)
     for now, then in itertools.pairwise([*timesteps.tolist(), None]):
         t = torch.full((len(x),), now, device=x.device)
         prediction = context.predict(model, NoisyBatch(x, t, start.conditions, x)).float()

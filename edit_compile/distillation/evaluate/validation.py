@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_compile.distillation.context import Context, NoisyBatch
+from edit_compile.distillation.context import Context, NoisyBatch, among
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.errors import DistillError
 
@@ -28,7 +29,8 @@ class ValidationResult:
     """The relative error, sum |student - teacher|^2 / sum |teacher - mean|^2, mean being the teacher's over all that is summed.
 
     Attributes:
-        total: over all timesteps, which the samples cover as the scheduler's steps do: evenly, unless its sigmas are shifted.
+        total: over all timesteps, which the samples cover as the scheduler's steps do: evenly, unless its sigmas are shifted; or
+            over those that the sampler visits, if the recipe trains on these.
         bins: the same over ranges of timesteps, each of as many samples.
         samples: how many.
     """
@@ -46,30 +48,65 @@ class ValidationResult:
         return cls(content["total"], tuple(TimestepBin(**one) for one in content["buckets"]), content["samples"])
 
 
+def validation_batches(context: Context) -> list[range]:
+    """List the batches of the validation samples, each as the numbers of its samples."""
+    options = context.recipe.validation
+    return [range(i, min(i + options.batch_size, options.samples)) for i in range(0, options.samples, options.batch_size)]
+
+
+def samples_of(context: Context, height: int, width: int, frames: int | None, rows: range) -> tuple[Tensor, NoisyBatch]:
+    """Read some of the validation samples, at their timesteps, on the run's device; returns also their bins of timesteps, (B,)."""
+    options, bins = context.recipe.validation, _Bins(context, height, width, frames)
+    u = (torch.arange(rows.start, rows.stop, dtype=torch.float64) + 0.5) / options.samples
+    request = BatchRequest(0, options.samples, rows, height, width, "validation", frames)
+    return bins.of(u), context.on_device(context.noisy_batch(request, bins.timesteps(u)))
+
+
+class _Bins:
+    """The timesteps of validation and their ranges: evenly over the scheduler's, or the few that the recipe's sampler visits."""
+
+    def __init__(self, context: Context, height: int, width: int, frames: int | None) -> None:
+        self.schedule = context.schedule_at(height, width, frames)
+        self.visited = context.visited(height, width, frames)
+        number = context.recipe.validation.timestep_bins
+        if self.visited is None:
+            edges = self.schedule.timesteps(torch.linspace(0, 1, number + 1, dtype=torch.float64)).tolist()
+            self.ranges = list(itertools.pairwise(edges))
+        else:
+            parts = self.visited.tensor_split(min(number, len(self.visited)))
+            self.ranges = [(part[0].item(), part[-1].item()) for part in parts]
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """Map u (B,) in [0, 1) to timesteps (B,)."""
+        return self.schedule.timesteps(u) if self.visited is None else self.visited[among(u, len(self.visited))]
+
+    def of(self, u: Tensor) -> Tensor:
+        """Map u (B,) in [0, 1) to the numbers (B,) of the ranges that its timesteps are in."""
+        if self.visited is None:
+            return among(u, len(self.ranges))
+        return torch.bucketize(self.timesteps(u), torch.tensor([high for _, high in self.ranges]))
+
+
 def validate(context: Context, height: int, width: int, frames: int | None = None) -> ValidationResult:
     """Measure the student as it is, at a resolution in pixels and a number of frames. All processes take part and get the same answer.
 
     Raises:
         DistillError: the teacher predicts the same value everywhere, or one of the two NaN or infinity.
     """
-    options, schedule = context.recipe.validation, context.schedule_at(height, width, frames)
-    sums = torch.zeros(options.timestep_bins, 4, dtype=torch.float64)  # on the CPU: not every device has float64
-    u = (torch.arange(options.samples, dtype=torch.float64) + 0.5) / options.samples
+    ranges = _Bins(context, height, width, frames).ranges
+    sums = torch.zeros(len(ranges), 4, dtype=torch.float64)  # on the CPU: not every device has float64
     count, rank = context.accelerator.num_processes, context.accelerator.process_index
-    batches = [range(i, min(i + options.batch_size, options.samples)) for i in range(0, options.samples, options.batch_size)]
+    batches = validation_batches(context)
     for turn in range(rank, -(-len(batches) // count) * count, count):
         rows = batches[min(turn, len(batches) - 1)]  # all processes make the same number of forwards, as sharding needs
-        own = u[rows.start : rows.stop]
-        request = BatchRequest(0, options.samples, rows, height, width, "validation", frames)
-        batch = context.noisy_batch(request, schedule.timesteps(own))
-        measured = _sums(*_predictions(context, context.on_device(batch)))
+        bins, batch = samples_of(context, height, width, frames, rows)
+        measured = error_sums(*_predictions(context, batch))
         if turn < len(batches):
-            sums.index_add_(0, (own * options.timestep_bins).long(), measured)
+            sums.index_add_(0, bins, measured)
     if count > 1:
         sums = context.accelerator.reduce(sums.to(context.accelerator.device), "sum").cpu()
-    edges = schedule.timesteps(torch.linspace(0, 1, options.timestep_bins + 1, dtype=torch.float64)).tolist()
-    bins = tuple(TimestepBin(low, high, _error(row)) for low, high, row in zip(edges, edges[1:], sums, strict=False))
-    return ValidationResult(_error(sums.sum(0)), bins, options.samples)
+    found = tuple(TimestepBin(low, high, error_of(row)) for (low, high), row in zip(ranges, sums, strict=True))
+    return ValidationResult(error_of(sums.sum(0)), found, context.recipe.validation.samples)
 
 
 @torch.no_grad()
@@ -79,14 +116,19 @@ def _predictions(context: Context, batch: NoisyBatch) -> tuple[Tensor, Tensor]:
         return student, context.predict(model, batch)
 
 
-def _sums(student: Tensor, teacher: Tensor) -> Tensor:
+def error_sums(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum |student - teacher|^2, teacher, teacher^2 and 1 over the values of every sample: (B, C, H, W) twice to (B, 4) float64."""
     student, teacher = student.cpu().double().flatten(1), teacher.cpu().double().flatten(1)
     number = torch.full_like(teacher[:, 0], teacher.shape[1])
     return torch.stack([(student - teacher).square().sum(1), teacher.sum(1), teacher.square().sum(1), number], 1)
 
 
-def _error(sums: Tensor) -> float:
+def error_of(sums: Tensor) -> float:
+    """Compute the relative error from what `error_sums` gave, summed over samples, (4,).
+
+    Raises:
+        DistillError: the teacher predicts the same value everywhere, or one of the two NaN or infinity.
+    """
     difference, first, second, number = sums.tolist()
     variation = second - first**2 / number
     if not 0 < variation < math.inf:

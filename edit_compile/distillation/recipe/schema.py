@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, N
 from edit_compile.config import LinearizeConfig
 from edit_compile.distillation.data import AnyData
 from edit_compile.distillation.data.sources.shapes import ShapesData
+from edit_compile.distillation.ranking.ranking import resolve_ranking
 from edit_compile.distillation.registry import suggestion
 from edit_compile.distillation.train.losses import DEFAULT_WEIGHTS, LOSSES, loss_names
 from edit_compile.frozen import Frozen
@@ -25,6 +26,10 @@ def _square(value: object) -> object:
 Resolution = Annotated[
     tuple[PositiveInt, PositiveInt], BeforeValidator(_square, json_schema_input_type=PositiveInt | tuple[PositiveInt, PositiveInt])
 ]
+
+
+def _of_ranking(value: Any) -> Any:
+    return resolve_ranking(value) if isinstance(value, dict) and ("ranking" in value or "sites" in value) else value
 
 
 def _known_loss(name: str) -> str:
@@ -92,17 +97,76 @@ class LayerwiseFit(TrainingPhase):
     """What the learning rate falls to, as a share of `lr`."""
 
 
-class OptimizerConfig(Frozen):
-    """AdamW's options."""
+class MuonOptions(Frozen):
+    """Options of torch.optim.Muon, for the matrices that it updates."""
 
-    kind: Literal["adamw", "adamw-8bit"] = "adamw"
-    """"adamw-8bit" keeps its moments in 8 bits and needs bitsandbytes."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the average of the gradient."""
+    nesterov: bool = True
+    """Look one step of the momentum ahead."""
+    ns_steps: int = Field(default=5, ge=1, le=20)
+    """Newton-Schulz iterations, which make the update orthogonal."""
+    adjust_lr: Literal["match-rms-adamw", "original"] = "match-rms-adamw"
+    """How the rate depends on a matrix's shape: so that its updates are as large as AdamW's, which makes AdamW's learning rates
+    fit, or as in the original."""
+    lr_ratio: PositiveFloat = 1.0
+    """The learning rate of the matrices, as a multiple of `lr`."""
+
+
+class OptimizerConfig(Frozen):
+    """The optimizer's options. Those of AdamW hold for what Muon leaves to it, too."""
+
+    kind: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
+    """"adamw-8bit" keeps its moments in 8 bits and needs bitsandbytes; "muon" updates the matrices of Linears inside the repeated
+    blocks by torch.optim.Muon, and all else by AdamW."""
+    muon: MuonOptions | None = None
+    """Muon's options; only with `kind: muon`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Decay of the averages of the gradient and of its square."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled from the gradient."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
+
+    @model_validator(mode="after")
+    def _muon_is_chosen(self) -> Self:
+        if self.muon is not None and self.kind != "muon":
+            raise ValueError(f"muon: its options have no effect with kind: {self.kind}; set kind: muon, or leave them out")
+        return self
+
+
+class LoraOptions(Frozen):
+    """LoRA (arXiv 2106.09685) by PEFT, of Linears outside the converted sites: W + alpha / rank B A."""
+
+    rank: PositiveInt = 16
+    """Of A and B."""
+    alpha: PositiveFloat | None = None
+    """The scale of the update, before it is divided by the rank. Default: the rank."""
+    targets: tuple[str, ...] = Field(default=("*",), min_length=1)
+    """Globs over the paths of Linears, for example `*.ff.*`."""
+    merge: bool = False
+    """Add the updates to the weights at the end: nothing is added to a forward, but those weights are saved whole. Else the
+    adapters are kept, and saved in PEFT's and diffusers' formats as well."""
+
+
+class TimestepSampling(Frozen):
+    """Which timesteps are trained on. Instead of the mapping, `density` can be given alone: `timesteps: uniform`."""
+
+    density: Literal["uniform", "logit-normal"] = "uniform"
+    """Over the scheduler's range."""
+    sampler_steps: PositiveInt | None = None
+    """For models of few steps: only the timesteps that the model's scheduler visits in a sampling of so many steps, all equally
+    often; validation and sample grids take the same."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.sampler_steps is not None and self.density != "uniform":
+            raise ValueError(f"density: {self.density} has no effect with sampler_steps: the timesteps of a sampling are equally frequent")
+        return self
+
+
+def _density_alone(value: object) -> object:
+    return {"density": value} if isinstance(value, str) else value
 
 
 class ValidationConfig(Frozen):
@@ -130,7 +194,7 @@ class SampleGrids(Frozen):
     count: PositiveInt = Field(default=4, json_schema_extra=FREE)
     """Images per grid, of the first validation captions."""
     steps: PositiveInt = Field(default=20, json_schema_extra=FREE)
-    """Sampling steps per image, without guidance."""
+    """Sampling steps per image, without guidance. Recipes with `timesteps: {sampler_steps: N}` take those instead."""
 
 
 class Recipe(Frozen):
@@ -138,15 +202,21 @@ class Recipe(Frozen):
 
     model: str
     """What to distill: anything `edit-compile convert --model` takes, or the folder of a converted model."""
-    convert: LinearizeConfig = Field(default_factory=LinearizeConfig)
-    """How to convert the model; leave it out for one that is converted already."""
-    train: Literal["attention", "inserted", "all"] = "attention"
-    """The parameters of the converted sites ("attention"), only those that conversion added ("inserted"), or "all" of the
-    model's, for which the teacher needs a second copy of the weights."""
+    convert: Annotated[LinearizeConfig, BeforeValidator(_of_ranking)] = Field(default_factory=LinearizeConfig)
+    """How to convert the model; leave it out for one that is converted already. `{ranking: FILE, sites: flops <= 0.5x}` converts the
+    sites that a ranking chooses; see `edit-compile rank`."""
+    train: Literal["attention", "inserted", "lora", "blocks", "all"] = "attention"
+    """The parameters of the converted sites ("attention"), only those that conversion added ("inserted"), those of the sites and
+    LoRA of other Linears ("lora"), of the repeated blocks that hold sites ("blocks"), or "all" of the model's. For "blocks" and
+    "all" the teacher needs a second copy of the other weights that are trained."""
+    lora: LoraOptions | None = None
+    """Options of `train: lora`."""
     prediction: Literal["auto", "rectified-flow", "epsilon", "v-prediction"] = "auto"
     """What the model predicts; "auto" reads it from the scheduler's config."""
-    timesteps: Literal["uniform", "logit-normal"] = "uniform"
-    """How training samples timesteps over the scheduler's range."""
+    timesteps: Annotated[TimestepSampling, BeforeValidator(_density_alone, json_schema_input_type=str | TimestepSampling)] = (
+        TimestepSampling()
+    )
+    """Which timesteps are trained on: `uniform`, `logit-normal`, or for models of few steps `{sampler_steps: N}`."""
     data: AnyData = ShapesData()
     """What to train on; `kind` selects one of the kinds of data."""
     layerwise: LayerwiseFit | None = None
@@ -193,6 +263,20 @@ class Recipe(Frozen):
                     f"stages.{number}.losses.{unknown[0]}: data of kind {self.data.kind} has no clean images, "
                     "from which this loss is computed; leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        if self.lora is not None and self.train != "lora":
+            raise ValueError(f"lora: its options have no effect with train: {self.train}; set train: lora, or leave them out")
+        steps = self.timesteps.sampler_steps
+        if steps is not None and self.data.recorded_calls:
+            raise ValueError(
+                f"timesteps.sampler_steps: data of kind {self.data.kind} has the timesteps of its own samplings; "
+                "set data.call.num_inference_steps instead"
+            )
+        if steps is not None and self.validation.samples < steps:
+            raise ValueError(f"validation.samples: {self.validation.samples} cannot visit all of {steps} timesteps.sampler_steps")
         return self
 
     @property

@@ -67,8 +67,12 @@ def _check_kind(accelerator: Accelerator, recipe: Recipe) -> None:
         return
     if not accelerator.is_fsdp2:
         raise DistillError("FSDP version 1 is not supported: launch with --fsdp_version 2")
-    if recipe.optimizer.kind == "adamw-8bit":
-        raise DistillError("optimizer.kind: adamw-8bit does not support FSDP: choose adamw, or launch with DDP")
+    if recipe.optimizer.kind != "adamw":
+        raise DistillError(f"optimizer.kind: {recipe.optimizer.kind} does not support FSDP: choose adamw, or launch with DDP")
+    if recipe.lora is not None and recipe.lora.merge:
+        raise DistillError(
+            "lora.merge: true does not support FSDP: leave it out, and merge the finished student: edit_compile.merge_lora(load(folder))"
+        )
 
 
 @torch.no_grad()

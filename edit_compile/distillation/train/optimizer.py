@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edit_compile.distillation.recipe.schema import LayerwiseFit, OptimizerConfig, Stage
+from edit_compile.api import repeated_blocks
+from edit_compile.distillation.recipe.schema import LayerwiseFit, MuonOptions, OptimizerConfig, Stage
 from edit_compile.distillation.train.distributed import to_local
 from edit_compile.errors import DistillError
 from edit_compile.torch_internals import lerp_all_
@@ -26,40 +27,104 @@ def learning_rate(step: int, phase: Stage | LayerwiseFit) -> float:
     return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * (0.5 + 0.5 * math.cos(math.pi * passed)))
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
-    """Make AdamW; the learning rate is set at every step.
+class Optimizers:
+    """One optimizer or several, each with parameters of its own; updates all of them as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer, ratios: Sequence[float] = ()) -> None:
+        """
+        Args:
+            ratios: of the optimizers' learning rates to the recipe's; default: 1.
+        """
+        self.optimizers = optimizers
+        self.ratios = tuple(ratios) or (1.0,) * len(optimizers)
+
+    def step(self, rate: float) -> None:
+        """Update the parameters at a learning rate."""
+        for optimizer, ratio in zip(self.optimizers, self.ratios, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * ratio
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def slots(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        """Flatten what is kept for the parameters, given by name, to `name/slot`."""
+        names = {id(p): name for name, p in parameters.items()}
+        kept = (item for optimizer in self.optimizers for item in optimizer.state.items())
+        found = {f"{names[id(p)]}/{slot}": value for p, slots in kept for slot, value in slots.items()}
+        order = {name: number for number, name in enumerate(parameters)}
+        return dict(sorted(found.items(), key=lambda item: order[item[0].rpartition("/")[0]]))
+
+    def set_slots(self, parameters: Mapping[str, nn.Parameter], slots: Mapping[str, Any]) -> None:
+        """Set what `slots` returned."""
+        by_name: dict[str, dict[str, Any]] = {}
+        for key, value in slots.items():
+            name, _, slot = key.rpartition("/")
+            by_name.setdefault(name, {})[slot] = value
+        owners = {id(p): optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, kept in by_name.items():
+            owners[id(parameters[name])].state[parameters[name]] = kept
+
+
+def make_optimizers(student: nn.Module, parameters: Mapping[str, nn.Parameter], options: OptimizerConfig) -> Optimizers:
+    """Make the optimizer of a student's trained parameters; the learning rate is given at every step.
 
     Raises:
-        DistillError: the 8-bit one is asked for and bitsandbytes is not installed.
+        DistillError: the 8-bit one is asked for and bitsandbytes is not installed, or Muon, and there is nothing for it.
     """
-    common: dict[str, Any] = {"lr": 0.0, "betas": options.betas, "weight_decay": options.weight_decay, "eps": options.eps}
+    common: dict[str, Any] = {"lr": 0.0, "weight_decay": options.weight_decay}
+    adamw: dict[str, Any] = {**common, "betas": options.betas, "eps": options.eps}
     if options.kind == "adamw":
-        return torch.optim.AdamW(list(parameters.values()), fused=True, **common)
+        return Optimizers(torch.optim.AdamW(list(parameters.values()), fused=True, **adamw))
+    if options.kind == "adamw-8bit":
+        return Optimizers(_eight_bit()(list(parameters.values()), **adamw))
+    matrices, chosen = muon_matrices(student, parameters), options.muon or MuonOptions()
+    muon = torch.optim.Muon(
+        list(matrices.values()),
+        momentum=chosen.momentum,
+        nesterov=chosen.nesterov,
+        ns_steps=chosen.ns_steps,
+        adjust_lr_fn=chosen.adjust_lr.replace("-", "_"),
+        **common,
+    )
+    rest = [p for name, p in parameters.items() if name not in matrices]
+    others = [torch.optim.AdamW(rest, fused=True, **adamw)] if rest else []
+    return Optimizers(muon, *others, ratios=(chosen.lr_ratio, *[1.0] * len(others)))
+
+
+def _eight_bit() -> Any:
     try:
-        bitsandbytes = importlib.import_module("bitsandbytes.optim")
+        return importlib.import_module("bitsandbytes.optim").AdamW8bit
     except ImportError:
         raise DistillError("optimizer.kind: adamw-8bit needs bitsandbytes: pip install bitsandbytes") from None
-    optimizer: torch.optim.Optimizer = bitsandbytes.AdamW8bit(list(parameters.values()), **common)
-    return optimizer
 
 
-def slots_of(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Any]:
-    """Flatten what an optimizer keeps for its parameters to `name/slot`. The names are in the order of its parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    named = zip(names, parameters, strict=True)
-    return {f"{name}/{slot}": value for name, p in named for slot, value in optimizer.state.get(p, {}).items()}
+def muon_matrices(student: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Select what Muon updates: the weights of Linears inside the repeated blocks, not the model's first and last layers.
+
+    Raises:
+        DistillError: there are none among the parameters.
+    """
+    blocks = tuple(f"{path}." for path in repeated_blocks(student))
+    weights = {f"{path}.weight" for path, module in student.named_modules() if isinstance(module, nn.Linear)}
+    found = {name: p for name, p in parameters.items() if name in weights and name.startswith(blocks) and p.ndim == 2}
+    if not found:
+        raise DistillError("optimizer.kind: muon has nothing to do: none of what is trained is the weight of a Linear; choose adamw")
+    return found
 
 
-def set_slots(optimizer: torch.optim.Optimizer, names: Iterable[str], slots: Mapping[str, Any]) -> None:
-    """Set what `slots_of` returned."""
-    by_name: dict[str, dict[str, Any]] = {}
-    for key, value in slots.items():
-        name, _, slot = key.rpartition("/")
-        by_name.setdefault(name, {})[slot] = value
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, parameter in zip(names, parameters, strict=True):
-        if name in by_name:
-            optimizer.state[parameter] = by_name[name]
+def moment_bytes(student: nn.Module, parameters: Mapping[str, nn.Parameter], options: OptimizerConfig) -> int:
+    """Count the bytes of the moments that the optimizer keeps of the parameters, without making it.
+
+    Raises:
+        DistillError: as `make_optimizers`.
+    """
+    each = 2 if options.kind == "adamw-8bit" else 8  # two moments
+    matrices = muon_matrices(student, parameters).values() if options.kind == "muon" else ()
+    return each * sum(p.numel() for p in parameters.values()) - 4 * sum(p.numel() for p in matrices)  # Muon has one
 
 
 class MovingAverage:

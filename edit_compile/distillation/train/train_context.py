@@ -16,14 +16,14 @@ _GRAPHS = 64
 @contextmanager
 def only_trainable(student: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Let only the parameters of these names require gradients inside."""
-    before = {name: p.requires_grad for name, p in student.named_parameters()}
+    before = {name: p.requires_grad for name, p in student.named_parameters()}  # merging LoRA inside renames weights
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
     try:
         yield
     finally:
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(before[name])
+            parameter.requires_grad_(before.get(name, parameter.requires_grad))
             parameter.grad = None
 
 

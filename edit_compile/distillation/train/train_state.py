@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.distillation.train.distributed import distribute_like, gather_full
-from edit_compile.distillation.train.optimizer import MovingAverage, set_slots, slots_of
+from edit_compile.distillation.train.optimizer import MovingAverage, Optimizers
 
 MODEL, AVERAGE, OPTIMIZER = "model:", "average:", "optimizer:"
 
@@ -20,7 +20,7 @@ class TrainState:
     """A phase's trained parameters by name, its optimizer over them, and the moving average of the weights."""
 
     trained: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     average: MovingAverage | None
 
     def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
@@ -28,14 +28,14 @@ class TrainState:
         found: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in self.trained.items()}
         if self.average is not None:
             found |= {AVERAGE + name: value for name, value in self.average.average.items()}
-        slots = slots_of(self.optimizer, self.trained)
+        slots = self.optimizer.slots(self.trained)
         found |= {OPTIMIZER + name: value for name, value in slots.items() if isinstance(value, Tensor)}
         gathered = ((name, gather_full(value)) for name, value in found.items())
         return _unshared({name: value.cpu().contiguous() for name, value in gathered if keep})
 
     def numbers(self) -> dict[str, int | float]:
         """Return what the optimizer keeps besides tensors."""
-        return {name: value for name, value in slots_of(self.optimizer, self.trained).items() if not isinstance(value, Tensor)}
+        return {name: value for name, value in self.optimizer.slots(self.trained).items() if not isinstance(value, Tensor)}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float]) -> None:
@@ -48,7 +48,7 @@ class TrainState:
             else:
                 target = self.trained[name] if kind + ":" == MODEL else self.average.average[name]  # type: ignore[union-attr]
                 target.copy_(distribute_like(value, target))
-        set_slots(self.optimizer, self.trained, slots)
+        self.optimizer.set_slots(self.trained, slots)
 
     def step(self, rate: float) -> None:
         """Update the weights and their average.
@@ -56,9 +56,7 @@ class TrainState:
         Args:
             rate: the learning rate.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate)
         if self.average is not None:
             self.average.update()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,12 @@ from edit_compile.distillation.context import Context, NoisyBatch, trained_param
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.prefetch import prefetch
 from edit_compile.distillation.data.seeding import seed_of
-from edit_compile.distillation.recipe.schedule import Phase, phases_of, total_steps
+from edit_compile.distillation.recipe.schedule import Phase, phases_of
 from edit_compile.distillation.train.checkpoints import Checkpoint, CheckpointMetadata, checkpoint_path, describe_last, save_checkpoint
 from edit_compile.distillation.train.distributed import gather_full, gathered, reshard, wrap
 from edit_compile.distillation.train.interrupt import Interrupt
 from edit_compile.distillation.train.metrics import Average, MetricsRow
-from edit_compile.distillation.train.optimizer import MovingAverage, learning_rate, make_optimizer
+from edit_compile.distillation.train.optimizer import MovingAverage, learning_rate, make_optimizers
 from edit_compile.distillation.train.spike_guard import SpikeGuard
 from edit_compile.distillation.train.step import layerwise_gradients, stage_gradients
 from edit_compile.distillation.train.train_context import own_random_state
@@ -62,6 +62,7 @@ class Trainer:
         interrupt: whether to stop.
         before: the validation error before training, for the checkpoints.
         write_grid: given the number of steps done, samples images with the average weights.
+        phases: what is trained, in order; default: all of the recipe.
         model: the student as the stages call it; None in the layerwise fit.
         average: of the weights; None in the layerwise fit, and without `ema_decay`.
         seconds: of training, once it is done.
@@ -73,10 +74,14 @@ class Trainer:
     interrupt: Interrupt
     before: dict[str, Any]
     write_grid: Callable[[int], None]
+    phases: Sequence[Phase] = ()
     progress: Progress = field(default_factory=Progress, init=False)
     model: nn.Module | None = field(default=None, init=False)
     average: MovingAverage | None = field(default=None, init=False)
     seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.phases = self.phases or phases_of(self.context.recipe)
 
     def run(self, checkpoint: Checkpoint | None = None) -> None:
         """Train all phases, or what is left of them. Afterwards the student's weights are the moving average, if there is one.
@@ -85,7 +90,7 @@ class Trainer:
             Interrupted: a signal asked to stop; a checkpoint was saved.
             DistillError: too many consecutive steps had to be skipped, or a checkpoint could not be written.
         """
-        context, phases = self.context, phases_of(self.context.recipe)
+        context, phases = self.context, self.phases
         first, self.progress = 0, Progress()
         if checkpoint is not None:
             metadata = checkpoint[0]
@@ -112,7 +117,7 @@ class Trainer:
     def _run_phase(self, number: int, phase: Phase, checkpoint: Checkpoint | None) -> None:
         context, options = self.context, phase.options
         trained = trained_parameters(context.student, context.recipe.train)
-        state = TrainState(trained, make_optimizer(trained, context.recipe.optimizer), self.average)
+        state = TrainState(trained, make_optimizers(context.student, trained, context.recipe.optimizer), self.average)
         done, self.progress.guard = 0, SpikeGuard()
         if checkpoint is not None:
             done = self._restore(state, checkpoint)
@@ -171,7 +176,7 @@ class Trainer:
     def _after_step(self, number: int, phase: Phase, step: int, state: TrainState, stop: bool) -> None:
         """Log, write a sample grid and save, when it is time to."""
         recipe, total = self.context.recipe, self.progress.total
-        saves = stop or total % recipe.save_every == 0 or total == total_steps(recipe)
+        saves = stop or total % recipe.save_every == 0 or total == sum(each.options.steps for each in self.phases)
         if saves or step == phase.options.steps or step % recipe.log_every == 0:
             self._log(phase, step)
         if recipe.samples.every is not None and total % recipe.samples.every == 0:
