@@ -32,23 +32,24 @@ class Timing(Frozen):
 
 
 def with_steps(recipe: Recipe, total: int) -> Recipe:
-    """Give the phases of a recipe `total` steps together, in proportion to what they have; each gets one at least.
-
-    A warm-up that would take more than a fifth of its phase is cut to that.
-    """
+    """Give the phases of a recipe `total` steps together, in proportion to what they have; each gets one at least."""
     shares = [phase.options.steps / total_steps(recipe) for phase in phases_of(recipe)]
     return with_phase_steps(recipe, apportioned(shares, max(total, len(shares))))
 
 
 def with_phase_steps(recipe: Recipe, steps: Sequence[int]) -> Recipe:
-    """Give each phase of a recipe its number of steps, and the run as many checkpoints as resuming needs."""
-    counts = list(steps)
+    """Give each phase of a recipe its number of steps; a warm-up takes a fifth of them at most."""
     content = recipe.model_dump(mode="json")
     phases = [content["layerwise"]] * (content["layerwise"] is not None) + content["stages"]
-    for phase, count in zip(phases, counts, strict=True):
+    for phase, count in zip(phases, steps, strict=True):
         phase |= {"steps": count, "warmup_steps": min(phase["warmup_steps"], count // _WARMUP_SHARE)}
-    content["save_every"] = min(recipe.save_every, max(sum(counts) // _CHECKPOINTS, 1))
     return Recipe.model_validate(content)
+
+
+def as_cell(recipe: Recipe) -> Recipe:
+    """Give a recipe as many checkpoints as resuming needs, and only the trackers that it names: neither changes the student."""
+    save_every = min(recipe.save_every, max(total_steps(recipe) // _CHECKPOINTS, 1))
+    return recipe.model_copy(update={"save_every": save_every, "trackers": recipe.trackers or ()})
 
 
 def apportioned(shares: Sequence[float], total: int) -> list[int]:

@@ -30,7 +30,7 @@ from edit_compile.report.image_grid import image_grid, save_image
 from edit_compile.student.checkpoint import INDEX, base_of, load
 from edit_compile.student.checkpoint_format import read_index
 from edit_compile.student.fingerprint import difference
-from edit_compile.study.budget import timings, with_seconds, with_steps
+from edit_compile.study.budget import as_cell, timings, with_seconds, with_steps
 from edit_compile.study.cells import Cell, CellFolder, claimed
 from edit_compile.study.drawn import Drawn, gallery_columns
 from edit_compile.study.load import find_study, load_study, resolve
@@ -117,10 +117,12 @@ class StudyRun:
         if unknown:
             raise StudyError(f"{self.file}: no configuration {unknown[0]!r}; there are: {', '.join(self.study.configurations)}")
         wanted = [name for name in self.study.configurations if not only or name in only]
-        self._begin()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StudyError(f"{self.folder} is a file; a study needs a folder: choose another with -o")
         cells = self._cells(wanted)
         for cell in cells:
             cell.check()
+        self._copy_study()
         measurer = self._measurer(cells[0])
         self.say(f"{len(cells)} cells in {self.folder}")
         measurer.measure_teacher()
@@ -150,13 +152,14 @@ class StudyRun:
             write_results(results, self.folder, drawn, self.study.measure.gallery)
         return results
 
-    def _begin(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise StudyError(f"{self.folder} is a file; a study needs a folder: choose another with -o")
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _copy_study(self) -> None:
         copy = self.folder / "study.yaml"
-        if self.file.resolve() != copy.resolve():
-            write_text(copy, self.file.read_text())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.file.resolve() != copy.resolve():
+                write_text(copy, self.file.read_text())
+        except OSError as error:
+            raise StudyError(f"{self.folder} cannot be written: {error.strerror}; choose another folder with -o") from None
 
     def _cells(self, names: Sequence[str]) -> list[Cell]:
         """List the cells, seed by seed, so that a study that was stopped has something of every configuration."""
@@ -168,7 +171,7 @@ class StudyRun:
             with claimed(self.folder / "locks" / "timing", wait=True):
                 timed = timings({name: recipes[name, self.study.seeds[0]] for name in names}, self.folder / "timing")
             recipes = {key: with_seconds(recipe, budget.seconds, timed[key[0]]) for key, recipe in recipes.items()}
-        return [Cell(name, seed, self._place(name, seed), _quiet(recipes[name, seed])) for seed in self.study.seeds for name in names]
+        return [Cell(name, seed, self._place(name, seed), as_cell(recipes[name, seed])) for seed in self.study.seeds for name in names]
 
     def _place(self, name: str, seed: int) -> Path:
         return self.folder / "cells" / name / f"seed-{seed}"
@@ -281,8 +284,11 @@ class RunComparison:
         rows = []
         for name, run in zip(names, self.runs, strict=True):
             self.say(f"{name}: measuring what is missing")
-            with claimed(run / ".measuring", wait=True):
-                measured = measurer.measure(Subject(run, partial(loaded, run)))
+            try:
+                with claimed(run / ".measuring", wait=True):
+                    measured = measurer.measure(Subject(run, partial(loaded, run)))
+            except OSError as error:
+                raise StudyError(f"{run}: what is measured cannot be written beside the run's own files: {error}") from error
             rows.append(row_of(name, "distilled", [(CellResult(seed=None, folder=str(run), state="finished"), measured)]))
             gc.collect()
         results = Results(
@@ -352,11 +358,6 @@ def _untrained_row(trained: Row, folder: Path) -> Row:
     row = row_of(trained.name, "untrained", [(CellResult(seed=None, folder=folder.name, state="finished"), measured)])
     before = {"error.after": trained.numbers["error.before"]} if "error.before" in trained.numbers and row.numbers else {}
     return row.model_copy(update={"numbers": {**row.numbers, **before}})
-
-
-def _quiet(recipe: Recipe) -> Recipe:
-    """Leave out trackers, which the recipe does not ask for by name."""
-    return recipe if recipe.trackers is not None else recipe.model_copy(update={"trackers": ()})
 
 
 def _last_size(recipe: Recipe) -> tuple[tuple[int, ...], ...]:

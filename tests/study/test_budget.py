@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from edit_compile.distillation import Recipe
 from edit_compile.distillation.recipe.schedule import phases_of, total_steps
 from edit_compile.study import budget
-from edit_compile.study.budget import Timing, apportioned, with_seconds, with_steps
+from edit_compile.study.budget import Timing, apportioned, as_cell, with_seconds, with_steps
 
 STAGE = {"resolution": 32, "steps": 1350, "global_batch_size": 8, "warmup_steps": 50}
 
@@ -33,13 +33,15 @@ def test_steps_replace_those_of_all_phases_in_proportion():
     found = with_steps(recipe(), 150)
     assert [phase.options.steps for phase in phases_of(found)] == [60, 90]
     assert [phase.options.warmup_steps for phase in phases_of(found)] == [12, 18]
-    assert found.save_every == 15
+    assert as_cell(found).save_every == 15
     assert with_steps(recipe(layerwise=None), 150).stages[0].steps == 150
     assert total_steps(with_steps(recipe(), 1)) == 2
     longer = with_steps(recipe(), 22_500)
     assert longer.layerwise.steps == 9_000
     assert longer.layerwise.warmup_steps == 50
-    assert longer.save_every == recipe().save_every
+    assert as_cell(longer).save_every == recipe().save_every
+    assert as_cell(recipe(trackers=["tensorboard"])).trackers == ("tensorboard",)
+    assert as_cell(recipe()).trackers == ()
 
 
 def test_seconds_become_steps_by_what_steps_take():
