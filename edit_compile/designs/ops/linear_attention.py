@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_DENOMINATOR = 1e-6
+NO_WEIGHT = torch.finfo(torch.float32).min  # the logarithm of no weight at all, which is finite: its gradient is not NaN
 
 
 def linear_attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,20 +52,32 @@ def masked_linear_attention(q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, mask
 
 
 def attention_with_normaliser(q_BHND: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32.
+    """Compute softmax attention and the logarithm of its normaliser, log sum_j exp(q_i . k_j * scale), (B, H, N, 1) in float32 or higher.
 
     Of no keys at all, as padding to a multiple has where nothing is left to pad, the result is zero and its weight none.
     """
     scores_BHNP = (q_BHND * scale) @ k_BHPD.transpose(-1, -2)
     if mask is not None:
         scores_BHNP = scores_BHNP.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores_BHNP + mask
-    scores_BHNP = scores_BHNP.float()
-    lowest, smallest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny  # where every key is masked: zero, no NaN
+    scores_BHNP = scores_BHNP.to(at_least_float32(scores_BHNP))
     if k_BHPD.shape[2] == 0:
         shape = q_BHND.shape[:-1]
-        return v_BHPD.new_zeros((*shape, v_BHPD.shape[-1])), scores_BHNP.new_full((*shape, 1), lowest)
-    top_BHN1 = scores_BHNP.detach().amax(-1, keepdim=True).clamp(min=lowest)
-    weights_BHNP = (scores_BHNP - top_BHN1).exp()
-    total_BHN1 = weights_BHNP.sum(-1, keepdim=True).clamp(min=smallest)
-    y_BHND = (weights_BHNP.to(v_BHPD.dtype) @ v_BHPD) / total_BHN1.to(v_BHPD.dtype)
-    return y_BHND, top_BHN1 + total_BHN1.log()
+        return v_BHPD.new_zeros((*shape, v_BHPD.shape[-1])), scores_BHNP.new_full((*shape, 1), NO_WEIGHT)
+    return softmax_with_normaliser(scores_BHNP, v_BHPD)
+
+
+def softmax_with_normaliser(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight values (..., M, E) by the softmax of scores (..., N, M), and return the logarithm of its normaliser, (..., N, 1).
+
+    Where every key is masked, the result is zero and its weight none.
+    """
+    top = scores.detach().amax(-1, keepdim=True).clamp(min=NO_WEIGHT)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)  # at least 1, that of the largest score, unless every key is masked
+    y = (weights.to(v.dtype) @ v) / torch.where(total == 0, 1, total).to(v.dtype)
+    return y, top + total.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """Return the type to sum in: float32 for half precision, else the tensor's own."""
+    return torch.promote_types(x.dtype, torch.float32)
