@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from edit_compile.designs import register
     from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
     from edit_compile.distillation.data.registry import DataConfig, register_data
+    from edit_compile.distillation.ranking.rank import rank
+    from edit_compile.distillation.ranking.ranking import Ranking
     from edit_compile.distillation.recipe.schema import Recipe
     from edit_compile.distillation.run import distill
     from edit_compile.distillation.train.losses import register_loss
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
         PlanError,
         RecipeError,
         RewriteError,
+        StudyError,
     )
+    from edit_compile.evaluation.run import evaluate
     from edit_compile.ir.plan import Plan, Refusal, SitePlan
     from edit_compile.ir.site import Site
     from edit_compile.ir.tokens import Grid, Segment, TokenKind, TokenLayout
@@ -47,7 +51,9 @@ if TYPE_CHECKING:
     from edit_compile.report.compare_samples import sample
     from edit_compile.student.checkpoint import load, load_pipeline, save
     from edit_compile.student.handle import conversion_of, plan_of
+    from edit_compile.student.lora import add_lora, merge_lora
     from edit_compile.student.weights import unshare
+    from edit_compile.study.compare import compare
 
 _HOMES = {  # the same imports, for `__getattr__`
     "adapters.load_model": ("load_model",),
@@ -59,6 +65,8 @@ _HOMES = {  # the same imports, for `__getattr__`
     "designs": ("register",),
     "designs.base": ("QKV", "Design", "Tap", "Tokens", "Verdict"),
     "distillation.data.registry": ("DataConfig", "register_data"),
+    "distillation.ranking.rank": ("rank",),
+    "distillation.ranking.ranking": ("Ranking",),
     "distillation.recipe.schema": ("Recipe",),
     "distillation.run": ("distill",),
     "distillation.train.losses": ("register_loss",),
@@ -76,7 +84,9 @@ _HOMES = {  # the same imports, for `__getattr__`
         "PlanError",
         "RecipeError",
         "RewriteError",
+        "StudyError",
     ),
+    "evaluation.run": ("evaluate",),
     "ir.plan": ("Plan", "Refusal", "SitePlan"),
     "ir.site": ("Site",),
     "ir.tokens": ("Grid", "Segment", "TokenKind", "TokenLayout"),
@@ -84,7 +94,9 @@ _HOMES = {  # the same imports, for `__getattr__`
     "report.compare_samples": ("sample",),
     "student.checkpoint": ("load", "load_pipeline", "save"),
     "student.handle": ("conversion_of", "plan_of"),
+    "student.lora": ("add_lora", "merge_lora"),
     "student.weights": ("unshare",),
+    "study.compare": ("compare",),
 }
 _HOME = {name: f"edit_compile.{module}" for module, names in _HOMES.items() for name in names}
 
@@ -107,6 +119,7 @@ __all__ = [
     "Passes",
     "Plan",
     "PlanError",
+    "Ranking",
     "Recipe",
     "RecipeError",
     "Refusal",
@@ -115,24 +128,30 @@ __all__ = [
     "Segment",
     "Site",
     "SitePlan",
+    "StudyError",
     "Tap",
     "TokenKind",
     "TokenLayout",
     "Tokens",
     "Verdict",
+    "add_lora",
     "audit",
+    "compare",
     "compare_speed",
     "compile",
     "conversion_of",
     "cost",
     "distill",
+    "evaluate",
     "grid",
     "linearize",
     "load",
     "load_model",
     "load_pipeline",
+    "merge_lora",
     "plan",
     "plan_of",
+    "rank",
     "record",
     "register",
     "register_data",

@@ -336,12 +336,11 @@ def evaluate(
         raise click.UsageError("--size: PX or HEIGHTxWIDTH; only images are evaluated")
     height, width = size or (None, None)
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
-    chosen = {} if clip_name is None else {"clip_name": clip_name}
 
     def progress(done: int, total: int) -> None:
         click.echo(f"{done:,} of {total:,} images", err=True)
 
-    found = run(folder, prompts, metrics=names, height=height, width=width, progress=progress, **chosen, **options).to_dict()
+    found = run(folder, prompts, metrics=names, height=height, width=width, progress=progress, clip_name=clip_name, **options).to_dict()
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

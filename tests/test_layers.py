@@ -32,7 +32,9 @@ LAYERS = (  # everything may import what stands in its own row or before it
     ("api",),
     ("bench",),
     ("report",),
+    ("evaluation",),
     ("distillation",),
+    ("study",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -41,8 +43,8 @@ ONLY = {  # a library, and the files that may import it
     "click": ("cli.py",),
     "datasets": ("distillation/data/sources/",),
     "diffusers": ("adapters/", "demo/"),
-    "matplotlib": ("distillation/output/plot.py",),
-    "rich": ("cli.py", "report/", "distillation/console.py"),
+    "matplotlib": ("distillation/output/plot.py", "distillation/ranking/plot.py"),
+    "rich": ("cli.py", "report/", "distillation/console.py", "study/console.py"),
     "timm": ("adapters/",),
 }
 NAMESAKES = {"passes/site_graph.py": {"edit"}}  # ADDED, the attribute of a site that a design's module becomes: part of state-dict names

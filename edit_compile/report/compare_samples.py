@@ -21,9 +21,8 @@ from edit_compile.errors import ConfigError
 from edit_compile.report.image_grid import animated_grid, image_format, image_grid, save_image
 from edit_compile.student.checkpoint import base_of, load, load_pipeline
 
-SampleOne = Callable[
-    [str, int], np.ndarray
-]  # an image (height, width, 3), or a video with frames before, in [0, 1] from a prompt and a seed
+# Images (height, width, 3), or videos with frames before, in [0, 1] from prompts, and a seed for each.
+SampleMany = Callable[[Sequence[str], Sequence[int]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class SampleOptions:
         guidance: the scale of classifier-free guidance.
         seed: of the first sample; the n-th has `seed + n`, the same for teacher and student.
         dtype: of weights that are loaded: float32, bfloat16 or float16. The demo models run in float32.
+        device: of a pipeline that is loaded; default: CUDA, if there is any. The demo models run on the CPU.
     """
 
     height: int | None = None
@@ -45,6 +45,7 @@ class SampleOptions:
     guidance: float | None = None
     seed: int = 0
     dtype: str = "float32"
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def sample(student: Any, prompts: str | Sequence[str], *, base: str | Path | Non
             demo model, demo/NAME, samples from that alone.
         prompts: what the images show, one prompt for each row.
         base: the folder or hub id of the base pipeline; default: as the checkpoint says.
-        options: of `SampleOptions`: height, width, steps, guidance, seed, dtype.
+        options: of `SampleOptions`: height, width, steps, guidance, seed, dtype, device.
 
     Raises:
         CheckpointError: the checkpoint or its base cannot be loaded.
@@ -94,30 +95,45 @@ def sample(student: Any, prompts: str | Sequence[str], *, base: str | Path | Non
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not prompts:
         raise ConfigError("no prompt was given")
-    try:
-        chosen = SampleOptions(**options)
-    except TypeError:
-        unknown = sorted(options.keys() - SampleOptions.__dataclass_fields__.keys())
-        raise ConfigError(f"unknown options {unknown}; there are: {', '.join(SampleOptions.__dataclass_fields__)}") from None
+    chosen = sample_options(**options)
     if str(student) in demo.SOURCES:
-        _, sample_one = _demo_sampler(str(student), lambda: load_model(str(student)).model, chosen)
-        return Samples(prompts, tuple(sample_one(prompt, chosen.seed + number) for number, prompt in enumerate(prompts)), ())
-    model, sample_one = _sampler(student, base, chosen)
+        _, sample_many = _demo_sampler(str(student), lambda: load_model(str(student)).model, chosen)
+        return Samples(prompts, tuple(sample_many(prompts, range(chosen.seed, chosen.seed + len(prompts)))), ())
+    model, sample_many = open_sampler(student, base, chosen)
     pairs = []
     for number, prompt in enumerate(prompts):
-        after = sample_one(prompt, chosen.seed + number)
+        (after,) = sample_many([prompt], [chosen.seed + number])
         with teacher(model):
-            pairs.append((sample_one(prompt, chosen.seed + number), after))
+            pairs.append((*sample_many([prompt], [chosen.seed + number]), after))
     return Samples(prompts, *map(tuple, zip(*pairs, strict=True)))
 
 
-def _sampler(student: Any, base: str | Path | None, options: SampleOptions) -> tuple[Any, SampleOne]:
+def sample_options(**options: Any) -> SampleOptions:
+    """Make options by name.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    try:
+        return SampleOptions(**options)
+    except TypeError:
+        unknown = sorted(options.keys() - SampleOptions.__dataclass_fields__.keys())
+        raise ConfigError(f"unknown options {unknown}; there are: {', '.join(SampleOptions.__dataclass_fields__)}") from None
+
+
+def open_sampler(student: Any, base: str | Path | None, options: SampleOptions) -> tuple[Any, SampleMany]:
+    """Load what `sample` samples from; returns what `edit_compile.teacher` takes, and the function that samples.
+
+    Raises:
+        CheckpointError, ConfigError: as `sample`.
+    """
     if isinstance(student, str | Path):
         source = base or base_of(student)
         if source in demo.SOURCES:
             return _demo_sampler(str(source), lambda: load(student), options)
         pipe = load_pipeline(student, source, **dtype_kwarg(getattr(torch, options.dtype)))
-        return _pipeline_sampler(pipe.to("cuda") if torch.cuda.is_available() else pipe, options)
+        device = options.device or ("cuda" if torch.cuda.is_available() else None)
+        return _pipeline_sampler(pipe if device is None else pipe.to(device), options)
     if not isinstance(student, nn.Module):
         return _pipeline_sampler(student, options)
     origins = {str(demo.folder(name)): f"demo/{name}" for name in demo.NAMES}
@@ -127,7 +143,7 @@ def _sampler(student: Any, base: str | Path | None, options: SampleOptions) -> t
     raise ConfigError(f"a {type(student).__name__} cannot sample by itself: give a pipeline with it, or the folder it was saved to")
 
 
-def _demo_sampler(source: str, load_student: Callable[[], nn.Module], options: SampleOptions) -> tuple[nn.Module, SampleOne]:
+def _demo_sampler(source: str, load_student: Callable[[], nn.Module], options: SampleOptions) -> tuple[nn.Module, SampleMany]:
     side, patch = demo.side_and_patch(source)
     height, width = options.height or side, options.width or side
     if height % patch or width % patch:
@@ -136,31 +152,33 @@ def _demo_sampler(source: str, load_student: Callable[[], nn.Module], options: S
         raise ConfigError(f"the demo models sample in float32, not in {options.dtype}")
     student, chosen = load_student(), _given(steps=options.steps, guidance=options.guidance)
 
-    def sample_one(prompt: str, seed: int) -> np.ndarray:
+    def sample_many(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        pairs = zip(prompts, seeds, strict=True)
         try:
-            samples = demo.sample(student, [prompt], seed=seed, height=height, width=width, **chosen)
+            samples = [demo.sample(student, [prompt], seed=seed, height=height, width=width, **chosen) for prompt, seed in pairs]
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        pixels: np.ndarray = samples[0].movedim(0, -1).numpy()
-        return pixels
+        return [sample[0].movedim(0, -1).numpy() for sample in samples]
 
-    return student, sample_one
+    return student, sample_many
 
 
-def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, SampleOne]:
+def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, SampleMany]:
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ConfigError(f"{type(pipe).__name__} takes no prompts; sample from it as usual, and from its teacher inside ec.teacher(pipe)")
     chosen = _given(height=options.height, width=options.width, num_inference_steps=options.steps, guidance_scale=options.guidance)
 
-    def sample_one(prompt: str, seed: int) -> np.ndarray:
+    def sample_many(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        several = {"prompt": list(prompts), "generator": generators}
+        one = {"prompt": prompts[0], "generator": generators[0]}
         try:
-            made = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **chosen)
+            made = pipe(**(one if len(prompts) == 1 else several), output_type="np", **chosen)
         except ValueError as error:
             raise ConfigError(f"{type(pipe).__name__}: {error}") from error
-        pixels: np.ndarray = (made.frames if hasattr(made, "frames") else made.images)[0]
-        return pixels
+        return list(made.frames if hasattr(made, "frames") else made.images)
 
-    return pipe, sample_one
+    return pipe, sample_many
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -139,6 +139,10 @@ def merge_lora(student: Any) -> list[str]:
         linear.weight = nn.Parameter(linear.weight.detach().to(dtype) + delta.to(dtype))
         _replace(model, path, linear)
     conversion.lora = None
+    described = vars(model).get("peft_config", {})
+    described.pop(ADAPTER, None)
+    if not described:
+        vars(model).pop("peft_config", None)
     return [f"{path}.weight" for path in layers]
 
 

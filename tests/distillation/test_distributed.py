@@ -43,6 +43,8 @@ def folder(tmp_path_factory):
         arguments = [sys.executable, script, folder]
         processes.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     two_processes.run(folder / "one")
+    for kind, trained in two_processes.TRAINED.items():
+        two_processes.run(folder / f"one_{kind}", trained=trained)
     outputs = [process.communicate(timeout=250)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     return folder
@@ -59,12 +61,14 @@ def test_losses_are_those_of_one_process(folder, kind):
                 assert b[name] == pytest.approx(a[name], rel=2e-4), (a["phase"], a["step"], name)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "kept_whole", "resumed"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "kept_whole", "resumed", "fsdp_lora", "fsdp_blocks"])
 def test_the_student_and_its_error_are_those_of_one_process(folder, kind):
-    one, two = (ec.load(folder / name, toy_distill.base()).state_dict() for name in ("one", kind))
+    alone = kind.replace("fsdp_", "one_") if kind.startswith("fsdp_") else "one"
+    one, two = (ec.load(folder / name, toy_distill.base()).state_dict() for name in (alone, kind))
+    assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-4)
-    errors = [json.loads((folder / name / "result.json").read_text())["held_out_error"] for name in ("one", kind)]
+    errors = [json.loads((folder / name / "result.json").read_text())["held_out_error"] for name in (alone, kind)]
     for when in ("before", "after"):
         assert errors[1][when]["total"] == pytest.approx(errors[0][when]["total"], rel=1e-3)
 
@@ -75,6 +79,7 @@ def test_the_student_and_its_error_are_those_of_one_process(folder, kind):
         ("XLA", False, "adamw", "XLA is not supported: launch with DDP or with FSDP version 2"),
         ("FSDP", False, "adamw", "FSDP version 1 is not supported: launch with --fsdp_version 2"),
         ("FSDP", True, "adamw-8bit", "adamw-8bit does not support FSDP"),
+        ("FSDP", True, "muon", "muon does not support FSDP"),
     ],
 )
 def test_what_cannot_be_distributed_is_refused_before_anything_is_trained(monkeypatch, tmp_path, kind, version2, optimizer, message):

@@ -139,6 +139,14 @@ def test_merging_kept_adapters_later_gives_the_same_model(tmp_path):
     assert torch.equal(output(ec.load(tmp_path / "kept", toy_distill.base())), output(student))
     with pytest.raises(ec.EditCompileError, match="has no LoRA to merge"):
         ec.merge_lora(student)
+    merged = output(student)
+    assert ec.add_lora(student, 2, targets=["out"]) == ["out"]
+    assert torch.equal(output(student), merged)
+    with pytest.raises(ec.EditCompileError, match="has LoRA already"):
+        ec.add_lora(student, 2)
+    ec.save(student, tmp_path / "again")
+    assert torch.equal(output(ec.load(tmp_path / "again", toy_distill.base())), merged)
+    assert torch.equal(teacher_output(student), teacher)
 
 
 def test_a_run_goes_on_with_adapters_of_an_earlier_one(tmp_path):

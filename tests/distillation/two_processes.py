@@ -34,14 +34,15 @@ OPTIONS = {
     "validation": {"samples": 12, "batch_size": 4, "timestep_bins": 2},
     "save_every": 5,
 }
+TRAINED = {"lora": {"train": "lora", "lora": {"rank": 2, "targets": ["blocks.*.ff.*", "out"]}}, "blocks": {"train": "blocks"}}
 
 
-def run(folder, source=None, **options):
+def run(folder, source=None, trained=(), **options):
     student = toy_distill.student()
     if int(os.environ.get("RANK", 0)):
         toy.shaken(student.blocks[0].attn.edit)  # as if conversion had drawn what it adds from another seed
     return distill(
-        toy_distill.recipe(**OPTIONS),
+        toy_distill.recipe(**OPTIONS, **dict(trained)),
         folder,
         student=student,
         source=source or toy_distill.ToySource(),
@@ -85,6 +86,8 @@ def main(folder):
         run(folder / "resumed", Fails())
     torch.distributed.barrier()
     run(folder / "resumed", resume=True)
+    for kind, trained in TRAINED.items():
+        run(folder / f"fsdp_{kind}", trained=trained)
     torch.distributed.destroy_process_group()
 
 
