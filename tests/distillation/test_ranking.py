@@ -129,6 +129,7 @@ def test_an_error_is_that_of_the_model_with_one_site_converted(ranked, model):
     assert site.measures[0].bins == pytest.approx([one.error for one in found.bins], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_set_saves_is_what_it_is_counted_to_save(ranked, model):
     _, ranking, _ = ranked
     (cost,) = ec.cost(model, [ranking.size], config=ranking.config("best 2")).costs
@@ -231,7 +232,8 @@ def test_a_signal_stops_between_batches(ranked, model, tmp_path, monkeypatch):
     assert [at.done for at in told] == [2, 3]
 
 
-def test_time_is_measured_where_it_is_asked_for(ranked, model, tmp_path):
+def test_time_is_measured_where_it_is_asked_for(ranked, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranking_module, "validate", None)  # nothing but time is
     found = rank(model, copied(ranked, tmp_path), time=True)
     assert found.seconds > 0
     assert all(measure.saved_seconds is not None for site in found.sites for measure in site.measures)
@@ -273,6 +275,7 @@ def test_other_weights_are_not_taken_for_the_same_model(ranked, model, tmp_path)
         ec.rank(str(other), folder, recipe=recipe(model), candidates=COMPETING)
 
 
+@pytest.mark.slow
 def test_a_candidate_that_takes_no_site_is_told_before_anything_is_fitted(model, tmp_path):
     with pytest.raises(ec.ConfigError, match="the candidate mm-edit takes no site of PixArtTransformer2DModel: "):
         ec.rank(model, tmp_path / "r", recipe=recipe(model), candidates=["edit", "mm-edit"])
@@ -333,6 +336,11 @@ def test_the_command_ranks_and_shows_it(ranked, model, tmp_path):
     assert "transformer_blocks.0.attn1" in shown.stdout
     assert "error measured" in shown.stdout
     assert json.loads(run(*arguments, "--json").stdout) == json.loads(ranked[1].to_json())
+
+
+@pytest.mark.slow
+def test_inspect_and_convert_take_a_ranking(ranked, model, tmp_path):
+    folder = ranked[0]
     plan = run("inspect", model, "--ranking", folder / "ranking.json", "--sites", "best 1")
     assert plan.exit_code == 0, plan.stderr
     assert "1 of 6 attention sites rewritten" in plan.stdout

@@ -173,7 +173,7 @@ class Choices:
 
     # ------------------------------------------------------------------ for comparison
 
-    def front(self, points: int = 41) -> list[Selection]:
+    def front(self, points: int = 101) -> list[Selection]:
         """Choose for budgets of FLOPs, evenly from the model as it is down to the least, without repetitions."""
         found: dict[int, Selection] = {}
         for number in range(1, points):

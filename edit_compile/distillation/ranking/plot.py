@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 from edit_compile.distillation.ranking.ranking import Ranking
 from edit_compile.distillation.ranking.tables import title
 
+_STEPS: dict[str, Any] = {"drawstyle": "steps-pre", "marker": "."}  # a set serves all budgets down to the FLOPs it leaves
 Points = Sequence[tuple[float, float]]
 
 
@@ -25,9 +27,10 @@ def plot_ranking(ranking: Ranking, path: Path) -> None:
         _shade(axes, [_shares(points, ranking) for points in choices.shuffled()])
         lines = (("the first n sites", in_model, "C1"), ("the last n sites", in_model[::-1], "C2"))
         for label, paths, colour in lines:
-            axes.plot(*zip(*_shares(choices.in_order(paths)[1:], ranking), strict=True), label=label, color=colour, marker=".", linewidth=1)
+            points = _shares(choices.in_order(paths)[1:], ranking)
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1, **_STEPS)
         front = [(selection.flops, selection.error) for selection in choices.front()]
-        axes.plot(*zip(*_shares(front, ranking), strict=True), label="the best sets, predicted", color="C0", marker=".", linewidth=2)
+        axes.plot(*zip(*_shares(front, ranking), strict=True), label="the best sets, predicted", color="C0", linewidth=2, **_STEPS)
     measured = [(check.flops, check.measured) for check in ranking.checked]
     if measured:
         x, y = zip(*_shares(measured, ranking), strict=True)
@@ -46,7 +49,7 @@ def _shares(points: Points, ranking: Ranking) -> list[tuple[float, float]]:
     return [(flops / ranking.flops, error) for flops, error in points]
 
 
-def _shade(axes: object, orders: Sequence[Points]) -> None:
+def _shade(axes: Any, orders: Sequence[Points]) -> None:
     """Shade between the deciles of random orders, at the mean cost of each number of sites, with a line at their median."""
     middle, low, high, x = [], [], [], []
     for number in range(1, len(orders[0])):
@@ -55,5 +58,5 @@ def _shade(axes: object, orders: Sequence[Points]) -> None:
         middle.append(deciles[4])
         high.append(deciles[8])
         x.append(sum(points[number][0] for points in orders) / len(orders))
-    axes.fill_between(x, low, high, color="0.5", alpha=0.2, linewidth=0)  # type: ignore[attr-defined]
-    axes.plot(x, middle, label="random sites: median and deciles", color="0.5", linewidth=1)  # type: ignore[attr-defined]
+    axes.fill_between(x, low, high, step="pre", color="0.5", alpha=0.2, linewidth=0)
+    axes.plot(x, middle, label="random sites: median and deciles", color="0.5", linewidth=1, drawstyle="steps-pre")

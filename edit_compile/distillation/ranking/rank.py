@@ -22,7 +22,6 @@ from edit_compile.adapters.load_model import LoadedModel, load_model
 from edit_compile.adapters.pipeline_calls import call_as_recorded
 from edit_compile.api import plan_with_forwards
 from edit_compile.bench import video_size
-from edit_compile.config import LinearizeConfig
 from edit_compile.distillation.context import Context, trained_parameters
 from edit_compile.distillation.data import DataSource, open_source
 from edit_compile.distillation.evaluate.validation import validate
@@ -262,7 +261,7 @@ class Ranker:
             folder.write(count_costs(self._fitted(number), self.size, paths, self.loaded.pipeline), self.size)
         if self.time and folder.times(self.size) is None:
             self.report(Progress(f"{name}: timing {len(paths)} sites", 0, 1))
-            folder.write(measure_times(self._context(self._fitted(number)).student, self.size, paths), self.size)
+            folder.write(measure_times(self._fitted(number), self.size, paths), self.size)
 
     def _fitted(self, number: int) -> nn.Module:
         """Convert all sites that a candidate takes, with the weights of its fit."""
@@ -357,17 +356,18 @@ class Ranker:
     def _converted(self, ranking: Ranking, selection: Selection) -> nn.Module:
         """Convert the chosen sites, each with the weights of its candidate's fit."""
         numbers = {path: measure.candidate for path, measure in selection.converted.items()}
-        student = install(self.loaded.model, self._compiled(ranking.config_of(selection), numbers))
+        student = install(self.loaded.model, self._compiled(ranking, selection, numbers))
         for number in sorted(set(numbers.values())):
             self._load_fit(student, number, [path for path in numbers if numbers[path] == number])
         return student
 
-    def _compiled(self, config: LinearizeConfig, numbers: Mapping[str, int]) -> CompiledPlan:
+    def _compiled(self, ranking: Ranking, selection: Selection, numbers: Mapping[str, int]) -> CompiledPlan:
         """Put a plan together from those of the candidates, where they have one source of the grid; make it anew where not."""
+        config = ranking.config_of(selection)
         used = [self.compiled[number] for number in sorted(set(numbers.values()))]
         if any(each.plan.grid != used[0].plan.grid for each in used):
             return plan_with_forwards(self.loaded, config)
-        reasons = {rule.paths: rule.reason for rule in config.rules}
+        reasons = {site.path: rule.reason for site, rule in zip(ranking.sites, config.rules, strict=True)}
 
         def planned(site: SitePlan) -> SitePlan:
             if site.path not in numbers:
@@ -385,7 +385,9 @@ class Ranker:
 
 
 def _measured_alike(one: Ranking, other: Ranking) -> bool:
-    return (one.candidates, one.samples, one.sites) == (other.candidates, other.samples, other.sites)
+    """Say whether two rankings are of the same fits: sizes and times may differ."""
+    measures = [[(site.path, [measure.error for measure in site.measures]) for site in each.sites] for each in (one, other)]
+    return (one.candidates, one.samples, measures[0]) == (other.candidates, other.samples, measures[1])
 
 
 def _default_budgets(ranking: Ranking) -> list[str]:

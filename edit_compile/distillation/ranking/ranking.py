@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -32,6 +33,14 @@ class DesignCandidate(Frozen):
     def config(self, include: tuple[str, ...] = ("*",), exclude: tuple[str, ...] = ()) -> LinearizeConfig:
         """Return the configuration that converts every site it takes."""
         return LinearizeConfig(design=self.design, options=self.options, include=include, exclude=exclude)
+
+    @property
+    def brings(self) -> tuple[str, ...]:
+        """The designs that it brings for sites of another kind, which do not compete."""
+        if self.design == AUTO:
+            return ()
+        design = find_design(self.design)
+        return tuple(other.name for other, _ in design.companions(parse_options(design, self.options)))
 
     @property
     def kinds(self) -> set[str]:
@@ -179,13 +188,13 @@ class Ranking(Frozen):
         return LinearizeConfig(rules=tuple(self._rule(site, selection) for site in self.sites))
 
     def _rule(self, site: RankedSite, selection: Selection) -> Rule:
-        measure = selection.converted.get(site.path)
+        measure, glob = selection.converted.get(site.path), escape(site.path)
         if not site.measures:
-            return Rule(site.path, KEEP, reason=site.reason)
+            return Rule(glob, KEEP, reason=site.reason)
         rank = self.choices.describe(site.path, measure)
         if measure is None:
-            return Rule(site.path, KEEP, reason=f"outside the budget ({selection.budget.text}): {rank}")
-        return Rule(site.path, measure.design, measure.options, reason=rank)
+            return Rule(glob, KEEP, reason=f"outside the budget ({selection.budget.text}): {rank}")
+        return Rule(glob, measure.design, measure.options, reason=rank)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)

@@ -91,7 +91,12 @@ def orders_table(ranking: Ranking) -> TextTable:
 def untaken(ranking: Ranking) -> list[str]:
     """Say which sites no candidate takes, by reason."""
     reasons = Counter(site.reason for site in ranking.sites if not site.measures)
-    return [f"{number} of {len(ranking.sites)} sites stay as they are: {reason}" for reason, number in reasons.items()]
+    kept = [f"{number} of {len(ranking.sites)} sites stay as they are: {reason}" for reason, number in reasons.items()]
+    brought = [(candidate, name) for candidate in ranking.candidates for name in candidate.brings]
+    return [
+        *kept,
+        *(f"{candidate}: the sites of {name}, which comes with it, are not ranked and stay as they are" for candidate, name in brought),
+    ]
 
 
 def markdown(ranking: Ranking) -> str:
