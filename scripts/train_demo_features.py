@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,28 +69,46 @@ def blurred(images: Tensor) -> Tensor:
     return images
 
 
+def shuffled(images: Tensor) -> Tensor:
+    """Put the three channels of every pixel into an order of its own."""
+    order = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    return images.gather(1, order)
+
+
 DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {  # from slight to heavy
     "none": lambda images: images,
     "blurred": blurred,
-    "colours shuffled": lambda images: images[:, [1, 2, 0]],
+    "colours shuffled": shuffled,
     "noise": lambda images: torch.rand(images.shape, generator=torch.Generator().manual_seed(0)),
 }
 
 
 def damage_table(draw: Callable[[int], Tensor]) -> dict[str, float]:
-    """Measure the distance of damaged images to others of the same kind; `draw` makes some from a seed."""
-    true = features.features(draw(HELD_OUT))
-    return {name: features.frechet_distance(true, features.features(damage(draw(HELD_OUT + 1)))) for name, damage in DAMAGES.items()}
+    """Measure the distance of damaged images to true ones of the same captions; `draw` makes them with the objects put by a seed."""
+    true, others = features.features(draw(0)), draw(1)
+    return {name: features.frechet_distance(true, features.features(damage(others))) for name, damage in DAMAGES.items()}
 
 
-def of_groups(seed: int, count: int = 1_000) -> Tensor:
-    """Draw images of 64 px."""
-    return labelled(list(itertools.islice(groups.scenes(seed), count)))[0]
+def of_groups(seed: int, count: int = 500) -> Tensor:
+    """Draw the images of 64 px of held-out captions, with the objects where their captions let them be."""
+    rng = random.Random(seed)
+    cell, scenes = groups.IMAGE_SIZE // 4, itertools.islice(groups.scenes(HELD_OUT), count)
+
+    def elsewhere(group: groups.Group) -> groups.Group:
+        top, left = (2 * cell * (side in ("lower", "right")) for side in group.place)
+        cells = rng.sample(range(4), len(group.centres))
+        middles = [(top + (n // 2 + 0.5) * cell, left + (n % 2 + 0.5) * cell) for n in cells]
+        return replace(group, centres=tuple((row + rng.uniform(-0.75, 0.75), column + rng.uniform(-0.75, 0.75)) for row, column in middles))
+
+    return labelled([replace(scene, groups=tuple(map(elsewhere, scene.groups))) for scene in scenes])[0]
 
 
-def of_shapes(seed: int, count: int = 1_000) -> Tensor:
-    """Draw images of 32 px."""
-    drawn = [shapes.render(scene) for scene in itertools.islice(shapes.scenes(seed), count)]
+def of_shapes(seed: int, count: int = 500) -> Tensor:
+    """Draw the images of 32 px of held-out captions, with the objects where their captions let them be."""
+    rng, drawn = random.Random(seed), []
+    for scene in itertools.islice(shapes.scenes(HELD_OUT), count):
+        items = (replace(item, offset=(rng.uniform(-1, 1), rng.uniform(-1, 1))) for item in scene.items)
+        drawn.append(shapes.render(replace(scene, items=tuple(items))))
     return torch.from_numpy(np.stack(drawn)).movedim(-1, 1)
 
 

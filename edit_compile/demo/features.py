@@ -93,8 +93,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Compute the Frechet distance between Gaussians fitted to features (N, D) and (M, D), in float64.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson and Landau 1982; as FID in arXiv 1706.08500). The trace of the root
-    is the sum of the roots of the eigenvalues of the symmetric S_a^(1/2) S_b S_a^(1/2). With few samples it is too large: compare
-    sets of equal size only.
+    is the sum of the roots of the eigenvalues of the symmetric S_a^(1/2) S_b S_a^(1/2). Of samples of different captions
+    it is far too large unless they are very many: compare sets of the same captions.
 
     Raises:
         ValueError: a set has fewer than two samples.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from edit_compile.adapters.denoise import denoise
 from edit_compile.demo import features, groups, models, shapes
-from edit_compile.demo.prompt_adherence import Adherence, draw, held_out
+from edit_compile.demo.prompt_adherence import Adherence, draw, held_out, held_out_groups, held_out_scenes
 from edit_compile.distillation.context import Context, NoisyBatch
 from edit_compile.distillation.data import BatchRequest, open_source
 from edit_compile.distillation.data.seeding import noise_for
@@ -33,7 +32,6 @@ from edit_compile.files import replacing
 from edit_compile.study.schema import KEPT_IMAGES
 
 DRAWN = "drawn.safetensors"
-REAL_SEED, _REAL = 30_000, 2_000  # of true images: neither training nor held-out captions have this seed
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,12 @@ def has_features(data: models.TrainingData) -> bool:
 
 
 @cache
-def real_features(data: models.TrainingData) -> Tensor:
-    """Compute the features of true images of what a demo model was trained on, (N, D)."""
+def real_features(data: models.TrainingData, count: int) -> Tensor:
+    """Compute the features of true images of the first held-out captions of what a demo model was trained on, (count, D)."""
     if data == models.GROUPS:
-        drawn = [groups.render(scene) for scene in islice(groups.scenes(REAL_SEED), _REAL)]
+        drawn = [groups.render(scene) for scene in held_out_groups(count)]
     else:
-        drawn = [shapes.render(scene) for scene in islice(shapes.scenes(REAL_SEED), _REAL)]
+        drawn = [shapes.render(scene) for scene in held_out_scenes(count)]
     return features.features(torch.from_numpy(np.stack(drawn)).movedim(-1, 1))
 
 

@@ -187,7 +187,7 @@ class Measurer:
             return Measure(settings=settings, reason=_NO_FEATURES)
         if len(drawn.features) < 2:
             return Measure(settings=settings, reason="measure.samples: one sample is too few")
-        real = features.frechet_distance(real_features(data), drawn.features)
+        real = features.frechet_distance(real_features(data, len(drawn.features)), drawn.features)
         of_teacher = drawn.features if teacher is None else teacher.features
         assert of_teacher is not None
         to_teacher = 0.0 if teacher is None else features.frechet_distance(of_teacher, drawn.features)
