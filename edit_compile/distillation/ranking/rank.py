@@ -75,6 +75,7 @@ def rank(
         output: the folder to write: `ranking.json`, `ranking.md`, `pareto.png`. Default: `rankings/` and the model's name.
         recipe: where data, layerwise fit, validation and seed come from. Default: the shipped recipe for this model.
         candidates: the designs that compete for the sites: names, or `{"design": NAME, option: value}`. Default: the recipe's design.
+            The sites of another kind that a design brings stay as they are.
         sites: budgets, as of `Ranking.choose`. What each chooses is converted, measured, and saved in the folder's `chosen/`.
         size: in pixels, at which FLOPs are counted and time is measured. Default: the recipe's last stage's.
         steps: of the layerwise fit. Default: the recipe's.
@@ -82,8 +83,7 @@ def rank(
         report: told how far it is.
 
     Raises:
-        ConfigError, RecipeError: a candidate, a budget or the recipe is wrong.
-        PlanError: a candidate takes no site.
+        ConfigError, RecipeError: a candidate, a budget or the recipe is wrong, or a candidate takes no site.
         DistillError: the data cannot be opened, or the folder has another ranking.
         Interrupted: SIGINT or SIGTERM arrived; the same call continues.
     """
@@ -223,7 +223,7 @@ class Ranker:
         """Measure what is not measured yet, and write the folder.
 
         Raises:
-            Interrupted, DistillError, PlanError, ConfigError: as `rank`.
+            Interrupted, DistillError, ConfigError: as `rank`.
         """
         weights = json.dumps({name: [each.shape, each.values] for name, each in fingerprint(self.loaded.model.state_dict()).items()})
         self.folder.open(self.recipe, hashlib.sha256(weights.encode()).hexdigest())
@@ -295,13 +295,9 @@ class Ranker:
     def _assembled(self) -> Ranking:
         """Put the measurements together."""
         folders = [self.folder.candidate(candidate) for candidate in self.candidates]
-        costs, times = (
-            [folder.costs(self.size) for folder in folders],
-            [folder.times(self.size) if self.time else None for folder in folders],
-        )
-        first = costs[0]
+        first = folders[0].costs(self.size)
         assert first is not None
-        timed = [each.total for each in times if each is not None]
+        timed = [times.total for folder in folders if self.time and (times := folder.times(self.size)) is not None]
         return Ranking(
             model=self.recipe.model,
             recipe=self.recipe.model_dump(mode="json"),
