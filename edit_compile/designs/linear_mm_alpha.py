@@ -20,7 +20,8 @@ class LinearMMAlpha(Edit):
     """y_i = Q_i (sum_j K_j^T V_j) / (Q_i sum_j K_j) for all queries i, over the compressed image keys and all other keys j.
 
     Of image tokens Q = ReLU(Linear(ConvFusion(X))), and K and V are compressed, as in EDiT; of other tokens Q and K are ReLU of
-    the model's own. There is no softmax and no eta. Balance is ours.
+    the model's own. There is no softmax and no eta. Balance is ours: untrained, demo/mm-dit's error is 0.29 with it, 0.34 without
+    (benchmarks/starts.py).
     """
 
     name = "linear-mm-alpha"
