@@ -73,12 +73,13 @@ class CellFolder:
         except (OSError, ValidationError) as error:
             return Failure(error=f"{ERROR} cannot be read: {error}", traceback="")
 
-    def fail(self, error: Exception) -> None:
-        """Record why the cell failed."""
+    def fail(self, error: Exception) -> str:
+        """Record why the cell failed; returns it in one line."""
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
         failure = Failure(error=line, traceback="".join(traceback.format_exception(error)))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / ERROR, failure.model_dump_json(indent=2))
+        return line
 
 
 @dataclass(frozen=True)

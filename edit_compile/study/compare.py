@@ -126,14 +126,14 @@ class StudyRun:
         measurer = self._measurer(cells[0])
         self.say(f"{len(cells)} cells in {self.folder}")
         measurer.measure_teacher()
-        busy = [
-            cell.title for number, cell in enumerate(cells) if not self._do(cell, measurer, f"[{number + 1}/{len(cells)}] {cell.title}")
-        ]
+        titles = {cell.title: f"[{number + 1}/{len(cells)}] {cell.title}" for number, cell in enumerate(cells)}
+        busy = [cell for cell in cells if not self._do(cell, measurer, titles[cell.title])]
+        busy = [cell for cell in busy if not self._do(cell, measurer, titles[cell.title])]  # another process may have been killed
         for name in wanted:
             if name in self.study.untrained_names:
                 self._measure_untrained(name, cells, measurer)
         if busy:
-            self.say(f"left to other processes: {', '.join(busy)}; compare again when they are done")
+            self.say(f"left to other processes: {', '.join(cell.title for cell in busy)}; compare again when they are done")
         return self.write()
 
     def write(self) -> Results:
@@ -202,6 +202,7 @@ class StudyRun:
         with claimed(self.folder / "locks" / f"{cell.name}, {cell.seed}") as mine:
             if not mine:
                 return False
+            before = (cell.state(), read_measured(cell.folder))
             cell.begin()
             try:
                 model = self._train(cell, title)
@@ -210,10 +211,10 @@ class StudyRun:
             except Interrupted:
                 raise
             except Exception as error:  # one cell must not end the night for the others
-                cell.fail(error)
-                self.say(f"{title} failed: {cell.failure().error}")  # type: ignore[union-attr]
-        gc.collect()
-        self.write()
+                self.say(f"{title} failed: {cell.fail(error)}")
+            gc.collect()
+            if (cell.state(), read_measured(cell.folder)) != before:
+                self.write()
         return True
 
     def _train(self, cell: Cell, title: str) -> Callable[[], Student]:

@@ -104,7 +104,7 @@ class Measurer:
         Raises:
             EditCompileError, OSError, RuntimeError: a measurement fails that should not.
         """
-        measured = read_measured(subject.folder)
+        before = measured = read_measured(subject.folder)
         for kind, found in _of_run(subject.folder).items():
             measured = measured.with_measure(kind, found)
         if not self.is_demo:
@@ -119,7 +119,8 @@ class Measurer:
                 measured = self._with_drawn_demo(subject.folder, measured, subject.model, Drawn.read(self.teacher))
             else:
                 measured = self._with_drawn(subject.folder, measured, lambda: subject.student, teacher=False)
-        write_measured(subject.folder, measured)
+        if measured != before:
+            write_measured(subject.folder, measured)
         return measured
 
     def _of_conversion(self) -> dict[str, tuple[dict[str, Any], Callable[[Subject, dict[str, Any]], Measure]]]:

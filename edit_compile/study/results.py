@@ -143,7 +143,7 @@ def _formatted(value: float, how: str) -> str:
     if how == "si":
         return format_si(round(value))
     if how == "error":
-        return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+        return f"{value:.4f}" if value >= 0.001 else f"{value:.1e}" if value else "0"
     if how == "ratio":
         return f"{value:.2f}x"
     return f"{value:{how}}"
