@@ -67,7 +67,7 @@ def print_result(result: Result, as_json: bool) -> None:
         print(json.dumps(result.to_dict(), indent=2))
         return
     before, after = result.before, result.after
-    bins = "  ".join(f"{b.low:.0f}-{b.high:.0f}: {b.error:.4f}" for b in after.bins)
+    bins = "  ".join(f"{b.timesteps}: {b.error:.4f}" for b in after.bins)
     console = _console()
     console.print(f"validation error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {bins}")
     for speed in result.speeds:

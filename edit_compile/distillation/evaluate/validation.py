@@ -17,11 +17,16 @@ from edit_compile.errors import DistillError
 
 @dataclass(frozen=True)
 class TimestepBin:
-    """The error over a range of timesteps (low, high)."""
+    """The error over a range of timesteps (low, high), or at one, low and high."""
 
     low: float
     high: float
     error: float
+
+    @property
+    def timesteps(self) -> str:
+        """The range in words."""
+        return f"{self.low:.0f}" if self.low == self.high else f"{self.low:.0f} to {self.high:.0f}"
 
 
 @dataclass(frozen=True)

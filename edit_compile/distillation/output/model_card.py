@@ -53,7 +53,7 @@ def model_card(
 
 def _errors(before: ValidationResult, after: ValidationResult) -> str:
     rows = [("all", before.total, after.total)]
-    rows += [(f"{a.low:.0f} to {a.high:.0f}", b.error, a.error) for b, a in zip(before.bins, after.bins, strict=True)]
+    rows += [(a.timesteps, b.error, a.error) for b, a in zip(before.bins, after.bins, strict=True)]
     return _table(("timesteps", "converted", "distilled"), [(name, _error(b), _error(a)) for name, b, a in rows])
 
 
