@@ -28,6 +28,8 @@ _SHIPPED = {
     "kv-compress": "edit_compile.designs.kv_compress:KVCompress",
     "sana": "edit_compile.designs.sana:Sana",
     "mix-ffn": "edit_compile.designs.mix_ffn:MixFFN",
+    "clear": "edit_compile.designs.clear:Clear",
+    "local-linear": "edit_compile.designs.local_linear:LocalLinear",
 }
 _registered: dict[str, type[Design]] = {}
 

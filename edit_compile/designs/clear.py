@@ -96,4 +96,4 @@ def window(options: Any) -> Window:
 def _narrowed(x: QKV, start: int, length: int) -> QKV:
     """Return the operands of one image of several, all of whose keys have a mask of their own or share it."""
     mask = x.mask.narrow(-1, start, length) if x.mask is not None and x.mask.shape[-1] > 1 else x.mask
-    return QKV(*(each.narrow(2, start, length) for each in (x.query, x.key, x.value)), mask)
+    return QKV(x.query.narrow(2, start, length), x.key.narrow(2, start, length), x.value.narrow(2, start, length), mask)

@@ -34,15 +34,29 @@ def site(layout=IMAGE, kind="attention", **facts):
 
 LAYOUTS = {"edit": [IMAGE], "mm-edit": [JOINT], "linear-mm-alpha": [JOINT]}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "edit": [{}, {"key": "plain", "value": "plain"}, {"reduction": 2, "query": "plain"}, {"key": "conv-fusion", "value": "conv-fusion"}],
-    "mm-edit": [{}, {"eta": "ratio"}, {"eta": "calibrated", "text_keys": "compressed"}, {"key": "plain", "value": "plain"}],
-    "linear-mm-alpha": [{}, {"reduction": 2, "key": "plain", "value": "plain"}, {"balance": False}],
+    "edit": [
+        {},
+        {"features": "learned"},
+        {"key": "plain", "value": "plain"},
+        {"reduction": 2, "query": "plain"},
+        {"key": "conv-fusion", "value": "conv-fusion"},
+    ],
+    "mm-edit": [
+        {},
+        {"eta": "ratio", "features": "learned"},
+        {"eta": "calibrated", "text_keys": "compressed"},
+        {"key": "plain", "value": "plain"},
+    ],
+    "linear-mm-alpha": [{}, {"reduction": 2, "key": "plain", "value": "plain", "features": "learned"}, {"balance": False}],
     "linfusion": [{}, {"reduction": 4}],
     "kv-compress": [{}, {"factor": 3, "layer_norm": True}, {"balance": False}],
     "sana": [{}],
     "mix-ffn": [{}],
+    "clear": [{}, {"radius": 3}],
+    "local-linear": [{}, {"radius": 2}],
 }
 CASES = [(name, options, layout) for name, each in OPTIONS.items() for options in each for layout in LAYOUTS.get(name, [IMAGE, JOINT])]
+EITHER = ("linfusion", "kv-compress", "sana", "clear", "local-linear")  # of the layouts
 
 
 def test_every_shipped_design_is_held_to_its_flops():
@@ -84,8 +98,8 @@ def test_flops_are_what_the_counter_counts(name, options, layout, grid):
         ("mm-edit", {"layout": JOINT, "causal": True}, "causal attention"),
         ("linear-mm-alpha", {}, "it is for joint attention of image tokens and others"),
         ("linear-mm-alpha", {"layout": JOINT}, None),
-        *[(name, {"layout": layout}, None) for name in ("linfusion", "kv-compress", "sana") for layout in (IMAGE, JOINT)],
-        *[(name, {"mask": "by_query"}, "the mask differs from query to query") for name in ("linfusion", "kv-compress", "sana")],
+        *[(name, {"layout": layout}, None) for name in EITHER for layout in (IMAGE, JOINT)],
+        *[(name, {"mask": "by_query"}, "the mask differs from query to query") for name in EITHER],
     ],
 )
 def test_a_design_judges_the_facts(name, facts, reason):
@@ -96,7 +110,7 @@ def test_a_design_judges_the_facts(name, facts, reason):
 
 
 def test_by_default_no_product_of_image_tokens_by_image_tokens_is_allowed():
-    for name in set(design_names()) - {"kv-compress"}:
+    for name in set(design_names()) - {"kv-compress", "clear", "local-linear"}:
         design = find_design(name)
         assert not design.allows(35, 12, (5, 7), design.Options())
         assert design.allows(35, 1, (5, 7), design.Options())

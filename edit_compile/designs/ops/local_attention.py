@@ -11,18 +11,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from edit_compile.designs.ops.linear_attention import NO_WEIGHT, at_least_float32, attention_with_normaliser, softmax_with_normaliser
 
 SIDE = 8  # of a block; the waste of larger ones is in the keys that no query of theirs sees, that of smaller ones in copies
 QUERIES = SIDE * SIDE  # of a block
 _SMALLEST_FLEX_HEAD = 16
-_FLEX_TILES: FlexKernelOptions = {  # of a block at most: the kernel's own choice may be larger
+_FLEX_TILES: Any = {  # of a block at most: the kernel's own choice may be larger
     "BLOCK_M": QUERIES,
     "BLOCK_N": QUERIES,
     "bwd_BLOCK_M1": QUERIES,
@@ -99,14 +99,15 @@ def attention_in_blocks(
     """Compute `local_attention` with plain matrix products, of `block_pairs` pairs."""
     window, frames = window.on(grid), _in_frames(grid)
     seen_nM, exists_nM = _around_blocks(frames, window.reach, q_BHND.device)
-    scores_BHnSM = _blocks(q_BHND * scale, frames) @ _taken(k_BHND, seen_nM).transpose(-1, -2)
+    scores_BHnSM = _taken(q_BHND * scale, _own(seen_nM, window)) @ _taken(k_BHND, seen_nM).transpose(-1, -2)
     dtype, counts_nSM = at_least_float32(scores_BHnSM), exists_nM[:, None] & _near(window, q_BHND.device)
     bias = torch.zeros((), dtype=dtype, device=q_BHND.device)
     if mask is not None:
         bias = _taken(_key_bias(q_BHND, mask, dtype), seen_nM).transpose(-1, -2)
     scores_BHnSM = scores_BHnSM.to(dtype) + torch.where(counts_nSM, bias, float("-inf"))
     y, normaliser = softmax_with_normaliser(scores_BHnSM, _taken(v_BHNE, seen_nM))
-    return _from_blocks(y, frames), _from_blocks(normaliser, frames)
+    where_N = _places_in_blocks(frames, q_BHND.device)
+    return _from_blocks(y, where_N), _from_blocks(normaliser, where_N)
 
 
 def flex_attention_within(
@@ -114,10 +115,21 @@ def flex_attention_within(
 ) -> tuple[Tensor, Tensor]:
     """Compute `local_attention` with FlexAttention: a kernel if it is compiled, all pairs of tokens if not."""
     window, frames = window.on(grid), _in_frames(grid)
-    q, k, v = (_blocks(x, frames).flatten(2, 3) for x in (q_BHND, k_BHND, v_BHNE))
-    bias = None if mask is None else _blocks(_key_bias(q_BHND, mask, torch.float32), frames).flatten(2)
-    y, normaliser = _flex(q, k, v, bias, scale, block_mask(q, frames, window))
-    return tuple(_from_blocks(torch.unflatten(x, 2, (-1, QUERIES)), frames) for x in (y, normaliser))  # type: ignore[return-value]
+    own_nS, exists_nS = _around_blocks(frames, (0, 0, 0), q_BHND.device)
+    q, k, v = (_taken(x, own_nS).flatten(2, 3) for x in (q_BHND, k_BHND, v_BHNE))
+    bias = None if mask is None else _taken(_key_bias(q_BHND, mask, torch.float32), own_nS).flatten(2)
+    y, normaliser = _flex(q, k, v, bias, scale, _block_mask(own_nS, exists_nS, frames, window))
+    where_N = _places_in_blocks(frames, q.device)
+    return y.index_select(2, where_N), normaliser.index_select(2, where_N)
+
+
+def weight_within(weights_BHN1: Tensor, grid: Sequence[int], window: Window) -> Tensor:
+    """Sum up the weights of the tokens that each token sees, (B, H, N, 1)."""
+    frames, window = _in_frames(grid), window.on(grid)
+    seen_nM, exists_nM = _around_blocks(frames, window.reach, weights_BHN1.device)
+    counts_nSM = exists_nM[:, None] & _near(window, weights_BHN1.device)
+    within = torch.where(counts_nSM, _taken(weights_BHN1, seen_nM).transpose(-1, -2), 0).sum(-1, keepdim=True)
+    return _from_blocks(within, _places_in_blocks(frames, weights_BHN1.device))
 
 
 def attention_to_all(q_BHND: Tensor, k_BHPD: Tensor, v_BHPE: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -170,17 +182,23 @@ def _taken(x_BHNC: Tensor, numbers_nM: Tensor) -> Tensor:
     return taken
 
 
-def _blocks(x_BHNC: Tensor, grid: Grid3) -> Tensor:
-    """Cut tokens into blocks, (B, H, n, S, C), frame by frame; those that the grid does not fill are filled with copies."""
-    return _taken(x_BHNC, _around_blocks(grid, (0, 0, 0), x_BHNC.device)[0])
+def _own(seen_nM: Tensor, window: Window) -> Tensor:
+    """Return the numbers of the tokens of every block, (n, S), among those that it looks at."""
+    t, y, x = window.reach
+    seen: Tensor = torch.unflatten(seen_nM, 1, (1 + 2 * t, SIDE + 2 * y, SIDE + 2 * x))
+    return seen[:, t, y : y + SIDE, x : x + SIDE].flatten(1)
 
 
-def _from_blocks(x_BHnSC: Tensor, grid: Grid3) -> Tensor:
+def _places_in_blocks(grid: Grid3, device: torch.device) -> Tensor:
+    """Return where every token is in the sequence of all blocks, (N,)."""
+    t, y, x = (torch.arange(size, device=device) for size in grid)
+    block = (t[:, None, None] * _ceil(grid[1]) + y[:, None] // SIDE) * _ceil(grid[2]) + x // SIDE
+    return (block * QUERIES + y[:, None] % SIDE * SIDE + x % SIDE).flatten()
+
+
+def _from_blocks(x_BHnSC: Tensor, where_N: Tensor) -> Tensor:
     """Put blocks together again, (B, H, N, C)."""
-    _, height, width = grid
-    t, y, x = (torch.arange(size, device=x_BHnSC.device) for size in grid)
-    block = (t[:, None, None] * _ceil(height) + y[:, None] // SIDE) * _ceil(width) + x // SIDE
-    return x_BHnSC.flatten(2, 3).index_select(2, (block * QUERIES + y[:, None] % SIDE * SIDE + x % SIDE).flatten())
+    return x_BHnSC.flatten(2, 3).index_select(2, where_N)
 
 
 def _near(window: Window, device: torch.device) -> Tensor:
@@ -209,45 +227,52 @@ def _has_flex_kernel(q_BHND: Tensor, v_BHNE: Tensor) -> bool:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, seen: BlockMask | None) -> tuple[Tensor, Tensor]:
     """Call FlexAttention with what is added to the scores of each key, (B or 1, H or 1, keys)."""
-    score, tiles = None, _FLEX_TILES if seen is not None else None
+    score = None
     if bias is not None:
         added = bias.expand(q.shape[0], q.shape[1], -1)
 
         def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + added[b, h, j]
 
-    y, beside = flex_attention(q, k, v, score, seen, scale, kernel_options=tiles, return_aux=AuxRequest(lse=True))
+    y, beside = flex_attention(
+        q, k, v, score, seen, scale, kernel_options=_FLEX_TILES if seen is not None else None, return_aux=AuxRequest(lse=True)
+    )
+    assert beside.lse is not None
     return y, beside.lse.clamp(min=NO_WEIGHT).unsqueeze(-1)
 
 
-def block_mask(like: Tensor, grid: Grid3, window: Window) -> BlockMask:
+def _block_mask(own_nS: Tensor, exists_nS: Tensor, grid: Grid3, window: Window) -> BlockMask:
     """List which blocks each block's queries see; as seeing is mutual, they are those whose queries see the block's keys."""
     _, height, width = grid
-    number, exists = (x.flatten() for x in _around_blocks(grid, (0, 0, 0), like.device))
+    number, exists = own_nS.flatten(), exists_nS.flatten()
     frame, row, column = number // (height * width), number // width % height, number % width
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return exists[j] & window.sees(frame[i] - frame[j], row[i] - row[j], column[i] - column[j])
 
-    count, seen = _neighbours(grid, window, like.device)
-    length = like.shape[2]
+    count, seen = (x[None, None] for x in neighbours(grid, window, own_nS.device))
+    length = len(number)
     return BlockMask((length, length), count, seen, None, None, count, seen, None, None, (QUERIES, QUERIES), sees)
 
 
-def _neighbours(grid: Grid3, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Count the blocks that each block's queries may see, (1, 1, n), and list them, (1, 1, n, as many as there are at most)."""
+def neighbours(grid: Grid3, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Count the blocks that each block's queries may see, (n,), and list them first, (n, as many as there are at most)."""
     frames, rows, columns = grid[0], _ceil(grid[1]), _ceil(grid[2])
     index = torch.arange(frames * rows * columns, device=device)[:, None]
     dt, dy, dx = torch.tensor(_offsets_of_blocks(window), device=device).unbind(-1)
     t, y, x = index // (rows * columns) + dt, index // columns % rows + dy, index % columns + dx
     inside = (t >= 0) & (t < frames) & (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
     listed = torch.where(inside, (t * rows + y) * columns + x, len(index)).sort(-1).values.clamp(max=len(index) - 1)
-    return inside.sum(-1).int()[None, None], listed.int()[None, None]
+    return inside.sum(-1).int(), listed.int()
 
 
 def _offsets_of_blocks(window: Window) -> list[Grid3]:
     """List by how many frames, rows and columns of blocks those are away of which any token is within the window of any of a block."""
     ranges = [range(-math.ceil(far / side), math.ceil(far / side) + 1) for far, side in zip(window.reach, (1, SIDE, SIDE), strict=True)]
-    nearest = lambda step: max(0, (abs(step) - 1) * SIDE + 1)  # noqa: E731
     r, f = window.radius**2, window.frames**2
-    return [(t, y, x) for t, y, x in itertools.product(*ranges) if t**2 * r + (nearest(y) ** 2 + nearest(x) ** 2) * f < r * f]
+    return [(t, y, x) for t, y, x in itertools.product(*ranges) if t**2 * r + (_gap(y) ** 2 + _gap(x) ** 2) * f < r * f]
+
+
+def _gap(blocks: int) -> int:
+    """Return the distance of the nearest tokens of two blocks in a row, so many blocks away."""
+    return max(0, (abs(blocks) - 1) * SIDE + 1)
