@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -278,7 +277,8 @@ def test_each_of_several_images_has_its_own_grid(design: str):
     torch.manual_seed(0)
     text = "text" not in NOT_FOR.get(design, ())
     model = PackedImages().eval()
-    student = ec.linearize(model, ec.LinearizeConfig(design=design), packed_call((6, 10), (8, 4), text=text))
+    config = ec.LinearizeConfig(design=design, **({"radius": 3} if design in WINDOWS else {}))
+    student = ec.linearize(model, config, packed_call((6, 10), (8, 4), text=text))
     for name, parameter in student.named_parameters():
         if ".edit." in name:
             parameter += 0.1 * torch.randn_like(parameter)
@@ -317,7 +317,7 @@ def test_a_layerwise_fit_and_a_step_of_distillation_move_what_was_inserted(desig
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", models.SOURCES)
+@pytest.mark.parametrize("model", ["demo/mm-dit", "demo/dit", "demo/video-dit"])
 @pytest.mark.parametrize("design", design_names())
 def test_the_trained_demo_models_are_distilled_by_recipe(design: str, model: str, tmp_path):
     """Where it takes none of a model's sites, the error says so."""
@@ -333,10 +333,10 @@ def test_the_trained_demo_models_are_distilled_by_recipe(design: str, model: str
     }
     plan = ec.plan(model, ec.LinearizeConfig(design=design))
     if not plan.rewritten:
-        with pytest.raises(ec.PlanError, match=re.escape(plan.sites[0].reason)):
+        with pytest.raises(ec.PlanError, match="can be converted"):
             ec.linearize(model, ec.LinearizeConfig(design=design))
         return
-    result = ec.distill(recipe, tmp_path)
+    result = ec.distill(ec.Recipe.model_validate(recipe), tmp_path)
     assert math.isfinite(result.after.total)
     loaded = ec.load(tmp_path)
     assert {site.path: site.action for site in ec.plan_of(loaded)} == {site.path: site.action for site in plan}
