@@ -24,6 +24,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.demo import models
 from edit_compile.designs import design_names, find_design
 from edit_compile.distillation import distill
+from edit_compile.student.site import converted_sites
 from families import FAMILIES
 from toy_clip import Clip, clip
 
@@ -297,6 +298,7 @@ def test_a_layerwise_fit_and_a_step_of_distillation_move_what_was_inserted(desig
     torch.manual_seed(0)
     base = toy.shaken(toy.Toy(blocks=1, joint="text" not in NOT_FOR.get(design, ())).eval())
     student = ec.linearize(base, ec.LinearizeConfig(design=design), toy.inputs(text=toy_distill.TEXT))
+    toy.shaken(nn.ModuleList(site.edit for site in converted_sites(student).values()), amount=0.1)  # one may begin as its teacher
     before = {name: p.detach().clone() for name, p in student.named_parameters() if ".edit." in name}
     stage = {"resolution": [12, 16], "steps": 2, "global_batch_size": 2, "lr": 1e-2, "warmup_steps": 0}
     layerwise = {"steps": 2, "global_batch_size": 2, "lr": 1e-2, "warmup_steps": 0}
