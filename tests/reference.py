@@ -98,8 +98,23 @@ def softmax_row(q: Array, keys: Array, values: Array) -> tuple[Array, float]:
 
 
 def linear_row(q: Array, keys: Array, values: Array) -> tuple[Array, float]:
-    weights = [float(np.maximum(q, 0) @ np.maximum(k, 0)) for k in keys]
+    """Of features of the query and of the keys."""
+    weights = [float(q @ k) for k in keys]
     return weighted(weights, values), sum(weights)
+
+
+def relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+def features(module: nn.Module, kind: str, which: str, head: int, x: Array) -> Array:
+    """Of queries or keys (N, D) of a head: max(x, 0), ELU(x) + 1, or max(x W + b, 0)."""
+    if kind == "relu":
+        return relu(x)
+    if kind == "elu":
+        return np.where(x > 0, x, np.expm1(np.minimum(x, 0))) + 1
+    learned = getattr(module.edit, f"{which}_features")
+    return relu(x @ weight(learned)[head] + weight(learned, "bias")[head])
 
 
 def weighted(weights: list[float], values: Array) -> Array:
@@ -201,8 +216,10 @@ def site(
         ki, vi = turned(k_image[:, key_cut], centres, module.norm_k), v_image[:, key_cut]
         ks, vs = turned(k_seen[:, key_cut], seen_positions, module.norm_k), v_seen[:, key_cut]
         ko, vo = turned(k_other[:, key_cut], other_positions, module.norm_k)[counted], v_other[counted][:, key_cut]
+        q_features = features(module, config.features, "query", head, qi)
+        k_features = features(module, config.features, "key", group, ki)
         for i in range(n):
-            y, z_linear = linear_row(qi[i], ki, vi)
+            y, z_linear = linear_row(q_features[i], k_features, vi)
             if r + t:
                 y_other, z_other = softmax_row(qi[i], ko, vo)
                 eta = share_of_linear(module, config, head, n, counted.sum(), z_linear, z_other)

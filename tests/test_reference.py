@@ -150,6 +150,11 @@ VARIANTS = {
     "additive-mask-ratio": ({"eta": "ratio", "text_keys": "compressed"}, PADDED | {"additive": True, "text_first": True}),
     "additive-mask-exact": ({"eta": "exact"}, PADDED | {"additive": True}),
     "additive-mask-uncompressed": ({"key": "plain", "value": "plain"}, PADDED | {"additive": True}),
+    # feature maps
+    "elu": ({"features": "elu"}, {"rope": True}),
+    "learned": ({"features": "learned"}, {"heads": 4, "key_heads": 2, "qk_norm": True}),
+    "joint-elu": ({"features": "elu"}, JOINT),
+    "joint-learned": ({"features": "learned", "text_keys": "compressed"}, JOINT | {"heads": 4, "key_heads": 2}),
     # tokens of the model's own
     "registers": ({"eta": "ratio"}, {"registers": 3, "rope": True}),
     "registers-exact-fused": ({"text_keys": "compressed"}, {"registers": 3, "fused": True}),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
 from edit_compile.designs.ops.conv_modules import TEMPORAL_TAPS, ConvFusion, SpatialCompressor, Temporal
+from edit_compile.designs.ops.feature_maps import FeatureMap, feature_map, feature_map_flops
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
 from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops
 from edit_compile.frozen import Frozen
@@ -38,6 +39,8 @@ class Edit(Design):
             reduction: by how much ConvFusion's 3x3 convolution reduces the channels.
             query: "conv-fusion" (EDiT) or "plain", the model's own projection.
             key, value: "compressor" (EDiT), "conv-fusion" or "plain"; both compressed or neither, so that they stay paired.
+            features: what makes queries and keys non-negative: "relu" (EDiT), "elu", which is ELU + 1, or "learned", ReLU of a
+                linear map for each head, which starts as the identity.
             identity: start as close to the teacher as possible: ConvFusion adds nothing, the compressor samples.
             temporal: what the convolutions see of a video's other frames: "none"; with a depthwise kernel of three frames that
                 starts as the identity, the frame before and the one after ("centred") or the two before ("causal", so that
@@ -49,6 +52,7 @@ class Edit(Design):
         query: Literal["conv-fusion", "plain"] = "conv-fusion"
         key: Projection = "compressor"
         value: Projection = "compressor"
+        features: FeatureMap = "relu"
         identity: bool = True
         temporal: Temporal = "none"
         temporal_stride: Literal[1, 2] = 1
@@ -80,6 +84,8 @@ class Edit(Design):
         self.query = _module(options.query, "query", site, options)
         self.key = _module(options.key, "key", site, options)
         self.value = _module(options.value, "value", site, options)
+        self.query_features = feature_map(options.features, site.heads, site.head_dim)
+        self.key_features = feature_map(options.features, site.key_heads, site.head_dim)
 
     def taps(self) -> tuple[Tap, ...]:
         return tuple(self._taps())
@@ -97,12 +103,12 @@ class Edit(Design):
                 yield Tap(before, module)
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
-        return masked_linear_attention(x.query.relu(), x.key.relu(), x.value, x.mask)
+        return masked_linear_attention(self.query_features(x.query), self.key_features(x.key), x.value, x.mask)
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        linear = linear_attention_flops(site, math.prod(grid), compressed_tokens(site, grid, options))
-        return linear + tap_flops(site, grid, options)
+        n, m = math.prod(grid), compressed_tokens(site, grid, options)
+        return linear_attention_flops(site, n, m) + tap_flops(site, grid, options) + features_flops(site, n, m, options)
 
 
 def temporal(site: Site, options: Any) -> Temporal:
@@ -133,6 +139,12 @@ def _module(kind: Projection, name: str, site: Site, options: Any) -> nn.Module 
         return None
     step = options.temporal_stride if frames != "none" else 1
     return SpatialCompressor(site.channels[f"after_{name}"], stride=STRIDE, temporal=frames, temporal_stride=step, identity=identity)
+
+
+def features_flops(site: Site, queries: int, keys: int, options: Any) -> int:
+    """Count the FLOPs of the feature maps."""
+    sides = ((site.heads, queries), (site.key_heads, keys))
+    return sum(feature_map_flops(options.features, heads, site.head_dim, tokens) for heads, tokens in sides)
 
 
 def tap_flops(site: Site, grid: Sequence[int], options: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from edit_compile.designs.base import QKV, Tokens, Verdict
-from edit_compile.designs.edit import Edit, compressed_tokens, tap_flops
+from edit_compile.designs.edit import Edit, compressed_tokens, features_flops, tap_flops
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
 from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
 from edit_compile.ir.site import Site
@@ -48,12 +48,12 @@ class LinearMMAlpha(Edit):
         self.balances = options.balance and options.compresses
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
-        key = x.key.relu()
+        key = self.key_features(x.key)
         if self.balances:
             key = key * tokens.of_keys.counts(self.stride, key).to(key.dtype).unsqueeze(-1)
-        return masked_linear_attention(x.query.relu(), key, x.value, x.mask)
+        return masked_linear_attention(self.query_features(x.query), key, x.value, x.mask)
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
         queries, keys = sequence_lengths(site, math.prod(grid), compressed_tokens(site, grid, options), others)
-        return linear_attention_flops(site, queries, keys) + tap_flops(site, grid, options)
+        return linear_attention_flops(site, queries, keys) + tap_flops(site, grid, options) + features_flops(site, queries, keys, options)

@@ -26,8 +26,8 @@ class MMEdit(Edit):
     image rows:  eta LinearAttn(Q_I, K_I, V_I) + (1 - eta) SDPA(Q_I, K_P, V_P)
     other rows:  SDPA(Q_P, [K_I; K_P], [V_I; V_P])
 
-    The linear part takes ReLU of Q_I and of the compressed K_I; the softmax parts take both as they are. Where image queries see
-    other tokens' keys, but these tokens have no queries there, there are image rows alone.
+    The linear part takes features, by default ReLU, of Q_I and of the compressed K_I; the softmax parts take both as they are. Where
+    image queries see other tokens' keys, but these tokens have no queries there, there are image rows alone.
     """
 
     name = "mm-edit"
@@ -61,9 +61,8 @@ class MMEdit(Edit):
         keys = tokens.of_keys.thinned(self.stride)
         key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
         mask_I, mask_P = (keys.image(x.mask, -1), keys.others(x.mask, -1)) if x.mask is not None else (None, None)
-        image = self._image_rows(
-            tokens.image(x.query), keys.image(key), keys.image(value), mask_I, keys.others(key), keys.others(value), mask_P
-        )
+        features_I = matching_heads(x.query, self.key_features(keys.image(x.key)))
+        image = self._image_rows(tokens.image(x.query), features_I, keys.image(value), mask_I, keys.others(key), keys.others(value), mask_P)
         if tokens.only_image:
             return image
         seen = x.original or x
@@ -72,13 +71,13 @@ class MMEdit(Edit):
         return tokens.joined(image, others)
 
     def _image_rows(
-        self, q_I: Tensor, k_I: Tensor, v_I: Tensor, mask_I: Tensor | None, k_P: Tensor, v_P: Tensor, mask_P: Tensor | None
+        self, q_I: Tensor, features_I: Tensor, v_I: Tensor, mask_I: Tensor | None, k_P: Tensor, v_P: Tensor, mask_P: Tensor | None
     ) -> Tensor:
-        linear, mean_denominator = linear_attention(q_I.relu(), log_weights(k_I.relu(), mask_I), v_I)
+        linear, mean_denominator = linear_attention(self.query_features(q_I), log_weights(features_I, mask_I), v_I)
         if self.eta == "exact":
             softmax, log_normaliser = attention_with_normaliser(q_I, k_P, v_P, mask_P, self.scale)
             # Both normalisers as logarithms: that of softmax leaves the range of half precision.
-            log_linear = (mean_denominator.float() * k_I.shape[2]).clamp(min=torch.finfo(torch.float32).tiny).log()
+            log_linear = (mean_denominator.float() * features_I.shape[2]).clamp(min=torch.finfo(torch.float32).tiny).log()
             eta = torch.sigmoid(log_linear - log_normaliser).to(linear.dtype)
         else:
             softmax = F.scaled_dot_product_attention(q_I, k_P, v_P, mask_P, scale=self.scale)

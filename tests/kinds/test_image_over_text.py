@@ -78,7 +78,7 @@ def expected(site: nn.Module, options: Any, image: np.ndarray, text: np.ndarray,
     for head in range(HEADS):
         cut = slice(head * CHANNELS // HEADS, (head + 1) * CHANNELS // HEADS)
         for i in range(len(image)):
-            y, z_linear = reference.linear_row(q[i, cut], k[:, cut], v[:, cut])
+            y, z_linear = reference.linear_row(reference.relu(q[i, cut]), reference.relu(k[:, cut]), v[:, cut])
             y_text, z_text = reference.softmax_row(q[i, cut], text_k[:, cut], text_v[:, cut])
             eta = reference.share_of_linear(site, options, head, len(image), counts.sum(), z_linear, z_text)
             rows[i, cut] = eta * y + (1 - eta) * y_text

@@ -1,0 +1,42 @@
+"""Feature maps: what makes the queries and keys of linear attention non-negative. They map (B, H, N, D) to the same."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FeatureMap = Literal["relu", "elu", "learned"]
+
+
+class EluPlusOne(nn.Module):
+    """ELU(x) + 1 (Katharopoulos et al., arXiv 2006.16236): positive everywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.elu(x) + 1
+
+
+class HeadwiseMap(nn.Module):
+    """ReLU(W_h x + b_h) with a matrix and a bias for each head (T2R, arXiv 2103.13076). It starts as ReLU(x)."""
+
+    def __init__(self, heads: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(channels).repeat(heads, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight + self.bias).relu()
+
+
+def feature_map(kind: FeatureMap, heads: int, channels: int) -> nn.Module:
+    """Make the map of one site's queries, or of its keys."""
+    if kind == "learned":
+        return HeadwiseMap(heads, channels)
+    return nn.ReLU() if kind == "relu" else EluPlusOne()
+
+
+def feature_map_flops(kind: FeatureMap, heads: int, channels: int, tokens: int) -> int:
+    """Count 2 H N D^2 of a learned map; the others are pointwise."""
+    return 2 * heads * tokens * channels**2 if kind == "learned" else 0
