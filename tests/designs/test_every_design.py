@@ -296,12 +296,12 @@ def test_each_of_several_images_has_its_own_grid(design: str):
 @pytest.mark.parametrize("design", design_names())
 def test_a_layerwise_fit_and_a_step_of_distillation_move_what_was_inserted(design: str, tmp_path):
     torch.manual_seed(0)
-    base = toy.shaken(toy.Toy(blocks=1, joint="text" not in NOT_FOR.get(design, ())).eval())
+    base = toy.Toy(blocks=1, joint="text" not in NOT_FOR.get(design, ())).eval()
     student = ec.linearize(base, ec.LinearizeConfig(design=design), toy.inputs(text=toy_distill.TEXT))
-    toy.shaken(nn.ModuleList(site.edit for site in converted_sites(student).values()), amount=0.1)  # one may begin as its teacher
+    toy.shaken(nn.ModuleList(site.edit for site in converted_sites(student).values()), amount=0.01)  # one may begin as its teacher
     before = {name: p.detach().clone() for name, p in student.named_parameters() if ".edit." in name}
-    stage = {"resolution": [12, 16], "steps": 2, "global_batch_size": 2, "lr": 1e-2, "warmup_steps": 0}
-    layerwise = {"steps": 2, "global_batch_size": 2, "lr": 1e-2, "warmup_steps": 0}
+    stage = {"resolution": [12, 16], "steps": 2, "global_batch_size": 2, "lr": 1e-3, "warmup_steps": 0}
+    layerwise = {"steps": 2, "global_batch_size": 2, "lr": 1e-3, "warmup_steps": 0}
     result = distill(
         toy_distill.recipe(stages=[stage], layerwise=layerwise, validation={"samples": 4, "batch_size": 4, "timestep_bins": 2}),
         tmp_path,
