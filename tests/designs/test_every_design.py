@@ -78,9 +78,10 @@ def original(layout: str) -> nn.Module:
 @functools.cache
 def converted(design: str, layout: str, **options: Any) -> nn.Module:
     """A student whose inserted parameters have moved from their start."""
-    torch.manual_seed(0)
     config, example = ec.LinearizeConfig(design=design, **options), LAYOUTS[layout].call(LAYOUTS[layout].grids[0])
-    student = ec.linearize(original(layout), config, example)
+    model = original(layout)
+    torch.manual_seed(0)
+    student = ec.linearize(model, config, example)
     for name, parameter in student.named_parameters():
         if ".edit." in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -163,8 +164,10 @@ def test_half_precision_is_near_single(design: str, layout: str, dtype: torch.dt
     half = {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
     found, wanted = copy.deepcopy(student).to(dtype)(**half), student(**given)
     assert found.dtype is dtype
-    error = (found.float() - wanted).square().sum() / wanted.square().sum()
-    assert error.sqrt() < (0.05 if dtype is torch.bfloat16 else 0.01)
+    assert found.isfinite().all()
+    # The median: where a query is nearly orthogonal to all keys, linear attention divides by next to nothing.
+    error = (found.float() - wanted).abs().median() / wanted.abs().mean()
+    assert error < (0.03 if dtype is torch.bfloat16 else 0.005)
 
 
 @torch.no_grad()
