@@ -70,6 +70,8 @@ def print_result(result: Result, as_json: bool) -> None:
     bins = "  ".join(f"{b.timesteps}: {b.error:.4f}" for b in after.bins)
     console = _console()
     console.print(f"validation error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {bins}")
+    for size, error in after.resolutions.items():
+        console.print(f"at {size} px {before.resolutions[size]:.4f} -> {error:.4f}")
     for speed in result.speeds:
         ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
         console.print(f"one forward at {speed.size} px: {ratio}")

@@ -190,6 +190,11 @@ class Run:
                 self.context.visited(phase.height, phase.width, phase.frames)
             except DistillError as error:
                 raise DistillError(f"{phase.name}: {error}") from error
+        for height, width in recipe.validation.resolutions:
+            try:
+                source.check(height, width, *([] if self._last_size()[2] is None else [self._last_size()[2]]))
+            except DistillError as error:
+                raise DistillError(f"validation.resolutions: {height} x {width}: {error}") from error
         with accelerator.main_process_first():
             self.checkpoint = self.folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
 

@@ -219,4 +219,5 @@ def _of_run(folder: Path) -> dict[str, Measure]:
     result = json.loads(path.read_text())
     errors = result["held_out_error"]
     values = {"before": errors["before"]["total"], "after": errors["after"]["total"], "samples": float(errors["after"]["samples"])}
+    values |= {f"{size}.{when}": error for when in ("before", "after") for size, error in errors[when]["resolutions"].items()}
     return {"error": Measure(values=values), "training": Measure(values={"seconds": float(result["seconds"])})}

@@ -156,6 +156,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     """List the columns for which any row has a number."""
     found = dict.fromkeys(name for row in rows for name in row.numbers)
     listed = [Column("error before", "error.before", "error"), Column("error", "error.after", "error")]
+    further = [name.split(".")[1] for name in found if name.startswith("error.") and name.endswith(".after") and name.count(".") == 2]
+    listed += [Column(f"error at {size}", f"error.{size}.after", "error") for size in further]
     shares = [name.partition(".")[2] for name in found if name.startswith("adherence.")]
     listed += [Column(_SHARES.get(name, name), f"adherence.{name}", ".1%") for name in shares]
     listed += [Column("Frechet to real", "frechet.real", ".3g"), Column("to teacher's", "frechet.teacher", ".3g")]

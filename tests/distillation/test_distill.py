@@ -19,6 +19,7 @@ from edit_compile.demo import models
 from edit_compile.distillation import Recipe, distill
 from edit_compile.distillation.recipe.schema import Stage
 from edit_compile.distillation.train.optimizer import MovingAverage, learning_rate
+from edit_compile.errors import DistillError
 
 
 def run(folder, model=None, **options):
@@ -53,6 +54,28 @@ def test_it_learns_and_the_folder_holds_the_student(tmp_path):
     with ec.teacher(result.student):
         assert torch.equal(result.student(**inputs), expected)
     assert json.loads((tmp_path / "result.json").read_text())["held_out_error"]["after"]["total"] == result.after.total
+
+
+def test_the_error_is_measured_at_further_resolutions(tmp_path):
+    stage = {"resolution": [12, 16], "steps": 2, "global_batch_size": 2}
+    further = run(tmp_path / "a", stages=[stage], validation={"samples": 8, "resolutions": [[8, 24], 20]})
+    assert list(further.after.resolutions) == ["8 x 24", "20 x 20"]
+    alone = run(tmp_path / "b", stages=[{**stage, "resolution": [8, 24]}], validation={"samples": 8})
+    assert further.before.resolutions["8 x 24"] == alone.before.total
+    assert further.before.total not in further.before.resolutions.values()
+    assert "| all, at 20 x 20 px |" in (tmp_path / "a" / "README.md").read_text()
+    found = json.loads((tmp_path / "a" / "result.json").read_text())["held_out_error"]
+    assert found["after"]["resolutions"] == further.after.resolutions
+
+
+def test_a_further_resolution_that_the_data_cannot_give_is_refused_before_training(tmp_path, monkeypatch):
+    def check(self, height, width):
+        if height % 4:
+            raise DistillError(f"no images of height {height}")
+
+    monkeypatch.setattr(toy_distill.ToySource, "check", check)
+    with pytest.raises(DistillError, match=r"validation\.resolutions: 13 x 16: no images of height 13"):
+        run(tmp_path, stages=[{"resolution": [12, 16], "steps": 2}], validation={"samples": 8, "resolutions": [[13, 16]]})
 
 
 def test_metrics_have_every_loss_on_its_own(tmp_path):

@@ -77,7 +77,7 @@ def test_training_validation_and_grids_see_no_others(tmp_path):
     assert [(one.low, one.high) for one in result.after.bins] == [(t, t) for t in visited]
     assert result.after.total < result.before.total
     assert list((tmp_path / "samples").glob("*.png"))
-    assert json.loads((tmp_path / "result.json").read_text())["held_out_error"]["after"]["buckets"][0]["high"] == visited[0]
+    assert json.loads((tmp_path / "result.json").read_text())["held_out_error"]["after"]["timestep_bins"][0]["high"] == visited[0]
 
 
 def test_training_sees_all_equally_often():

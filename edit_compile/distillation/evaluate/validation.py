@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,19 +39,23 @@ class ValidationResult:
             over those that the sampler visits, if the recipe trains on these.
         bins: the same over ranges of timesteps, each of as many samples.
         samples: how many.
+        resolutions: the total at each further resolution of the recipe, by its name: "128 x 128".
     """
 
     total: float
     bins: tuple[TimestepBin, ...]
     samples: int
+    resolutions: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "buckets": [asdict(one) for one in self.bins], "samples": self.samples}
+        bins = [asdict(one) for one in self.bins]
+        return {"total": self.total, "timestep_bins": bins, "samples": self.samples, "resolutions": dict(self.resolutions)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> ValidationResult:
         """Restore what `to_dict` gave."""
-        return cls(content["total"], tuple(TimestepBin(**one) for one in content["buckets"]), content["samples"])
+        bins = tuple(TimestepBin(**one) for one in content["timestep_bins"])
+        return cls(content["total"], bins, content["samples"], content["resolutions"])
 
 
 def validation_batches(context: Context) -> list[range]:
@@ -93,11 +98,18 @@ class _Bins:
 
 
 def validate(context: Context, height: int, width: int, frames: int | None = None) -> ValidationResult:
-    """Measure the student as it is, at a resolution in pixels and a number of frames. All processes take part and get the same answer.
+    """Measure the student as it is, at a resolution in pixels and a number of frames, and its total error at the recipe's further ones.
+
+    All processes take part and get the same answer.
 
     Raises:
         DistillError: the teacher predicts the same value everywhere, or one of the two NaN or infinity.
     """
+    further = {f"{h} x {w}": _validate_at(context, h, w, frames).total for h, w in context.recipe.validation.resolutions}
+    return replace(_validate_at(context, height, width, frames), resolutions=further)
+
+
+def _validate_at(context: Context, height: int, width: int, frames: int | None) -> ValidationResult:
     ranges = _Bins(context, height, width, frames).ranges
     sums = torch.zeros(len(ranges), 4, dtype=torch.float64)  # on the CPU: not every device has float64
     count, rank = context.accelerator.num_processes, context.accelerator.process_index

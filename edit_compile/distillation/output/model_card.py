@@ -54,6 +54,7 @@ def model_card(
 def _errors(before: ValidationResult, after: ValidationResult) -> str:
     rows = [("all", before.total, after.total)]
     rows += [(a.timesteps, b.error, a.error) for b, a in zip(before.bins, after.bins, strict=True)]
+    rows += [(f"all, at {size} px", before.resolutions[size], error) for size, error in after.resolutions.items()]
     return _table(("timesteps", "converted", "distilled"), [(name, _error(b), _error(a)) for name, b, a in rows])
 
 

@@ -178,6 +178,8 @@ class ValidationConfig(Frozen):
     """Samples per forward."""
     timestep_bins: PositiveInt = 4
     """Ranges of timesteps for which the error is reported as well."""
+    resolutions: tuple[Resolution, ...] = ()
+    """Further resolutions at which the error is measured, before and after; such as one that no stage trains."""
 
     @model_validator(mode="after")
     def _no_empty_bin(self) -> Self:
