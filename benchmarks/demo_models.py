@@ -1,6 +1,6 @@
 """How well the demo teachers draw what their captions say: `python benchmarks/demo_models.py [--out FILE.md]`.
 
-200 held-out captions, at most 30 Euler steps with guidance, read back by the deterministic checker of `edit_compile.demo.shapes`.
+200 held-out captions, 25 Euler steps with guidance, read back by the deterministic checkers of `edit_compile.demo`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models
-from edit_compile.demo.prompt_adherence import motion_adherence, prompt_adherence
+from edit_compile.demo.prompt_adherence import group_adherence, motion_adherence, prompt_adherence
 
 PROMPTS, STEPS = 200, 25
 
@@ -30,6 +30,16 @@ def main() -> None:
         found = prompt_adherence(model, PROMPTS, steps=STEPS)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         lines.append(f"| {source} | {size:.2f}M | {found.objects} | {found.colour_and_place:.1%} | {found.shape:.1%} |")
+    lines += [
+        "",
+        "| model | parameters | groups | colour and position | count | size | shape | texture | all |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for source in [f"demo/{name}" for name in models.LARGE_NAMES]:
+        model = load_model(source).model
+        drawn, size = group_adherence(model, PROMPTS, steps=STEPS), sum(p.numel() for p in model.parameters()) / 1e6
+        parts = (drawn.colour_and_place, drawn.count, drawn.size, drawn.shape, drawn.texture, drawn.all)
+        lines.append(f"| {source} | {size:.2f}M | {drawn.groups} | {' | '.join(f'{part:.1%}' for part in parts)} |")
     teacher = load_model(f"demo/{models.VIDEO_NAME}").model
     moved, size = motion_adherence(teacher, PROMPTS, steps=STEPS), sum(p.numel() for p in teacher.parameters()) / 1e6
     lines += ["", "| model | parameters | clips | colour | shape | motion | all three |", "|---|---|---|---|---|---|---|"]

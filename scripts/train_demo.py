@@ -216,7 +216,7 @@ def main() -> None:
             averaged = models.untrained(args.name)
             averaged.load_state_dict(ema)
             averaged.eval().save_pretrained(args.out / "model")
-            if (step + 1) % (4 * args.save_every) == 0 and stage is STAGES[args.name][-1] or step + 1 == steps:
+            if ((step + 1) % (4 * args.save_every) == 0 and stage is STAGES[args.name][-1]) or step + 1 == steps:
                 found = adherence_of(args.name)(averaged, 20 if step + 1 < steps else 200)
                 print(json.dumps({"step": step + 1, **found.to_dict()}), flush=True)
 
