@@ -19,6 +19,12 @@ def test_untrained_they_are_the_identity_and_its_samples(h: int, w: int):
     torch.testing.assert_close(on_images(SpatialCompressor(8), x, grid(h, w)), sampled, atol=0, rtol=0)
 
 
+def test_a_single_token_whose_channels_are_groups_of_their_own_is_no_error():
+    fusion = ConvFusion(8, 4, identity=False)
+    assert torch.equal(fusion.norm(torch.randn(1, 2, 1, 1)), fusion.norm.bias.view(1, 2, 1, 1))
+    assert fusion(torch.randn(1, 8, 1, 1)).isfinite().all()
+
+
 def test_conv_fusion_sees_rows_and_columns_of_the_grid():
     torch.manual_seed(0)
     fusion = ConvFusion(4, 1, identity=False).eval()

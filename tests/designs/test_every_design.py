@@ -66,6 +66,8 @@ NOT_FOR = {  # layouts that a design refuses
 }
 WINDOWS = ("clear", "local-linear")  # that may hold a whole small grid, where the attention is the teacher's
 CASES = [(design, layout) for design in design_names() for layout in LAYOUTS if layout not in NOT_FOR.get(design, ())]
+# Videos, whose captures take longest, are left to `make test-all`; test_video has their formulas.
+MARKED = [pytest.param(*case, marks=[pytest.mark.slow] * ("video" in case[1])) for case in CASES]
 ONE_EACH = [next(case for case in reversed(CASES) if case[0] == design and "video" not in case[1]) for design in design_names()]
 
 
@@ -101,7 +103,7 @@ def test_what_a_design_is_not_for_it_refuses_in_words(design: str, layout: str):
     assert all(site.reason and site.reason in str(plan).replace("\n", " ") for site in plan.sites if site.kind == "attention")
 
 
-@pytest.mark.parametrize(("design", "layout"), CASES)
+@pytest.mark.parametrize(("design", "layout"), MARKED)
 @torch.no_grad()
 def test_it_runs_at_any_size_with_its_teacher_inside(design: str, layout: str):
     student, model = converted(design, layout), original(layout)
@@ -116,7 +118,7 @@ def test_it_runs_at_any_size_with_its_teacher_inside(design: str, layout: str):
             torch.testing.assert_close(student(**given), wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("design", "layout"), CASES)
+@pytest.mark.parametrize(("design", "layout"), MARKED)
 @torch.no_grad()
 def test_one_sample_does_not_depend_on_the_rest_of_its_batch(design: str, layout: str):
     student, given = converted(design, layout), calls(layout)[1]
@@ -135,7 +137,7 @@ def test_padding_of_text_has_no_effect(design: str):
     assert (student(**counting) - student(**given)).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize(("design", "layout"), CASES)
+@pytest.mark.parametrize(("design", "layout"), MARKED)
 def test_gradients_reach_every_inserted_parameter(design: str, layout: str):
     student = converted(design, layout)
     student.zero_grad()
@@ -146,7 +148,7 @@ def test_gradients_reach_every_inserted_parameter(design: str, layout: str):
     ]
 
 
-@pytest.mark.parametrize(("design", "layout"), CASES)
+@pytest.mark.parametrize(("design", "layout"), MARKED)
 @torch.no_grad()
 def test_saved_and_loaded_it_is_the_same(design: str, layout: str, tmp_path):
     student, given = converted(design, layout), calls(layout)[1]
@@ -157,7 +159,7 @@ def test_saved_and_loaded_it_is_the_same(design: str, layout: str, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("design", "layout"), CASES)
+@pytest.mark.parametrize(("design", "layout"), MARKED)
 @torch.no_grad()
 def test_half_precision_is_near_single(design: str, layout: str, dtype: torch.dtype):
     student, given = converted(design, layout), calls(layout)[0]
@@ -187,7 +189,7 @@ def facts(planned: ec.SitePlan, layout: str, grid: tuple[int, ...]) -> ec.Site:
     return ec.Site(planned.kind, planned.path, planned.query_layout, planned.key_layout, len(grid), channels, **sizes)
 
 
-@pytest.mark.parametrize(("design", "layout"), CASES)
+@pytest.mark.parametrize(("design", "layout"), MARKED)
 def test_what_it_counts_is_what_the_counter_counts(design: str, layout: str):
     check_flops(converted(design, layout), layout)
 
@@ -214,7 +216,7 @@ ABLATION = {  # of EDiT's query, key and value: ConvFusion, compressor, the mode
 
 
 @pytest.mark.parametrize("row", ABLATION)
-@pytest.mark.parametrize(("design", "layout"), [case for case in CASES if case[0] in ("edit", "mm-edit")])
+@pytest.mark.parametrize(("design", "layout"), [case for case in MARKED if case.values[0] in ("edit", "mm-edit")])
 @torch.no_grad()
 def test_the_rows_of_the_papers_ablation(design: str, layout: str, row: str):
     student = converted(design, layout, **ABLATION[row])

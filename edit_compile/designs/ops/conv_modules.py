@@ -65,6 +65,13 @@ class TemporalKernel(nn.Conv2d):
         return torch.unflatten(super().forward(padded), 3, x.shape[3:])
 
 
+class GroupNorm(nn.GroupNorm):
+    """Torch's, which refuses a single value, such as a channel of its own in an image of one token; here it becomes the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def _temporal(channels: int, temporal: Temporal, *, stride: int = 1, identity: bool) -> TemporalKernel | None:
     return TemporalKernel(channels, temporal, stride=stride, identity=identity) if temporal != "none" else None
 
@@ -83,7 +90,7 @@ class ConvFusion(nn.Module):
         hidden = channels // reduction
         self.reduce = nn.Conv2d(channels, hidden, 3, padding=1)
         self.temporal = _temporal(hidden, temporal, identity=identity)
-        self.norm = nn.GroupNorm(group_count(hidden), hidden)
+        self.norm = GroupNorm(group_count(hidden), hidden)
         self.activation = nn.LeakyReLU(0.01)
         self.restore = nn.Conv2d(hidden, channels, 1)
         if identity:
