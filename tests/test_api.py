@@ -241,7 +241,7 @@ def test_globs_that_match_nothing_list_the_sites(model, example):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"design": "sana2"}, "unknown design 'sana2': there are: edit, mm-edit"),
+        ({"design": "sana2"}, r"unknown design 'sana2': did you mean 'sana'\? there are: edit, mm-edit"),
         ({"reductoin": 4}, r"unknown option 'reductoin': did you mean 'reduction'\? there are: design, .*reduction"),
         ({"reduction": 0}, "reduction=0"),
         ({"value": "plain"}, "compress both or neither"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -97,24 +98,25 @@ def test_edit_is_the_formula(edit, batch, h, w):
     check(edit, batch, h, w)
 
 
-@pytest.fixture(scope="module", params=["ratio", "exact", "calibrated"])
-def eta(request):
-    return request.param
+IN_EVERY_RUN = {  # every two values meet in one of them; all combinations in `make test-all`
+    ("plain", "ratio", "full", "image-first"),
+    ("norm+rope", "ratio", "compressed", "text-first"),
+    ("plain", "exact", "compressed", "text-first"),
+    ("norm+rope", "exact", "full", "image-first"),
+    ("plain", "calibrated", "full", "text-first"),
+    ("norm+rope", "calibrated", "compressed", "image-first"),
+}
+COMBINATIONS = itertools.product(
+    ("plain", "norm+rope"), ("ratio", "exact", "calibrated"), ("full", "compressed"), ("image-first", "text-first")
+)
+MARKED = [pytest.param(one, marks=[pytest.mark.slow] * (one not in IN_EVERY_RUN), id="-".join(one)) for one in COMBINATIONS]
 
 
-@pytest.fixture(scope="module", params=["full", "compressed"])
-def text_keys(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["image-first", "text-first"])
-def text_first(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def mm_edit(rotary, eta, text_keys, text_first):
-    return converted({"eta": eta, "text_keys": text_keys}, joint=True, text_first=text_first, qk_norm=rotary, rope=rotary)
+@pytest.fixture(scope="module", params=MARKED)
+def mm_edit(request):
+    positions, eta, text_keys, order = request.param
+    rotary = positions == "norm+rope"
+    return converted({"eta": eta, "text_keys": text_keys}, joint=True, text_first=order == "text-first", qk_norm=rotary, rope=rotary)
 
 
 @pytest.mark.parametrize(("h", "w"), GRIDS)

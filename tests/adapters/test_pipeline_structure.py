@@ -40,6 +40,7 @@ def described(inputs):
     return {name: (x.shape, x.dtype, x.device.type) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
+@pytest.mark.slow
 def test_a_unets_pipeline_is_converted_by_its_folder_alone_and_draws(unet_folder, tmp_path):
     result = CliRunner().invoke(main, ["convert", str(unet_folder), "-o", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 0, result.stderr

@@ -33,7 +33,7 @@ def actions(plan):
     ("name", "changes", "expected"),
     [
         ("sd3.5-medium", {"num_layers": 3, "dual_attention_layers": [0]}, {"mm-edit": 3, "edit": 1}),
-        ("flux-dev", {"num_layers": 2, "num_single_layers": 2}, {"mm-edit": 4}),
+        pytest.param("flux-dev", {"num_layers": 2, "num_single_layers": 2}, {"mm-edit": 4}, marks=pytest.mark.slow),
         ("pixart-sigma", {"num_layers": 2}, {"edit": 2, "keep": 2}),
         ("dit-xl-2", {"num_layers": 2}, {"edit": 2}),
     ],

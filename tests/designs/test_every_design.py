@@ -229,6 +229,7 @@ def test_the_rows_of_the_papers_ablation(design: str, layout: str, row: str):
         assert student(**given).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("design", "layout"), ONE_EACH)
 @torch.no_grad()
 def test_compiled_it_needs_no_more_graphs_than_the_original(design: str, layout: str):

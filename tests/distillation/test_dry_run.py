@@ -72,7 +72,7 @@ def measured(recipe):
         return counter.get_total_flops(), peak_memory(call)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "flux-dev")) for name in SMALL])
 def test_flops_and_memory_are_those_of_a_step(name):
     recipe, found = tried(name)
     (phase,), student = found.phases, student_of(name)

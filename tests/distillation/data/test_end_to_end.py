@@ -81,7 +81,9 @@ def test_data_that_need_no_cache_say_so(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # trained norms are in float32: right, but not fused
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
-@pytest.mark.parametrize(("kind", "precision"), [("images", "fp32"), ("prompts", "fp32"), ("prompts", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("images", "fp32"), pytest.param("prompts", "fp32", marks=pytest.mark.slow), ("prompts", "bf16")]
+)
 def test_a_pipeline_is_distilled_on_a_cache(tmp_path, name, kind, precision):
     pipelines.PIPELINES[name]().save_pretrained(tmp_path / "pipeline")
     if kind == "images":
