@@ -468,7 +468,8 @@ def compare(paths: tuple[str, ...], output: Path | None, only: tuple[str, ...], 
     from edit_compile.study.console import print_results
 
     folder = output_of(paths, output)
-    again = shlex.join(["edit-compile", "compare", *paths, *(part for name in only for part in ("--only", name)), "-o", str(folder)])
+    options = [part for name in only for part in ("--only", name)] + ([] if samples is None else ["--samples", str(samples)])
+    again = shlex.join(["edit-compile", "compare", *paths, *options, "-o", str(folder)])
     try:
         results = (
             read_results(folder)
@@ -483,7 +484,7 @@ def compare(paths: tuple[str, ...], output: Path | None, only: tuple[str, ...], 
             )
         )
     except (Interrupted, KeyboardInterrupt) as stopped:
-        click.echo(f"{stopped or 'stopped'}. To continue: {again}", err=True)
+        click.echo(f"{str(stopped) or 'stopped'}. To continue: {again}", err=True)
         sys.exit(STOPPED)
     if as_json:
         click.echo(results.model_dump_json(indent=2))

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,7 @@ _QUADRANT, _CELL, _PERIOD = IMAGE_SIZE // 2, IMAGE_SIZE // 4, IMAGE_SIZE // 16  
 _SHADE = 0.45  # of a texture's dark half, as a share of the colour
 _JITTER = 0.75  # pixels that an object is off the middle of its cell
 _LEAST_AREA = 1 / 3  # of the smallest object's area, for what counts as an object
+_LEAST_OTHER, _MOST_SPECKS = 1 / 2, 1 / 2  # of that area, for an object of another colour; of a group's area, for pixels of others
 
 Position = tuple[float, float]  # (row, column) in pixels
 
@@ -54,15 +56,16 @@ class GroupCheck:
     """What `check` found of one group to be as described; all but the first count only together with it."""
 
     colour_and_place: bool
-    count: bool
-    size: bool
-    shape: bool
-    texture: bool
+    count: bool = False
+    size: bool = False
+    shape: bool = False
+    texture: bool = False
+    nothing_else: bool = False
 
     @property
     def all(self) -> bool:
         """Whether everything is."""
-        return self.colour_and_place and self.count and self.size and self.shape and self.texture
+        return self.colour_and_place and self.count and self.size and self.shape and self.texture and self.nothing_else
 
 
 def random_scene(rng: random.Random) -> Scene:
@@ -147,31 +150,38 @@ def check(image: np.ndarray, scene: Scene) -> list[GroupCheck]:
     A pixel votes for the nearest of the colours, their dark shades and the backgrounds. Colour and place are right when the
     group's colour, with its shade, is its quadrant's most frequent and fills at least half of the described area. The count is
     that of connected regions of this colour that are not too small. Size and shape are right when most of these regions are best
-    overlapped (intersection over union) by templates of that size and shape, and the texture when its pattern agrees best with
-    where the dark pixels are.
+    overlapped (intersection over union) by templates of that size and shape, and the texture when its pattern, anyhow shifted,
+    agrees best with where the dark pixels are. There is nothing else when the quadrant has the described background and neither an
+    object nor many pixels of other colours, and quadrants without a group have no object.
     """
-    colours, dark = _votes(image)
-    return [_check_group(colours, dark, group) for group in scene.groups]
+    votes = _votes(image)
+    rest = [votes.at(place) for place in shapes.PLACES if place not in {group.place for group in scene.groups}]
+    empty = not any(_has_object(part.coloured) for part in rest)
+    return [_check_group(votes.at(group.place), group, scene.background, empty) for group in scene.groups]
 
 
-def _check_group(colours: np.ndarray, dark: np.ndarray, group: Group) -> GroupCheck:
-    rows, columns = (slice(_QUADRANT, None) if side in ("lower", "right") else slice(_QUADRANT) for side in group.place)
+def _check_group(votes: _Votes, group: Group, background: str, empty: bool) -> GroupCheck:
     names = list(shapes.COLOURS)
-    counts = np.bincount(colours[rows, columns].ravel(), minlength=len(names) + 1)[: len(names)]
+    counts = np.bincount(votes.colours.ravel(), minlength=len(names) + 1)[: len(names)]
     area = _area(group.shape, group.size) * len(group.centres)
     if counts.argmax() != names.index(group.colour) or counts.max() < area / 2:
-        return GroupCheck(False, False, False, False, False)
-    mask = colours[rows, columns] == names.index(group.colour)
-    least = _LEAST_AREA * min(_area(shape, size) for shape in shapes.SHAPES for size in SIZES)
-    regions = [region for region in _regions(mask) if region.sum() >= least]
+        return GroupCheck(colour_and_place=False)
+    mask = votes.colours == names.index(group.colour)
+    regions = [region for region in _regions(mask) if region.sum() >= _LEAST_AREA * _smallest_area()]
+    other = votes.coloured & ~mask
     seen = [_best_template(region) for region in regions]
     return GroupCheck(
         colour_and_place=True,
         count=len(regions) == len(group.centres),
         size=_most(size == group.size for _, size in seen),
         shape=_most(shape == group.shape for shape, _ in seen),
-        texture=_best_texture(mask, dark[rows, columns]) == group.texture,
+        texture=_best_texture(mask, votes.dark) == group.texture,
+        nothing_else=empty and votes.background == background and other.sum() <= _MOST_SPECKS * area and not _has_object(other),
     )
+
+
+def _has_object(mask: np.ndarray) -> bool:
+    return any(region.sum() >= _LEAST_OTHER * _smallest_area() for region in _regions(mask))
 
 
 def _most(right: Iterator[bool]) -> bool:
@@ -179,14 +189,38 @@ def _most(right: Iterator[bool]) -> bool:
     return sum(votes) > len(votes) / 2
 
 
-def _votes(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find each pixel's colour, an index, or their number for a background, and whether it is of the dark shade, (64, 64) both."""
+class _Votes(NamedTuple):
+    """What each pixel shows, (h, w) each: its colour, an index, or their number for a background; whether it is of the dark shade;
+    and which background, an index, or less than 0 for none."""
+
+    colours: np.ndarray
+    dark: np.ndarray
+    backgrounds: np.ndarray
+
+    @property
+    def coloured(self) -> np.ndarray:
+        """Where no background is."""
+        none: np.ndarray = self.backgrounds < 0
+        return none
+
+    @property
+    def background(self) -> str:
+        """The most frequent background."""
+        return list(shapes.BACKGROUNDS)[np.bincount(self.backgrounds[~self.coloured], minlength=1).argmax()]
+
+    def at(self, place: tuple[str, str]) -> _Votes:
+        """Return those of a quadrant."""
+        rows, columns = (slice(_QUADRANT, None) if side in ("lower", "right") else slice(_QUADRANT) for side in place)
+        return _Votes(*(each[rows, columns] for each in self))
+
+
+def _votes(image: np.ndarray) -> _Votes:
     bright = np.asarray(list(shapes.COLOURS.values()), np.float32) / 255
     backgrounds = np.asarray(list(shapes.BACKGROUNDS.values()), np.float32) / 255
     palette = np.concatenate([bright, bright * _SHADE, backgrounds])
     votes = ((image[:, :, None, :] - palette) ** 2).sum(-1).argmin(-1)
     number = len(bright)
-    return np.where(votes < 2 * number, votes % number, number), (votes >= number) & (votes < 2 * number)
+    return _Votes(np.where(votes < 2 * number, votes % number, number), (votes >= number) & (votes < 2 * number), votes - 2 * number)
 
 
 def _regions(mask: np.ndarray) -> list[np.ndarray]:
@@ -245,15 +279,21 @@ def _templates() -> tuple[list[tuple[str, str]], np.ndarray]:
 
 
 @cache
+def _smallest_area() -> float:
+    return min(_area(shape, size) for shape in shapes.SHAPES for size in SIZES)
+
+
+@cache
 def _area(shape: str, size: str) -> float:
     return float(shapes.coverage(shape, SIZES[size], _CELL / 2, _CELL / 2, _CELL).sum())
 
 
 def _best_texture(mask: np.ndarray, dark: np.ndarray) -> str:
-    """Name the texture that agrees best with where a mask's pixels are dark; striped and checkered begin with either half."""
+    """Name the texture that agrees best with where a mask's pixels are dark, anyhow shifted."""
     seen = dark[mask]
     agreement = {"plain": float(1 - seen.mean())}
     for name in TEXTURES[1:]:
-        same = float((seen == _texture(name, IMAGE_SIZE)[:_QUADRANT, :_QUADRANT][mask]).mean())
-        agreement[name] = max(same, 1 - same)
+        pattern = _texture(name, IMAGE_SIZE)
+        shifted = (pattern[y : y + _QUADRANT, x : x + _QUADRANT][mask] for y in range(_PERIOD) for x in range(_PERIOD))
+        agreement[name] = max(float((seen == one).mean()) for one in shifted)
     return max(agreement, key=lambda name: agreement[name])

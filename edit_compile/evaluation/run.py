@@ -130,12 +130,13 @@ def evaluate(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kept = ImageFolder(file.with_suffix(""), made_for, sampling.seed, batch_size, where, real)
     how = {name: value for name, value in asdict(sampling).items() if name != "device"}
-    kept.open({"checkpoint": sha256(place / INDEX), "prompts": given, **how})
+    origin = str(base) if base is not None else base_of(folder)
+    kept.open({"checkpoint": sha256(place / INDEX), "base": origin, "prompts": given, **how})
     kept.make(lambda: open_sampler(folder, base, sampling), progress)
     height, width = kept.size()
     found = Evaluation(
         model=str(folder),
-        base=str(base) if base is not None else base_of(folder),
+        base=origin,
         images=str(kept.path),
         real=_real(Path(images), len(real), (height, width)) if images is not None else None,
         samples=count,

@@ -156,8 +156,9 @@ class StudyRun:
         copy = self.folder / "study.yaml"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.file.resolve() != copy.resolve():
-                write_text(copy, self.file.read_text())
+            with claimed(self.folder / "locks" / "results", wait=True):  # another process may begin at the same time
+                if self.file.resolve() != copy.resolve():
+                    write_text(copy, self.file.read_text())
         except OSError as error:
             raise StudyError(f"{self.folder} cannot be written: {error.strerror}; choose another folder with -o") from None
 

@@ -22,7 +22,7 @@ from edit_compile.errors import ConfigError, GridError, NoExampleInputsError, St
 from edit_compile.files import sha256
 from edit_compile.student.lora import lora_names
 from edit_compile.study.cells import claimed
-from edit_compile.study.drawn import DRAWN, Drawn, draw_by_recipe, draw_demo, has_features, real_features
+from edit_compile.study.drawn import Drawn, draw_by_recipe, draw_demo, has_features, real_features
 from edit_compile.study.measured import Measure, Measured, read_measured, write_measured
 from edit_compile.study.schema import Latency, Measures
 
@@ -116,7 +116,10 @@ class Measurer:
                 write_measured(subject.folder, measured)
         if self._lacks_drawn(subject.folder, measured) and (self.is_demo or subject.draws):
             if self.is_demo:
-                measured = self._with_drawn_demo(subject.folder, measured, subject.model, Drawn.read(self.teacher))
+                teacher = Drawn.read(self.teacher)
+                if teacher is None:
+                    raise StudyError(f"{self.teacher}: what the teacher drew cannot be read; remove the folder and compare again")
+                measured = self._with_drawn_demo(subject.folder, measured, subject.model, teacher)
             else:
                 measured = self._with_drawn(subject.folder, measured, lambda: subject.student, teacher=False)
         if measured != before:
@@ -165,7 +168,7 @@ class Measurer:
     def _lacks_drawn(self, folder: Path, measured: Measured) -> bool:
         if self.is_demo:
             settings = [("adherence", self._settings), ("frechet", self._frechet_settings())]
-            return self.measures.samples > 0 and not (all(measured.has(*one) for one in settings) and (folder / DRAWN).exists())
+            return self.measures.samples > 0 and not (all(measured.has(*one) for one in settings) and Drawn.read(folder) is not None)
         return self.measures.gallery > 0 and not measured.has("gallery", self._gallery_settings())
 
     def _frechet_settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from edit_compile.demo import groups, models, shapes, text
 
-PROPERTIES = ("colour_and_place", "count", "size", "shape", "texture", "all")
+PROPERTIES = ("colour_and_place", "count", "size", "shape", "texture", "nothing_else", "all")
 
 
 def some_scenes(count: int, seed: int = 3) -> list[groups.Scene]:
@@ -78,6 +78,40 @@ def test_shuffled_captions_are_obeyed_by_chance():
     ]
     assert right(found, "colour_and_place") <= 0.2
     assert right(found, "all") <= 0.02
+
+
+def changed(scene: groups.Scene, image: np.ndarray, what: str, rng: np.random.Generator) -> np.ndarray:
+    """An image of a scene with something in it that its caption does not say."""
+    group = scene.groups[0]
+    rows, columns = (slice(32, None) if side in ("lower", "right") else slice(32) for side in group.place)
+    other = np.asarray(next(rgb for name, rgb in shapes.COLOURS.items() if name != group.colour), np.float32) / 255
+    wrong = image.copy()
+    if what == "background":
+        colour = np.asarray(shapes.BACKGROUNDS[scene.background], np.float32) / 255
+        name = next(name for name in shapes.BACKGROUNDS if name != scene.background)
+        wrong[np.abs(image - colour).max(-1) < 1e-6] = np.asarray(shapes.BACKGROUNDS[name], np.float32) / 255
+    elif what == "specks":
+        wrong[rows, columns][rng.random((32, 32)) < 0.4] = other
+    else:
+        empty = next(place for place in shapes.PLACES if place not in {one.place for one in scene.groups})
+        rows, columns = (slice(40, 48) if side in ("lower", "right") else slice(8, 16) for side in empty)
+        wrong[rows, columns] = other
+    return wrong
+
+
+@pytest.mark.parametrize("what", ["background", "specks", "another object"])
+def test_what_the_caption_does_not_say_is_found(what: str):
+    rng = np.random.default_rng(0)
+    scenes = some_scenes(60)
+    found = [groups.check(changed(scene, groups.render(scene), what, rng), scene)[0] for scene in scenes]
+    assert right(found, "nothing_else") <= 0.05
+
+
+def test_a_texture_may_begin_anywhere():
+    scenes = some_scenes(60)
+    moved = [np.roll(groups.render(scene), (1, 1), (0, 1)) for scene in scenes]
+    found = [check for scene, image in zip(scenes, moved, strict=True) for check in groups.check(image, scene)]
+    assert right(found, "texture") >= 0.95
 
 
 def test_noise_is_nothing():
