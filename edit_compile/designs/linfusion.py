@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
+from edit_compile.designs.ops.feature_maps import elu_plus_one
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
 from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
 from edit_compile.errors import ConfigError
@@ -80,7 +80,7 @@ class LinFusion(Design):
         return tuple(Tap(place, module, form="tokens") for place, module in zip(_MAPPED, (self.query, self.key), strict=True))
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
-        return masked_linear_attention(F.elu(x.query) + 1, F.elu(x.key) + 1, x.value, x.mask)
+        return masked_linear_attention(elu_plus_one(x.query), elu_plus_one(x.key), x.value, x.mask)
 
     @classmethod
     def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 FeatureMap = Literal["relu", "elu", "learned"]
 
 
+def elu_plus_one(x: Tensor) -> Tensor:
+    """Compute ELU(x) + 1 (Katharopoulos et al., arXiv 2006.16236), exp(x) below zero: the sum would round it away in half precision."""
+    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
+
+
 class EluPlusOne(nn.Module):
-    """ELU(x) + 1 (Katharopoulos et al., arXiv 2006.16236): positive everywhere."""
+    """`elu_plus_one`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.elu(x) + 1
+        return elu_plus_one(x)
 
 
 class HeadwiseMap(nn.Module):

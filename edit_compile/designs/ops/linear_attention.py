@@ -74,7 +74,7 @@ def softmax_with_normaliser(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     top = scores.detach().amax(-1, keepdim=True).clamp(min=NO_WEIGHT)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)  # at least 1, that of the largest score, unless every key is masked
-    y = (weights.to(v.dtype) @ v) / torch.where(total == 0, 1, total).to(v.dtype)
+    y = (weights / torch.where(total == 0, 1, total)).to(v.dtype) @ v  # shares, not sums, which leave the range of float16
     return y, top + total.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
