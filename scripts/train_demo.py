@@ -42,8 +42,8 @@ class Stage(NamedTuple):
 STAGES = {
     "mm-dit": (Stage(32, 4_500, 16),),
     "dit": (Stage(32, 3_500, 16),),
-    "mm-dit-64": (Stage(32, 2_500, 16), Stage(64, 1_200, 8, 0.5)),
-    "dit-64": (Stage(32, 2_500, 16), Stage(64, 1_200, 8, 0.5)),
+    "mm-dit-64": (Stage(32, 2_000, 16), Stage(64, 3_000, 8, 0.5)),
+    "dit-64": (Stage(32, 2_000, 16), Stage(64, 3_000, 8, 0.5)),
     "video-dit": (Stage(24, 3_600, 8, 0.5),),
 }
 
