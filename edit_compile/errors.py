@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class EditCompileError(Exception):
     """Base of every error this package raises on purpose."""
@@ -57,3 +59,9 @@ class DistillError(EditCompileError, RuntimeError):
 
 class Interrupted(EditCompileError):
     """A distillation was asked to stop, and has saved what it needs to continue."""
+
+
+def some_of(names: Iterable[str]) -> str:
+    """List the first eight of some names for a message, and say how many more there are."""
+    listed = list(names) or ["none"]
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

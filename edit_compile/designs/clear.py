@@ -14,7 +14,11 @@ from torch import Tensor
 from edit_compile.designs.base import QKV, Design, Tokens, Verdict
 from edit_compile.designs.ops.linear_attention import matching_heads
 from edit_compile.designs.ops.local_attention import Window, attention_to_all, block_pairs, is_block_pair, local_attention, merged
-from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, has_other_queries, softmax_attention_flops, who_attends
+from edit_compile.designs.ops.site_checks import (
+    any_attention,
+    has_other_queries,
+    softmax_attention_flops,
+)
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Site
 from edit_compile.ir.tokens import TokenKind
@@ -46,8 +50,7 @@ class Clear(Design):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site, GRID_DIMS)
-        return Verdict(problem is None, problem or who_attends(site))
+        return any_attention(site)
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)

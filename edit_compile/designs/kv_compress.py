@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
 from edit_compile.designs.ops.conv_modules import per_frame
 from edit_compile.designs.ops.linear_attention import matching_heads
-from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, sequence_lengths, softmax_attention_flops, who_attends
+from edit_compile.designs.ops.site_checks import (
+    any_attention,
+    sequence_lengths,
+    softmax_attention_flops,
+)
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind
@@ -77,8 +81,7 @@ class KVCompress(Design):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site, GRID_DIMS)
-        return Verdict(problem is None, problem or who_attends(site))
+        return any_attention(site)
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)

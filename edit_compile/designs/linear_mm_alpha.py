@@ -11,9 +11,12 @@ from torch import Tensor
 from edit_compile.designs.base import QKV, Tokens, Verdict
 from edit_compile.designs.edit import Edit, compressed_tokens, features_flops, tap_flops
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
-from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
+from edit_compile.designs.ops.site_checks import (
+    joint_attention,
+    linear_attention_flops,
+    sequence_lengths,
+)
 from edit_compile.ir.site import Site
-from edit_compile.ir.tokens import TokenKind
 
 
 class LinearMMAlpha(Edit):
@@ -38,10 +41,7 @@ class LinearMMAlpha(Edit):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site, GRID_DIMS)
-        if problem is None and site.keys.only(TokenKind.IMAGE):
-            problem = "it is for joint attention of image tokens and others"
-        return Verdict(problem is None, problem or who_attends(site))
+        return joint_attention(site)
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)

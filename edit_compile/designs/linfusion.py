@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
 from edit_compile.designs.ops.feature_maps import elu_plus_one
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
-from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
+from edit_compile.designs.ops.site_checks import (
+    any_attention,
+    linear_attention_flops,
+    sequence_lengths,
+)
 from edit_compile.errors import ConfigError
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Place, Site
@@ -68,8 +72,7 @@ class LinFusion(Design):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site, GRID_DIMS)
-        return Verdict(problem is None, problem or who_attends(site))
+        return any_attention(site)
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)

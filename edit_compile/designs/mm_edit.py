@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from edit_compile.designs.base import QKV, Tokens, Verdict
 from edit_compile.designs.edit import Edit, compressed_tokens
 from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
-from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, has_other_queries, softmax_attention_flops, who_attends
+from edit_compile.designs.ops.site_checks import (
+    has_other_queries,
+    joint_attention,
+    softmax_attention_flops,
+)
 from edit_compile.ir.site import Site
-from edit_compile.ir.tokens import TokenKind
 
 START_LOG_WEIGHT = -2.0
 
@@ -46,10 +49,7 @@ class MMEdit(Edit):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site, GRID_DIMS)
-        if problem is None and site.keys.only(TokenKind.IMAGE):
-            problem = "it is for joint attention of image tokens and others"
-        return Verdict(problem is None, problem or who_attends(site))
+        return joint_attention(site)
 
     def __init__(self, site: Site, options: Any) -> None:
         super().__init__(site, options)

@@ -11,7 +11,11 @@ from torch import Tensor
 from edit_compile.designs.base import QKV, Design, Tokens, Verdict
 from edit_compile.designs.mix_ffn import MixFFN
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
-from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops, sequence_lengths, who_attends
+from edit_compile.designs.ops.site_checks import (
+    any_attention,
+    linear_attention_flops,
+    sequence_lengths,
+)
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Site
 
@@ -39,8 +43,7 @@ class Sana(Design):
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
-        problem = first_problem(site, GRID_DIMS)
-        return Verdict(problem is None, problem or who_attends(site))
+        return any_attention(site)
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
         return masked_linear_attention(x.query.relu(), x.key.relu(), x.value, x.mask)

@@ -95,17 +95,10 @@ class Metric(ABC):
         return {library: version(library) for library in self.libraries}
 
 
-class ClipScore(Metric):
-    """100 times the mean cosine of the embeddings of image and prompt, at least 0 (arXiv 2104.08718, there 2.5 times the cosine)."""
+class _ByClip(Metric):
+    """A metric by the embeddings of CLIP."""
 
-    name = "clip-score"
     libraries = ("torchmetrics", "transformers")
-    better = "higher"
-    against = "the prompt"
-
-    @property
-    def network(self) -> str:
-        return self.clip_name
 
     @cached_property
     def _clip(self) -> clip.Clip:
@@ -117,6 +110,18 @@ class ClipScore(Metric):
 
     def missing(self) -> str | None:
         return clip.missing(self.clip_name)
+
+
+class ClipScore(_ByClip):
+    """100 times the mean cosine of the embeddings of image and prompt, at least 0 (arXiv 2104.08718, there 2.5 times the cosine)."""
+
+    name = "clip-score"
+    better = "higher"
+    against = "the prompt"
+
+    @property
+    def network(self) -> str:
+        return self.clip_name
 
     def measure(self, images: ImageSets) -> Values:
         from torchmetrics.multimodal.clip_score import CLIPScore
@@ -173,26 +178,14 @@ class FidInception(_Frechet):
         return 2048
 
 
-class FidClip(_Frechet):
+class FidClip(_ByClip, _Frechet):
     """The Frechet distance of CLIP's projected embeddings of images, not normalised."""
 
     name = "fid-clip"
-    libraries = ("torchmetrics", "transformers")
 
     @property
     def network(self) -> str:
         return f"{self.clip_name}, projected embeddings of images"
-
-    @cached_property
-    def _clip(self) -> clip.Clip:
-        return clip.Clip(self.clip_name)
-
-    @property
-    def resize(self) -> str:
-        return self._clip.sides
-
-    def missing(self) -> str | None:
-        return clip.missing(self.clip_name)
 
     def _feature(self, device: torch.device) -> clip.Clip:
         return self._clip.to(device)

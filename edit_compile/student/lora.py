@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edit_compile.errors import ConfigError, EditCompileError
+from edit_compile.errors import ConfigError, EditCompileError, some_of
 from edit_compile.files import replacing, write_text
 from edit_compile.student.handle import Conversion, ConvertedModel, Lora, unwrap
 from edit_compile.student.site import converted_sites
@@ -61,7 +61,7 @@ def add_lora(student: Any, rank: int, alpha: float | None = None, targets: Itera
     globs = tuple(targets)
     for glob in globs:
         if not any(fnmatchcase(path, glob) for path in known):
-            raise ConfigError(f"lora.targets: {glob!r} matches no Linear outside the converted sites; there are: {_some(known)}")
+            raise ConfigError(f"lora.targets: {glob!r} matches no Linear outside the converted sites; there are: {some_of(known)}")
     lora = Lora(rank=rank, alpha=alpha or rank, targets=tuple(path for path in known if any(fnmatchcase(path, g) for g in globs)))
     install_lora(model, lora)
     return list(lora.targets)
@@ -233,8 +233,3 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
     setattr(model.get_submodule(owner), name, module)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names) or ["none"]
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.errors import ConfigError, EditCompileError, RewriteError
+from edit_compile.errors import ConfigError, EditCompileError, RewriteError, some_of
 from edit_compile.student.handle import ConvertedModel, unwrap
 from edit_compile.student.lora import lora_layers, lora_names, plain_name, without_lora
 from edit_compile.student.site import converted_sites
@@ -58,7 +58,7 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
     shared = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point() and not n.startswith(sites)]
     for glob in (globs := tuple(include)):
         if not any(fnmatchcase(name, glob) for name, _ in shared):
-            raise ConfigError(f"{glob!r} matches no weight outside the converted sites; there are: {_some(n for n, _ in shared)}")
+            raise ConfigError(f"{glob!r} matches no weight outside the converted sites; there are: {some_of(n for n, _ in shared)}")
     if lora_layers(model):
         raise EditCompileError("weights with LoRA cannot be unshared: call edit_compile.unshare before LoRA is added, or merge that first")
     originals = model.edit_conversion.originals
@@ -165,8 +165,3 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
         known = tensor.dtype in _NUMBERS and tensor.numel() and not tensor.is_meta and not is_sharded(tensor)
         if known and not all(bound.isfinite() for bound in torch.aminmax(tensor.detach())):
             raise RewriteError(f"{what}: the weight {name} holds NaN or infinity; load the weights again, or restore an earlier state")
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

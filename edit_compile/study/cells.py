@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.distillation.recipe.load import load_recipe
-from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.recipe.schema import Recipe, changed_keys
 from edit_compile.errors import RecipeError, StudyError
 from edit_compile.files import write_text
 from edit_compile.frozen import Frozen
@@ -97,7 +97,7 @@ class Cell(CellFolder):
             then, now = identity(load_recipe(given)), identity(self.recipe)
         except RecipeError as error:
             return [str(error)]
-        different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        different = changed_keys(then, now)
         return [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in different]
 
     def check(self) -> None:

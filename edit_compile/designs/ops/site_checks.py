@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edit_compile.designs.base import Verdict
 from edit_compile.ir.site import Site
 from edit_compile.ir.tokens import TokenKind
 
@@ -38,6 +39,20 @@ def who_attends(site: Site) -> str:
     if site.keys.only(TokenKind.IMAGE) and not has_other_queries(site):
         return "attention between image tokens"
     return "image tokens and others attend jointly" if has_other_queries(site) else "image tokens attend to image tokens and others"
+
+
+def any_attention(site: Site) -> Verdict:
+    """Take attention of images and of videos, whatever else takes part."""
+    problem = first_problem(site, GRID_DIMS)
+    return Verdict(problem is None, problem or who_attends(site))
+
+
+def joint_attention(site: Site) -> Verdict:
+    """Take attention of images and of videos in which other tokens are among the keys."""
+    problem = first_problem(site, GRID_DIMS)
+    if problem is None and site.keys.only(TokenKind.IMAGE):
+        problem = "it is for joint attention of image tokens and others"
+    return Verdict(problem is None, problem or who_attends(site))
 
 
 def sequence_lengths(site: Site, image_queries: int, image_keys: int, others: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from edit_compile.distillation.recipe.schema import FREE, Recipe, flatten
+from edit_compile.distillation.recipe.schema import FREE, Recipe, changed_keys, flatten
 from edit_compile.distillation.train.checkpoints import Checkpoint, CheckpointMetadata, list_checkpoints, load_newest
 from edit_compile.distillation.train.metrics import MetricsRow
 from edit_compile.errors import DistillError
@@ -75,7 +75,7 @@ class RunFolder:
             raise DistillError(f"{self.path} was {maker}, which cannot read its recipe: {first_problem(error)}") from None
         (mark,) = FREE
         now, then = (flatten(dump_except(one, mark)) for one in (recipe, begun))
-        different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        different = changed_keys(then, now)
         if different:
             changes = ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in different[:3])
             raise DistillError(f"{self.path} was begun with another recipe: {changes}; resume with the same one, or choose another folder")

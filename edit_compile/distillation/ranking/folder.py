@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from edit_compile.adapters.family import Extent
 from edit_compile.distillation.ranking.ranking import DesignCandidate, Ranking
-from edit_compile.distillation.recipe.schema import FREE, Recipe, flatten
+from edit_compile.distillation.recipe.schema import FREE, Recipe, changed_keys, flatten
 from edit_compile.errors import ConfigError, DistillError
 from edit_compile.files import write_text
 from edit_compile.frozen import Frozen, dump_except, first_problem
@@ -105,7 +105,7 @@ class RankingFolder:
                 raise DistillError(f"{self.path} cannot be written: {error.strerror}") from None
             return
         now, then = flatten(content), flatten(begun.recipe)
-        different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        different = changed_keys(then, now)
         if different or begun.weights != weights:
             changes = ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in different[:3]) or "another model's weights"
             raise DistillError(f"{self.path} has a ranking begun with other settings: {changes}; rank as then, or choose another folder")

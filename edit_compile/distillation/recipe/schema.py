@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -290,6 +290,11 @@ class Recipe(Frozen):
 def flatten(content: Any) -> dict[str, Any]:
     """Flatten nested mappings and lists into one mapping from dotted keys to values."""
     return dict(_leaves(content, ""))
+
+
+def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the dotted keys, sorted, that two flattened recipes do not agree on."""
+    return sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
 
 
 def _leaves(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
