@@ -23,7 +23,7 @@ from edit_compile.distillation.data.records import write_skipped
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.evaluate.sample_grid import GridSampler
 from edit_compile.distillation.evaluate.speed import Speed, measure_speeds
-from edit_compile.distillation.evaluate.validation import ValidationResult, validate
+from edit_compile.distillation.evaluate.validation import ValidationResult, validate_everywhere
 from edit_compile.distillation.models import Student, check_frames_of, give_lora, make_student, noise_schedule, unshare_blocks
 from edit_compile.distillation.output.model_card import model_card
 from edit_compile.distillation.output.plot import plot_losses
@@ -254,7 +254,7 @@ class Run:
             site.edit_teacher.to(accelerator.device)
 
     def _validate(self) -> ValidationResult:
-        return validate(self.context, *self._last_size())
+        return validate_everywhere(self.context, *self._last_size())
 
     def _last_size(self) -> tuple[int, int, int | None]:
         """Return the height, width and frames of the last stage."""

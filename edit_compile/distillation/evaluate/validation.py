@@ -97,19 +97,18 @@ class _Bins:
         return torch.bucketize(self.timesteps(u), torch.tensor([high for _, high in self.ranges]))
 
 
-def validate(context: Context, height: int, width: int, frames: int | None = None) -> ValidationResult:
-    """Measure the student as it is, at a resolution in pixels and a number of frames, and its total error at the recipe's further ones.
+def validate_everywhere(context: Context, height: int, width: int, frames: int | None = None) -> ValidationResult:
+    """Do `validate`, and measure the total error at the recipe's further resolutions as well."""
+    further = {f"{h} x {w}": validate(context, h, w, frames).total for h, w in context.recipe.validation.resolutions}
+    return replace(validate(context, height, width, frames), resolutions=further)
 
-    All processes take part and get the same answer.
+
+def validate(context: Context, height: int, width: int, frames: int | None = None) -> ValidationResult:
+    """Measure the student as it is, at a resolution in pixels and a number of frames. All processes take part and get the same answer.
 
     Raises:
         DistillError: the teacher predicts the same value everywhere, or one of the two NaN or infinity.
     """
-    further = {f"{h} x {w}": _validate_at(context, h, w, frames).total for h, w in context.recipe.validation.resolutions}
-    return replace(_validate_at(context, height, width, frames), resolutions=further)
-
-
-def _validate_at(context: Context, height: int, width: int, frames: int | None) -> ValidationResult:
     ranges = _Bins(context, height, width, frames).ranges
     sums = torch.zeros(len(ranges), 4, dtype=torch.float64)  # on the CPU: not every device has float64
     count, rank = context.accelerator.num_processes, context.accelerator.process_index
