@@ -1,1 +1,1 @@
-edit_compile/cli.py
+edit_compile/cli/__init__.py

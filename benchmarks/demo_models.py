@@ -32,14 +32,14 @@ def main() -> None:
         lines.append(f"| {source} | {size:.2f}M | {found.objects} | {found.colour_and_place:.1%} | {found.shape:.1%} |")
     lines += [
         "",
-        "| model | parameters | groups | colour and position | count | size | shape | texture | nothing else | all |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | parameters | groups | colour and position | count | size | shape | texture | background | nothing else | all |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for source in [f"demo/{name}" for name in models.LARGE_NAMES]:
         model = load_model(source).model
         drawn, size = group_adherence(model, PROMPTS, steps=STEPS), sum(p.numel() for p in model.parameters()) / 1e6
-        parts = (drawn.colour_and_place, drawn.count, drawn.size, drawn.shape, drawn.texture, drawn.nothing_else, drawn.all)
-        lines.append(f"| {source} | {size:.2f}M | {drawn.groups} | {' | '.join(f'{part:.1%}' for part in parts)} |")
+        groups, *parts = drawn.to_dict().values()
+        lines.append(f"| {source} | {size:.2f}M | {groups} | {' | '.join(f'{part:.1%}' for part in parts)} |")
     teacher = load_model(f"demo/{models.VIDEO_NAME}").model
     moved, size = motion_adherence(teacher, PROMPTS, steps=STEPS), sum(p.numel() for p in teacher.parameters()) / 1e6
     lines += ["", "| model | parameters | clips | colour | shape | motion | all three |", "|---|---|---|---|---|---|---|"]

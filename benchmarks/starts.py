@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import edit_compile as ec
 from edit_compile.adapters.load_model import load_model
-from edit_compile.demo import models, motion, shapes
-from edit_compile.demo.prompt_adherence import held_out_clips, held_out_scenes
+from edit_compile.demo import groups, models, motion, shapes
+from edit_compile.demo.prompt_adherence import held_out_clips, held_out_groups, held_out_scenes
 
 BATCH, SEEDS = 32, (0, 1, 2)
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -42,20 +42,32 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("kv-compress", {"layer_norm": True, "balance": False}),
     ("kv-compress", {"factor": 4}),
     ("kv-compress", {"factor": 4, "balance": False}),
+    ("clear", {}),
+    ("clear", {"radius": 4}),
+    ("local-linear", {}),
 )
 
 
-def held_out(name: str, count: int) -> tuple[Tensor, list[str]]:
-    """Render the first held-out images (count, 3, 32, 32) or clips in [-1, 1], and their captions."""
-    if name == models.VIDEO_NAME:
+def held_out(model: nn.Module, count: int) -> tuple[Tensor, list[str]]:
+    """Render the first held-out images (count, 3, H, W) or clips in [-1, 1] of what a model was trained on, and their captions."""
+    data = models.trained_on(model)
+    if data == models.CLIPS:
         clips = held_out_clips(count)
         drawn = np.stack([motion.render(clip) for clip in clips]).transpose(0, 4, 1, 2, 3)
-        captions = [motion.caption(clip) for clip in clips]
-    else:
-        scenes = held_out_scenes(count)
-        drawn = np.stack([shapes.render(scene) for scene in scenes]).transpose(0, 3, 1, 2)
-        captions = [shapes.caption(scene) for scene in scenes]
-    return torch.from_numpy(drawn).float() * 2 - 1, captions
+        return _signed(drawn), [motion.caption(clip) for clip in clips]
+    if data == models.GROUPS:
+        grouped = held_out_groups(count)
+        return _signed(_channels_first([groups.render(scene) for scene in grouped])), [groups.caption(scene) for scene in grouped]
+    scenes = held_out_scenes(count)
+    return _signed(_channels_first([shapes.render(scene) for scene in scenes])), [shapes.caption(scene) for scene in scenes]
+
+
+def _channels_first(images: list[np.ndarray]) -> np.ndarray:
+    return np.stack(images).transpose(0, 3, 1, 2)
+
+
+def _signed(samples: np.ndarray) -> Tensor:
+    return torch.from_numpy(samples).float() * 2 - 1
 
 
 @torch.no_grad()
@@ -83,7 +95,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     args = parser.parse_args()
     for name in args.models:
-        model, data = load_model(f"demo/{name}").model, held_out(name, args.samples)
+        model = load_model(f"demo/{name}").model
+        data = held_out(model, args.samples)
         teacher = predictions(model, *data)
         print(f"\n| demo/{name}: design | options | error |\n|---|---|---|")
         for design, options in (row for row in ROWS if row[0] in args.designs):

@@ -99,7 +99,7 @@ def memory(recipe: Recipe, student: nn.Module) -> int:
     with tempfile.TemporaryDirectory() as folder:
 
         def run() -> None:
-            distill(recipe, folder, student=student)
+            distill(recipe, folder, overwrite=True, student=student)
 
         if not torch.cuda.is_available():
             return sum(p.numel() * p.element_size() for p in student.parameters()) + peak_memory(run)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edit_compile import known_noise
 from edit_compile.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from edit_compile.api import audit, compile, grid, linearize, plan, teacher
     from edit_compile.bench.conversion_cost import cost
     from edit_compile.bench.latency import compare_speed
+    from edit_compile.bench.min_tokens import set_min_tokens
     from edit_compile.config import LinearizeConfig, Rule
     from edit_compile.designs import register
     from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
+    from edit_compile.designs.ops.parts import Product, Softmax
     from edit_compile.distillation.data.registry import DataConfig, register_data
     from edit_compile.distillation.ranking.rank import rank
     from edit_compile.distillation.ranking.ranking import Ranking
@@ -55,15 +58,19 @@ if TYPE_CHECKING:
     from edit_compile.student.weights import unshare
     from edit_compile.study.compare import compare
 
+known_noise.silence()
+
 _HOMES = {  # the same imports, for `__getattr__`
     "adapters.load_model": ("load_model",),
     "adapters.record_inputs": ("record",),
     "api": ("audit", "compile", "grid", "linearize", "plan", "teacher"),
     "bench.conversion_cost": ("cost",),
     "bench.latency": ("compare_speed",),
+    "bench.min_tokens": ("set_min_tokens",),
     "config": ("LinearizeConfig", "Rule"),
     "designs": ("register",),
     "designs.base": ("QKV", "Design", "Tap", "Tokens", "Verdict"),
+    "designs.ops.parts": ("Product", "Softmax"),
     "distillation.data.registry": ("DataConfig", "register_data"),
     "distillation.ranking.rank": ("rank",),
     "distillation.ranking.ranking": ("Ranking",),
@@ -119,6 +126,7 @@ __all__ = [
     "Passes",
     "Plan",
     "PlanError",
+    "Product",
     "Ranking",
     "Recipe",
     "RecipeError",
@@ -128,6 +136,7 @@ __all__ = [
     "Segment",
     "Site",
     "SitePlan",
+    "Softmax",
     "StudyError",
     "Tap",
     "TokenKind",
@@ -158,6 +167,7 @@ __all__ = [
     "register_loss",
     "sample",
     "save",
+    "set_min_tokens",
     "teacher",
     "unshare",
 ]

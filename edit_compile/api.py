@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from os import PathLike, fspath
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import nn
 
 from edit_compile.adapters.load_model import LoadedModel, load_model
@@ -23,12 +24,14 @@ from edit_compile.passes.capture import capture
 from edit_compile.passes.pipeline import Passes
 from edit_compile.passes.planner import CompiledPlan, compile_plan, recompile
 from edit_compile.passes.site_graph import example_grid
-from edit_compile.student.convert import install, require_plain_forwards
+from edit_compile.progress import working
+from edit_compile.student.convert import install, require_plain
 from edit_compile.student.grid import grid
 from edit_compile.student.handle import conversion_of, plan_of, unwrap
+from edit_compile.student.lora import leave_out_for_teachers
 from edit_compile.student.runtime import Statement
 from edit_compile.student.site import converted_sites
-from edit_compile.student.weights import OriginalWeights
+from edit_compile.student.weights import OriginalWeights, require_original_weights
 
 __all__ = ["REGIONAL", "audit", "compile", "grid", "linearize", "plan", "plan_and_convert", "plan_of", "repeated_blocks", "teacher"]
 __all__ += ["plan_with_forwards", "transformer_of"]
@@ -89,6 +92,7 @@ def _with_inputs(model: Any, example_inputs: Mapping[str, Any] | None, *, struct
     found = transformer_of(model)
     if converted_sites(found):
         raise PlanError(f"{type(found).__name__} is converted already")
+    require_plain(found)
     if example_inputs is not None:
         return found, example_inputs
     pipeline = model.pipeline if isinstance(model, LoadedModel) else None if found is model else model
@@ -104,7 +108,6 @@ def _compiled(
         raise PlanError(
             f"example_inputs are keyword arguments of the model's forward, a dict by name, not a {type(example_inputs).__name__}"
         )
-    require_plain_forwards(model)
     return compile_plan(model, dict(example_inputs), config or LinearizeConfig(), passes)
 
 
@@ -158,7 +161,7 @@ def linearize(
         raise PlanError(f"plan is a Plan, as edit_compile.plan(model) makes it, not a {type(plan).__name__}")
     if plan is not None:
         found = load_model(fspath(model)).model if isinstance(model, str | PathLike) else transformer_of(model)
-        require_plain_forwards(found)
+        require_plain(found)
         student = install(found, recompile(found, plan, passes))
     else:
         found, inputs = _with_inputs(model, example_inputs, structure_only=False)
@@ -166,6 +169,20 @@ def linearize(
         audit(student)
     is_pipeline = found is not model and not isinstance(model, str | PathLike | LoadedModel)
     return with_denoiser(model, student) if is_pipeline else student
+    return student
+
+
+def linearize_for_shards(loaded: LoadedModel, config: LinearizeConfig) -> nn.Module:
+    """Do what `linearize` does, without copying a weight: what is mapped from files stays there until each process takes its shards of it.
+
+    Nothing may be written to the model, or to the copy, before that.
+
+    Raises:
+        PlanError, RewriteError, AuditError: as `linearize`.
+    """
+    found, inputs = _with_inputs(loaded, None, structure_only=False)
+    student = install(found, _compiled(found, config, inputs), read_only=True)
+    audit(student)
     return student
 
 
@@ -182,7 +199,8 @@ def audit(student: Any) -> Audit:
         AuditError: attention between image tokens, or another cost that grows with their square, is left at a rewritten site.
     """
     model, plan = unwrap(student), plan_of(student)
-    with grid(model, *example_grid(plan.rewritten[0])) if not isinstance(plan.grid, SizesOfInputs) else nullcontext():
+    sized = grid(model, *example_grid(plan.rewritten[0])) if not isinstance(plan.grid, SizesOfInputs) else nullcontext()
+    with working("auditing the converted model"), sized:
         captured = capture(model, input_spec.decode(plan.inputs), symbolic=False)
     found = audit_graph(captured, {site.path: allowed_at(site) for site in plan.rewritten if site.kind == "attention"})
     if found.findings:
@@ -206,8 +224,10 @@ def transformer_of(model: Any) -> nn.Module:
 
 
 @contextmanager
-def teacher(student: Any, students: Iterable[str] = ()) -> Iterator[Any]:
+def teacher(student: Any, students: Iterable[str] = (), *, adapters: bool = False) -> Iterator[Any]:
     """Run the original attention with its original weights in the calls inside, bit for bit the original model.
+
+    LoRA that PEFT or diffusers put on the student is left out, unless asked for.
 
     It holds for this thread or asyncio task, and for tasks begun inside: others go on calling the student. Blocks may
     overlap and be left in any order. A backward pass outside of the block runs checkpointed modules of a call inside as the
@@ -220,20 +240,25 @@ def teacher(student: Any, students: Iterable[str] = ()) -> Iterator[Any]:
         student: a converted model, or what holds one: a pipeline, DDP, torch.compile, PEFT.
         students: paths of sites that run as converted all the same; of blocks compiled by `edit_compile.compile`, each gets a
             graph of its own then.
+        adapters: run the original model with the LoRA that the student has now, in the sites too: by a copy of the module tree, which
+            `edit_compile.compile` has not compiled.
 
     Yields:
         What was given.
 
     Raises:
-        EditCompileError: nothing in it is converted, or nothing at one of the paths; or, at a call, the weights that were
-            trained outside the sites are sharded or offloaded.
+        EditCompileError: nothing in it is converted, or nothing at one of the paths; weights outside the sites were written to
+            without `unshare`, as by fusing LoRA; or, at a call, the weights that were trained there are sharded or offloaded.
     """
-    conversion, kept = conversion_of(student), frozenset(students)
+    model, conversion, kept = unwrap(student), conversion_of(student), frozenset(students)
     known = [site.path for site in conversion.plan.rewritten]
     if unknown := sorted(kept.difference(known)):
         near = get_close_matches(unknown[0], known, 3, 0)
         raise EditCompileError(f"no site at {unknown[0]!r} is converted; near it: {', '.join(near)}")
-    original = OriginalWeights() if conversion.originals else None
+    if not torch.compiler.is_compiling():
+        require_original_weights(model)
+        leave_out_for_teachers(model)
+    original = OriginalWeights(adapters) if conversion.originals or adapters else None
     with conversion.runtime.stating(Statement(teacher=True, original=original, students=kept)):
         yield student
 

@@ -15,12 +15,16 @@ from edit_compile.frozen import Frozen
 
 
 class Choice(NamedTuple):
-    """One rule, its names looked up: sites at `paths` get `design` with `options`, a `design.Options`; None keeps them."""
+    """One rule, its names looked up: sites at `paths` get `design` with `options`, a `design.Options`; None keeps them.
+
+    What a design brings for sites of another kind is for those beside a site that has got the choice `brought_by`, whatever their paths.
+    """
 
     paths: str
     design: type[Design] | None
     options: Any
     reason: str = ""
+    brought_by: Choice | None = None
 
 
 class _Data(Frozen):
@@ -49,6 +53,8 @@ class Rule(_Data):
     """Of the design."""
     reason: str = ""
     """Why, for the plan: it stands behind the design's own reason."""
+    companions: bool = True
+    """Whether what the design brings for sites of another kind comes with it."""
 
     def __init__(
         self,
@@ -57,10 +63,12 @@ class Rule(_Data):
         options: Mapping[str, Any] | None = None,
         *,
         reason: str = "",
+        companions: bool = True,
         **unknown: Any,
     ) -> None:
         named = {} if design is None else {"design": design}
-        super().__init__(paths=paths, options={} if options is None else options, reason=reason, **named, **unknown)
+        options = {} if options is None else options
+        super().__init__(paths=paths, options=options, reason=reason, companions=companions, **named, **unknown)
 
     @model_validator(mode="after")
     def _known(self) -> Rule:
@@ -132,22 +140,23 @@ class LinearizeConfig(_Data):
             ConfigError: see `LinearizeConfig`.
         """
         if self.rules:
-            return tuple(each for rule in self.rules for each in _with_companions(rule.choice()))
+            chosen = ((rule.choice(), rule.companions) for rule in self.rules)
+            return tuple(each for choice, companions in chosen for each in (_with_companions(choice) if companions else (choice,)))
         if self.design == KEEP:
             raise ConfigError(f"design={KEEP!r} converts nothing; use it in a rule")
         designs = [find_design(name) for name in (AUTOMATIC if self.design == AUTO else (self.design,))]
         _check_names(self.options, designs, beside=tuple(LinearizeConfig.model_fields))
         own = ({name: value for name, value in self.options.items() if name in design.Options.model_fields} for design in designs)
-        chosen = (Choice("*", design, parse_options(design, options)) for design, options in zip(designs, own, strict=True))
-        return tuple(each for choice in chosen for each in _with_companions(choice))
+        choices = (Choice("*", design, parse_options(design, options)) for design, options in zip(designs, own, strict=True))
+        return tuple(each for choice in choices for each in _with_companions(choice))
 
 
 def _with_companions(choice: Choice) -> tuple[Choice, ...]:
-    """Return a choice, and after it those of the designs that its design brings for sites of another kind."""
+    """Return a choice, and after it those that its design brings."""
     if choice.design is None:
         return (choice,)
     try:
-        brought = tuple(Choice(choice.paths, design, options) for design, options in choice.design.companions(choice.options))
+        brought = tuple(Choice("*", design, options, brought_by=choice) for design, options in choice.design.companions(choice.options))
     except Exception as error:  # whatever somebody else's design raises
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"`companions` of the design {choice.design.name!r} fails: {problem}") from error
@@ -188,7 +197,7 @@ def _unknown(name: str, known: list[str]) -> str:
 def _in_words(problem: Any, model: type[Frozen]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return _unknown(name, list(model.model_fields))
+        return _unknown(name, list(model.model_fields)) if len(problem["loc"]) == 1 else f"unknown option {name!r}"
     message = " ".join(problem["msg"].removeprefix("Value error, ").split())
     if problem["type"] == "missing":
         return f"{name} is missing: it has no default"

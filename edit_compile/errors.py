@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class EditCompileError(Exception):
@@ -59,6 +60,13 @@ class DistillError(EditCompileError, RuntimeError):
 
 class Interrupted(EditCompileError):
     """A distillation was asked to stop, and has saved what it needs to continue."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """List what is known, the most similar name first: `did you mean steps? there are: resolution, steps`."""
+    known = tuple(known)
+    similar = get_close_matches(name, known, 1)
+    return f"{f'did you mean {similar[0]}? ' if similar else ''}there are: {', '.join(known)}"
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-TRACES_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # torch.compile follows `ContextVar.get`
+_FROM_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+TRACES_CONTEXT_VARIABLES = _FROM_2_14  # torch.compile follows `ContextVar.get`
+FLEX_TILES_FIT_BLOCKS = _FROM_2_14  # FlexAttention's kernel makes its own choice of tiles fit a mask's blocks
 TORCH_FOLDER = f"{Path(torch.__file__).parent}{os.sep}"  # the names of torch's own files begin with it
 THIS_FILE = __file__
 NO_BACKWARD = -1  # what `backward_id` gives outside a backward pass
@@ -34,6 +37,26 @@ ROOT_CALL = "_empty_nn_module_stack"  # the path that export notes for operation
 def is_sharded(tensor: Tensor) -> bool:
     """Say whether a tensor is a DTensor, as under FSDP2 (whose module is not imported for the question: it loads torch's compiler)."""
     return hasattr(tensor, "device_mesh")
+
+
+def place_of_shard(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """Tell where this process's part of a DTensor is in the whole: its first index and its size in each dimension, by the protocol of
+    torch.distributed.checkpoint; and whether another process, before this one, has the same part.
+    """
+    chunk: Any = tensor.__create_chunk_list__()[0]  # type: ignore[attr-defined]
+    coordinate, placements = tensor.device_mesh.get_coordinate(), tensor.placements  # type: ignore[attr-defined]
+    is_copy = any(own and placement.is_replicate() for own, placement in zip(coordinate, placements, strict=True))
+    return tuple(chunk.offsets), tuple(chunk.sizes), is_copy
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Say whether an operation of several processes failed: gloo, which has no error of its own, names its source file."""
+    return isinstance(error, torch.distributed.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Say whether a tensor is of a class with operators of its own, as quantized weights are, but not a DTensor."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_sharded(tensor)
 
 
 def is_compiled_module(module: torch.nn.Module) -> bool:
@@ -67,6 +90,87 @@ def compile_again(module: torch.nn.Module) -> None:
     initialize(module)
 
 
+_ATTENTION = F.scaled_dot_product_attention
+
+
+def attention_is_changed() -> bool:
+    """Say whether `scaled_dot_product_attention` gives another result here than it should: by a mode that intercepts functions, or as it
+    was replaced. Not while a model is traced.
+    """
+    if torch.compiler.is_compiling() or (not torch._C._len_torch_function_stack() and F.scaled_dot_product_attention is _ATTENTION):
+        return False
+    equal, values = torch.zeros(1, 1, 2, 8, device="cpu"), torch.eye(2, 8, device="cpu")[None, None]
+    try:
+        return not torch.allclose(F.scaled_dot_product_attention(equal, equal, values), values.mean(-2, keepdim=True), atol=0.05)
+    except Exception:  # of kernels that run on other devices only
+        return False
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Compute softmax attention by a kernel that keeps no scores in memory and returns the logarithm of its normaliser.
+
+    As for `F.scaled_dot_product_attention`, `torch.nn.attention.sdpa_kernel` can rule its kernels out. They give the logarithm no gradient.
+
+    Args:
+        q, k, v: (B, H, N, D) and (B, H, M, D), M > 0.
+        bias: added to the scores, (B or 1, H or 1, 1, M), in the type of `q`.
+
+    Returns:
+        The result, (B, H, N, D), and the logarithm, (B, H, N, 1), in float32 or higher; what they are where every key is masked differs
+        from kernel to kernel. None where no kernel computes this, gradients are needed, or the graph is to run without torch's kernels.
+    """
+    one_type, width, aten = q.dtype == k.dtype == v.dtype, q.shape[-1], torch.ops.aten
+    if not one_type or width != v.shape[-1] or q.shape[0] * q.shape[2] == 0 or _needs_gradients(q, k, v, bias) or _is_exported():
+        return None
+    kernels = _fused_kernels(q.device.type, q.device.index)
+    if not kernels:
+        return None
+    q, k, v = _in_rows(q), _in_rows(k), _in_rows(v)
+    if q.device.type == "cpu" and "flash" in kernels:
+        y, logarithm = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    elif bias is None and "flash" in kernels and q.dtype in _HALVES and width % 8 == 0 and width <= 256:
+        y, logarithm, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    elif "efficient" in kernels and (q.dtype == torch.float32 or q.dtype in _HALVES) and width % 8 == 0:
+        if bias is not None:  # its rows must begin at multiples of 16 bytes
+            keys = k.shape[2]
+            bias = F.pad(bias, (0, -keys % 8))[..., :keys].expand(*q.shape[:3], keys)
+        y, logarithm, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+    else:
+        return None
+    return y, logarithm[:, :, : q.shape[2], None]  # some kernels fill its rows up
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """Have the numbers of each row one after the other: the kernels take that for granted, the one for CPUs without a check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _is_exported() -> bool:
+    """Say whether a graph is made that other programs read: decomposed, as for ONNX, the kernel on CPUs loses its logarithm."""
+    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _fused_kernels(device: str, index: int | None) -> tuple[str, ...]:
+    """List which of the kernels "flash" and "efficient" a device has and `torch.nn.attention.sdpa_kernel` allows."""
+    flash: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    efficient: bool = torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
+    if device == "cpu":
+        return ("flash",) * flash
+    if device != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(index) < (8, 0):
+        return ()
+    return ("flash",) * flash + ("efficient",) * efficient
+
+
+_fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result, which loads dynamo
+
+
 def mark_dynamic(tensor: Tensor) -> None:
     """Keep all of a tensor's sizes symbolic from the first graph on, without an error where they cannot be; only if dynamo is loaded."""
     dynamo = sys.modules.get("torch._dynamo")
@@ -87,6 +191,58 @@ def after_backward(callback: Callable[[], None]) -> None:
 def change_count(tensor: Tensor) -> int | None:
     """Count how often a tensor was written to; None for tensors of inference mode, which do not count."""
     return None if tensor.is_inference() else tensor._version
+
+
+def lazy_copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy tensors without copying their memory before one of the two is written to, in whatever way; kernels that take raw pointers
+    count as writing. Tensors that share memory go on sharing theirs. Memory that is not torch's own, like a mapped file, is copied at once.
+    """
+    return _over_lazy_memory(tensors, foreign=_copied)
+
+
+def watch_writes(tensors: list[Tensor]) -> None:
+    """Have `is_lazy_copy` tell from now on whether tensors were written to, in place, as far as their memory is torch's own."""
+    for tensor, watched in zip(tensors, _over_lazy_memory(tensors, foreign=lambda memory: memory), strict=True):
+        if not tensor.is_inference():
+            tensor.data = watched
+
+
+def _copied(memory: Tensor) -> Tensor:
+    """Copy a tensor at once, into memory of torch's own whose writes are told if the device can do that."""
+    copied = memory.clone()
+    try:
+        return torch._lazy_clone(copied)
+    except RuntimeError:
+        return copied
+
+
+@torch.inference_mode(False)
+def _over_lazy_memory(tensors: list[Tensor], foreign: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Make tensors like those given over lazy copies of all of their memory, or what is made of it if it is not torch's own."""
+    memory: dict[int, Tensor] = {}
+    found = []
+    for tensor in tensors:
+        storage, empty = tensor.untyped_storage(), tensor.detach().new_empty(0)
+        if storage._cdata not in memory:
+            whole = empty.set_(storage, 0, (storage.nbytes() // tensor.itemsize,), (1,))
+            try:
+                memory[storage._cdata] = torch._lazy_clone(whole)
+            except RuntimeError:
+                memory[storage._cdata] = foreign(whole)
+        made = memory[storage._cdata].untyped_storage()
+        found.append(tensor.detach().new_empty(0).set_(made, tensor.storage_offset(), tensor.shape, tensor.stride()))
+    return found
+
+
+def memory_id(tensor: Tensor) -> int:
+    """Tell tensors by the memory that they are in. Unlike `data_ptr`, this writes nothing: a lazy copy stays one."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_lazy_copy(tensor: Tensor) -> bool:
+    """Say whether nothing has been written to a tensor since `lazy_copies` made it or copied it."""
+    is_lazy: Callable[[Tensor], bool] = getattr(torch._C, "_is_cow_tensor")  # noqa: B009 (no type checker sees it)
+    return is_lazy(tensor)
 
 
 def lerp_all_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:

@@ -47,7 +47,7 @@ def main() -> None:
     out = parser.parse_args().out
     run("inspect", "--model", MODEL)
     run("convert", "--model", MODEL, "-o", str(out / "converted"), "--overwrite")
-    run("distill", "demo-mm-dit", *SHORTER, "-o", str(out / "distilled"))
+    run("distill", "demo-mm-dit", *SHORTER, "-o", str(out / "distilled"), "--overwrite")
     run("sample", f"demo/{models.VIDEO_NAME}", "--prompt", motion.caption(held_out_clips(1)[0]), "-o", str(out / "video.gif"))
 
     teacher = load_model(MODEL).model

@@ -98,7 +98,8 @@ def of_groups(seed: int, count: int = 500) -> Tensor:
         top, left = (2 * cell * (side in ("lower", "right")) for side in group.place)
         cells = rng.sample(range(4), len(group.centres))
         middles = [(top + (n // 2 + 0.5) * cell, left + (n % 2 + 0.5) * cell) for n in cells]
-        return replace(group, centres=tuple((row + rng.uniform(-0.75, 0.75), column + rng.uniform(-0.75, 0.75)) for row, column in middles))
+        off = groups.JITTER
+        return replace(group, centres=tuple((row + rng.uniform(-off, off), column + rng.uniform(-off, off)) for row, column in middles))
 
     return labelled([replace(scene, groups=tuple(map(elsewhere, scene.groups))) for scene in scenes])[0]
 

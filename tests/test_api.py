@@ -12,6 +12,7 @@ from torch import nn
 import edit_compile as ec
 import toy
 from edit_compile.student.site import converted_sites
+from edit_compile.torch_internals import is_lazy_copy
 
 TEXT = 5
 
@@ -79,8 +80,8 @@ def test_untouched_weights_are_shared_and_names_kept(model, student):
     added = {k for k in student.state_dict() if k not in originals}
     assert all(".attn.edit." in k for k in added)
     assert set(originals) <= set(student.state_dict())
-    assert student.out.weight.data_ptr() == model.out.weight.data_ptr()
-    assert student.blocks[0].attn.to_q.weight.data_ptr() != model.blocks[0].attn.to_q.weight.data_ptr()
+    assert is_lazy_copy(student.out.weight)
+    assert not is_lazy_copy(student.blocks[0].attn.to_q.weight)
 
 
 def test_teacher_is_the_original_bit_for_bit_even_after_training(model, student):
@@ -144,7 +145,7 @@ def test_half_precision_costs_the_student_about_what_it_costs_the_teacher(studen
 def test_deepcopy_is_independent(student):
     twin = copy.deepcopy(student)
     expected = call(student)
-    toy.shaken(twin)
+    toy.shaken(nn.ModuleList(converted_sites(twin).values()))
     assert torch.equal(call(student), expected)
     with ec.teacher(twin):
         assert not torch.equal(call(student), call(twin))
@@ -262,3 +263,11 @@ def test_arguments_the_capture_did_not_have_are_refused():
     site = student.blocks[0].attn
     with ec.grid(student, 5, 7), pytest.raises(ec.RewriteError, match=r"blocks\.0\.attn.*text is not None.*Convert again"):
         site(torch.zeros(1, 35, 24), torch.zeros(1, 5, 24))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_that_is_missing_or_one_too_many_is_named(padded):
+    student = ec.linearize(toy.shaken(toy.Toy(joint=True).eval()), example_inputs=toy.inputs(text=TEXT, padded=padded))
+    words = f"mask is {'None' if padded else 'not None'}"
+    with pytest.raises(ec.RewriteError, match=rf"blocks\.0\.attn: was converted for inputs without this: {words}"):
+        student(**toy.inputs(text=TEXT, padded=not padded))

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from PIL import Image
 
 import edit_compile as ec
 from edit_compile.cli import UNTRAINED, main
+from edit_compile.cli.parameters import converted_model, original_model
 from edit_compile.demo import models
 from edit_compile.demo.text import TEXT_CHANNELS, TEXT_LENGTH
+from edit_compile.distillation.recipe.load import load_recipe
+from edit_compile.distillation.recipe.names import find_recipe
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,7 @@ def run():
 def converted(run, tmp_path_factory):
     """`convert --model demo/mm-dit`: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("converted") / "out"
-    return folder, run("convert", "--model", "demo/mm-dit", "-o", folder, "--json")
+    return folder, run("convert", "--model", "demo/mm-dit", "--min-tokens", 20, "-o", folder, "--json")
 
 
 def test_inspect_shows_the_plan(run):
@@ -111,6 +117,7 @@ def test_convert_saves_what_load_reads(converted):
     assert found["parameters_added"] > 0
     assert UNTRAINED in result.stderr
     student = ec.load(folder)
+    assert found["min_tokens"] == ec.plan_of(student).min_tokens == 20
     assert all(p.isfinite().all() for p in student.parameters())
     with torch.no_grad():
         x, text, pooled = torch.randn(1, 3, 24, 32), torch.randn(1, TEXT_LENGTH, TEXT_CHANNELS), torch.randn(1, TEXT_CHANNELS)
@@ -118,6 +125,7 @@ def test_convert_saves_what_load_reads(converted):
     assert y.shape == x.shape
 
 
+@pytest.mark.slow
 def test_convert_has_a_folder_of_its_own(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = run("convert", "demo/dit")
@@ -236,7 +244,23 @@ def test_sample_says_what_it_cannot_sample(run, converted, tmp_path, options, me
         ),
         (("inspect",), 2, "give one model, as MODEL or as --model MODEL"),
         (("inspect", "demo/dit", "--model", "demo/mm-dit"), 2, "give one model, as MODEL or as --model MODEL"),
-        (("inspct", "demo/dit"), 2, "No such command 'inspct'"),
+        (("inspct", "demo/dit"), 2, "No such command 'inspct'. Did you mean 'inspect'?"),
+        (("inspect", "demo/dti"), 1, "error: no demo model 'dti'; did you mean dit? there are: mm-dit"),
+        (("rank", "arch/sd3.5-meduim"), 1, "error: no built-in architecture 'sd3.5-meduim'; did you mean sd3.5-medium? there are:"),
+        (("convert", "flux-dve"), 1, "error: flux-dve does not exist; give a folder"),
+        (("inspect", "sd3.5-medum"), 1, "timm/NAME or a hub id: did you mean sd3.5-medium?"),
+        (
+            ("distill", "demo-mm-dti"),
+            1,
+            "error: no recipe 'demo-mm-dti': neither a file nor one of the shipped ones; did you mean demo-mm-dit?",
+        ),
+        (("cache", "nowhere", "-o", "x"), 1, "error: no recipe 'nowhere'"),
+        (("recipe", "demo-dti", "--explain"), 1, "did you mean demo-dit?"),
+        (("recipe", "--explain"), 2, "--explain and --set are for a recipe: give its NAME"),
+        (("convert", "demo/dit", "--standalone", "--min-tokens", "20"), 2, "--standalone writes no original attention"),
+        (("sample", "--prompt", "x", "-o", "grid.bmp", "x"), 1, "images are written as .png, .jpg, .jpeg, .webp, .gif, not as .bmp"),
+        (("evaluate", "x", "--prompts", "nowhere.txt"), 1, "error: --prompts nowhere.txt: there is no such file"),
+        (("inspect", "demo/dit", "--example-inputs", "nowhere.yaml"), 1, "error: --example-inputs nowhere.yaml: there is no such file"),
     ],
 )
 def test_errors_are_one_line_and_say_what_to_do(run, arguments, code, message):
@@ -245,3 +269,113 @@ def test_errors_are_one_line_and_say_what_to_do(run, arguments, code, message):
     assert message in result.stderr
     if code == 1:
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------ what all commands have
+
+
+COMMANDS = sorted(main.commands)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("columns", [None, "80"])
+def test_every_command_explains_itself(name, columns, tmp_path, monkeypatch):
+    """-h is --help; every option says what it is, and there are examples, which parse and fit into a terminal."""
+    (tmp_path / "runs" / "demo-dit").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, [name, "-h"], env={"COLUMNS": columns})
+    assert result.exit_code == 0
+    assert result.stdout == CliRunner().invoke(main, [name, "--help"], env={"COLUMNS": columns}).stdout
+    command = main.commands[name]
+    assert [option.name for option in command.params if isinstance(option, click.Option) and not option_help(command, option)] == []
+    assert {"--json", "-q", "-v"} <= {word for option in command.params for word in option.opts}
+    examples = [line.strip() for line in result.stdout.partition("Examples:")[2].splitlines() if line.strip()]
+    assert examples
+    for example in examples:
+        assert len(example) <= 78
+        words = shlex.split(example.partition(" > ")[0])
+        assert words[:2] == ["edit-compile", name]
+        command.make_context(name, words[2:])
+
+
+def option_help(command: click.Command, option: click.Option) -> str:
+    with click.Context(command) as context:
+        record = option.get_help_record(context)
+    return record[1] if record is not None else ""
+
+
+@pytest.mark.parametrize("name", ["bench", "convert", "evaluate", "inspect", "rank", "sample"])
+def test_model_has_the_same_place_everywhere(name):
+    (argument,) = [each for each in main.commands[name].params if isinstance(each, click.Argument)]
+    assert (argument.name, argument.required) == ("model", False)
+    result = CliRunner().invoke(main, [name, *({"sample": ("--prompt", "x", "-o", "x.png"), "evaluate": ("--prompts", "x")}.get(name, ()))])
+    assert result.exit_code == 2
+    assert "give one model, as MODEL or as --model MODEL" in result.stderr
+
+
+def test_addresses_and_names_of_recipes_stand_for_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    medium = "stabilityai/stable-diffusion-3.5-medium"
+    for name in (medium, f"https://huggingface.co/{medium}", f"https://hf.co/{medium}/tree/main", f"hf://{medium}", "sd3.5-medium"):
+        assert original_model(name) == medium
+    assert converted_model("demo-dit") == "demo-dit"
+    (tmp_path / "runs" / "demo-dit").mkdir(parents=True)
+    assert converted_model("demo-dit") == "runs/demo-dit"
+    assert converted_model(f"https://huggingface.co/{medium}?x=1") == medium
+    (tmp_path / "sd3.5-medium").mkdir()
+    assert original_model("sd3.5-medium") == "sd3.5-medium"
+
+
+def test_names_complete():
+    def completed(*words):
+        return [item.value for item in ShellComplete(main, {}, "edit-compile", "_X").get_completions(list(words[:-1]), words[-1])]
+
+    assert {"demo/dit", "demo/dit-64"} <= set(completed("inspect", "demo/d"))
+    assert {"arch/sd3.5-medium", "arch/sd3.5-large"} <= set(completed("convert", "--model", "arch/sd"))
+    assert {"demo-mm-dit", "demo-mm-dit-64"} <= set(completed("distill", "demo-mm"))
+    assert completed("inspect", "demo/dit", "--design", "mm-")[0] == "mm-edit"
+    assert "--explain" in completed("recipe", "--e")
+
+
+def test_nothing_heavy_is_imported_to_refuse_or_to_complete():
+    for arguments in (
+        ["inspect", "demo/dti"],
+        ["distill", "nowhere"],
+        ["inspect", "demo/dit", "--design", "edti"],
+        ["recipe"],
+        ["convert", "-h"],
+    ):
+        code = f"""
+import sys
+from click.testing import CliRunner
+from edit_compile.cli import main
+CliRunner().invoke(main, {arguments})
+print([m for m in ("torch", "pydantic", "rich", "diffusers") if m in sys.modules])
+"""
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout == "[]\n", arguments
+
+
+def test_recipes_are_listed_printed_and_explained(run, tmp_path):
+    listed = run("recipe")
+    assert listed.exit_code == 0
+    assert "sd3.5-medium    Stable Diffusion 3.5 medium: 37 sites" in listed.stdout
+    assert json.loads(run("recipe", "--json").stdout)["demo-dit"]["model"] == "demo/dit"
+    assert run("recipe", "demo-dit").stdout == find_recipe("demo-dit").read_text()
+    explained = run("recipe", "demo-dit", "--explain", "--set", "stages.0.steps=7")
+    assert explained.exit_code == 0, explained.stderr
+    assert "# Optimizer steps.\n" in explained.stdout
+    assert all(len(line) <= 100 for line in explained.stdout.splitlines() if line.lstrip().startswith("#"))
+    (tmp_path / "mine.yaml").write_text(explained.stdout)
+    expected = load_recipe("demo-dit", ["stages.0.steps=7"])
+    assert load_recipe(tmp_path / "mine.yaml") == expected
+    assert json.loads(run("recipe", tmp_path / "mine.yaml", "--json").stdout) == expected.model_dump(mode="json")
+
+
+def test_quiet_says_results_only_and_verbose_where_errors_come_from(run, tmp_path):
+    quiet = run("convert", "demo/dit", "-q", "-o", tmp_path / "out", "--json")
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert json.loads(quiet.stdout)["parameters_added"] > 0
+    verbose = run("inspect", "demo/dti", "-v")
+    assert "Traceback" in verbose.stderr
+    assert verbose.stderr.endswith("dit-64, video-dit\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 import edit_compile
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES, NOTEBOOK = sorted(FOLDER.glob("*.py")), FOLDER / "notebook.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path):
     result = subprocess.run([sys.executable, "-W", "error", path], capture_output=True, text=True, timeout=250)
@@ -32,5 +35,21 @@ def test_example_uses_public_names_only(path):
     assert used <= set(edit_compile.__all__)
 
 
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_its_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, shown = {}, []
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            tree = ast.parse("".join(cell["source"]))
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, NOTEBOOK.name, "exec"), names)
+            if last is not None:
+                shown.append(eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), names))
+    assert len(shown) == 4
+    assert all({"_repr_html_", "_repr_png_"} & set(dir(value)) for value in shown)
+    assert names["result"].after.total < 0.3 * names["result"].before.total
+
+
 def test_your_own_design_is_short():
-    assert len((EXAMPLES[0].parent / "your_own_design.py").read_text().splitlines()) <= 60
+    assert len((FOLDER / "your_own_design.py").read_text().splitlines()) <= 60

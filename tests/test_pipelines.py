@@ -70,6 +70,7 @@ def test_without_example_inputs_and_run_at_two_sizes_with_guidance(pipe, student
         assert not np.array_equal(before, after)
 
 
+@pytest.mark.slow
 def test_recorded_inputs_give_the_adapters_plan(pipe, student):
     inputs = ec.record(pipe, height=32, width=48)
     assert not pipe.transformer._forward_pre_hooks

@@ -16,6 +16,7 @@ from torch import nn
 import edit_compile as ec
 import reference
 import toy
+from edit_compile.student.site import converted_sites
 
 GRIDS = [(5, 7), (4, 6), (3, 3), (6, 5)]
 
@@ -49,8 +50,10 @@ def converted(config: dict[str, Any], *, padded: bool = False, shake: bool = Tru
     (site,) = plan.sites
     chosen = site.model_copy(update={"options": {**site.options, **config}})
     student = ec.linearize(model, plan=plan.model_copy(update={"sites": (chosen,)}))
+    if shake:
+        toy.shaken(nn.ModuleList(converted_sites(student).values()), seed=1, amount=0.2)
     own = SimpleNamespace(**{"text_keys": "full", **ec.plan_of(student).sites[0].options})
-    return Converted(toy.shaken(student, seed=1, amount=0.2) if shake else student, own, joint, rotary, padded)
+    return Converted(student, own, joint, rotary, padded)
 
 
 def seen_by(

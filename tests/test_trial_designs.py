@@ -156,6 +156,7 @@ class Clips:
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_distilled_for_two_steps(case, tmp_path):
     _, _, student = converted(case)

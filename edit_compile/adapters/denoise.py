@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.adapters.family import DiffusionFamily, known_classes, lookup_family
-from edit_compile.adapters.inputs import inputs_for_size
+from edit_compile.adapters.inputs import example_inputs, inputs_for_size
 from edit_compile.errors import NoExampleInputsError
 
 
@@ -50,6 +50,32 @@ def random_batch(
     family = _family(model)
     made = inputs_for_size(model, height, width, frames=frames, batch=batch, device=device, dtype=dtype)
     return family.latents(made.inputs, made.grid), family.conditions(made.inputs)
+
+
+def misfit(model: nn.Module, latents: Tensor, conditions: Mapping[str, Any]) -> str | None:
+    """Say which of latents (B, C, ...) and conditions a model cannot take, from its structure alone; None if it can.
+
+    Of models whose family is not known, nothing is said.
+    """
+    family = lookup_family(model)
+    if not isinstance(family, DiffusionFamily):
+        return None
+    inputs, name = example_inputs(model), type(model).__name__
+    taken = family.latents(inputs, family.example_grid(model))
+    if latents.ndim != taken.ndim:
+        return f"{name} takes {'videos' if taken.ndim == 5 else 'images'}, not {'videos' if latents.ndim == 5 else 'images'}"
+    if latents.shape[1] != taken.shape[1]:
+        return f"{name} takes latents of {taken.shape[1]} channels, not {latents.shape[1]}"
+    for key, tensor in family.conditions(inputs).items():
+        given = conditions.get(key)
+        if (
+            isinstance(tensor, Tensor)
+            and isinstance(given, Tensor)
+            and tensor.ndim == given.ndim == 3
+            and tensor.shape[2] != given.shape[2]
+        ):
+            return f"{name} takes {key} of {tensor.shape[2]} channels, not {given.shape[2]}"
+    return None
 
 
 def _family(model: nn.Module) -> DiffusionFamily:

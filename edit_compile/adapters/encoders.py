@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edit_compile.adapters.family import Size, TextToImageFamily, known_classes, lookup_family, makes_videos
 from edit_compile.adapters.hub_access import hub_access
 from edit_compile.adapters.latents import decode, encode
-from edit_compile.adapters.pipelines import dtype_kwarg, load_diffusers_pipeline
+from edit_compile.adapters.pipelines import PIPELINE_INDEX, dtype_kwarg, load_diffusers_pipeline
 from edit_compile.demo import models as demo
 from edit_compile.errors import DistillError
 
@@ -31,7 +31,7 @@ def other_conditions(model: nn.Module, size: Size, batch: int) -> dict[str, Any]
     Raises:
         DistillError: the model's family is not known.
     """
-    return _family(model).other_conditions(model, size, batch)
+    return captioned_family(model).other_conditions(model, size, batch)
 
 
 class PipelineEncoder:
@@ -53,7 +53,7 @@ class PipelineEncoder:
         Raises:
             DistillError: the pipeline cannot be loaded, or its family is not known.
         """
-        self.model, self.family = model, _family(model)
+        self.model, self.family = model, captioned_family(model)
         self.pipe = load_parts(base, dtype, None).to(device)
         self.options = {"device": device} | ({} if text_tokens is None else {"max_sequence_length": text_tokens})
         self.granularity = self.pipe.vae_scale_factor * self.family.latent_patch(model)
@@ -123,14 +123,22 @@ def make_encoder(
     Raises:
         DistillError: the model makes videos, the pipeline is not known or cannot be loaded, or how captions reach the model is not known.
     """
+    check_encoder(model, base)
+    if base is None or base in demo.SOURCES:
+        return DemoEncoder(model)
+    return PipelineEncoder(model, base, device, dtype, text_tokens)
+
+
+def check_encoder(model: nn.Module, base: str | None) -> None:
+    """Raise DistillError if there can be no encoder for a model, whose weights may be missing."""
     if makes_videos(model):
         kind = "moving-shapes" if base in demo.SOURCES else "pipeline"
         raise DistillError(f"{base or type(model).__name__} makes videos, and these data are images; use data of kind {kind}")
-    if base in demo.SOURCES:
-        return DemoEncoder(model)
     if base is None:
         raise DistillError("images and captions need the model's pipeline, which is not known; use data of kind cached")
-    return PipelineEncoder(model, base, device, dtype, text_tokens)
+    if base not in demo.SOURCES:
+        captioned_family(model)
+        _check_pipeline(base)
 
 
 def make_decoder(base: str | None, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
@@ -165,17 +173,21 @@ def load_parts(base: str, dtype: torch.dtype, transformer: nn.Module | None) -> 
     Raises:
         DistillError: it cannot be loaded.
     """
-    if Path(base).is_dir() and not (Path(base) / "model_index.json").is_file():
-        raise DistillError(
-            f"{base} is a transformer without its pipeline: images and captions need the VAE and text encoders beside it; "
-            "give the pipeline as model:, or use data of kind cached"
-        )
+    _check_pipeline(base)
     try:
         pipe = load_diffusers_pipeline(base, transformer=transformer, **dtype_kwarg(dtype))
     except Exception as error:  # a folder that is not a pipeline fails in many ways
         raise DistillError(f"the VAE and text encoders of {base} cannot be loaded: {error or type(error).__name__}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_pipeline(base: str) -> None:
+    if Path(base).is_dir() and not (Path(base) / PIPELINE_INDEX).is_file():
+        raise DistillError(
+            f"{base} is a transformer without its pipeline: images and captions need the VAE and text encoders beside it; "
+            "give the pipeline as model:, or use data of kind cached"
+        )
 
 
 def trimmed(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +210,12 @@ def stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
-def _family(model: nn.Module) -> TextToImageFamily:
+def captioned_family(model: nn.Module) -> TextToImageFamily:
+    """Return the family that says how captions reach a model.
+
+    Raises:
+        DistillError: it is not known.
+    """
     family = lookup_family(model)
     if isinstance(family, TextToImageFamily):
         return family

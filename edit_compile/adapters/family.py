@@ -127,6 +127,10 @@ class DiffusionFamily(Family):
         """Return the noisy latents (B, C, H, W) of `inputs`, made for a grid of image tokens."""
         return cast("Tensor", inputs["hidden_states"])
 
+    def given_channels(self, model: Any) -> int:
+        """Return how many channels of the model's input are no noisy latents, since it predicts none of them: an image that it is given."""
+        return max(int(model.config.in_channels) - int(getattr(model.config, "out_channels", None) or model.config.in_channels), 0)
+
     def random_latents(self, model: Any, sizes: InputSizes) -> Tensor:
         """Make the latents (B, C, H, W) of a model that cuts them into patches itself."""
         patch = model.config.patch_size

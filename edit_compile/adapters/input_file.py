@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from edit_compile.errors import ConfigError
 from edit_compile.frozen import Frozen
+from edit_compile.yaml_text import parse_yaml, read_text
 
 _KNOWN = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _KNOWN}
@@ -35,11 +35,9 @@ def read_example_inputs(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or something in it is none of these; says where.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} {error}") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ConfigError(f"{path} must map the forward's arguments to what they are, for example x: {{shape: [2, 4, 12, 20]}}")
     return {name: _value(value, f"{path}: {name}") for name, value in content.items()}

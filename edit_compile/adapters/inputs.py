@@ -136,6 +136,6 @@ def _family(model: nn.Module) -> Family:
     if family is not None:
         return family
     raise NoExampleInputsError(
-        f"no example inputs are known for {type(model).__name__} (known: {known_classes(Family)}); pass "
-        "example_inputs=dict(...), keyword arguments of one forward, or record them: edit_compile.record(pipe, prompt=...)"
+        f"no example inputs are known for {type(model).__name__} (known: {known_classes(Family)}); pass example_inputs=dict(...), "
+        "keyword arguments of one forward (--example-inputs FILE), or record them: edit_compile.record(pipe, prompt=...)"
     )

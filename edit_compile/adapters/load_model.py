@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from edit_compile.adapters.hub_access import ALIASES, download_error, first_line, hub_access
-from edit_compile.adapters.pipelines import DENOISERS, dtype_kwarg
+from edit_compile.adapters.hub_access import ALIASES, download_error, first_line, hub_access, hub_errors
+from edit_compile.adapters.model_names import ARCHITECTURES, check_name, without_address
+from edit_compile.adapters.pipelines import DENOISERS, PIPELINE_INDEX, dtype_kwarg
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
 
-_ARCHITECTURES = Path(__file__).parent / "arch"
+_CONFIG = "config.json"
+_SINGLE_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+# What a model's constructor, or a reader of weights, runs into where a file holds other things than it should.
+_MALFORMED = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+_PLAIN_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_VARIANT = re.compile(r"diffusion_pytorch_model\.(?:safetensors\.index\.)?(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin|json)")
 
 
 @dataclass(frozen=True)
@@ -34,17 +43,12 @@ class LoadedModel:
     has_weights: bool = True
 
 
-def architectures() -> tuple[str, ...]:
-    """List the built-in full-size architectures, NAME of `arch/NAME`."""
-    return tuple(sorted(path.stem for path in _ARCHITECTURES.glob("*.json")))
-
-
 def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: bool = False, random_weights: bool = False) -> LoadedModel:
     """Load the transformer that a name stands for, in evaluation mode.
 
     Args:
-        name: `demo/mm-dit`, `demo/dit`, `arch/NAME` (no weights), `timm/NAME`, a pipeline's or transformer's folder, a
-            transformer's `config.json` (no weights), or a hub id.
+        name: `demo/mm-dit`, `demo/dit`, `arch/NAME` (no weights), `timm/NAME`, a pipeline's or transformer's folder, a pipeline's
+            `model_index.json`, a transformer's `config.json` (no weights), a hub id, or the address of its page.
         dtype: to load the weights in; default: float32, as diffusers does.
         structure_only: load no weights, whatever the name: all parameters are on the meta device.
         random_weights: give what has no weights random ones, from torch's generator.
@@ -52,36 +56,35 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: b
     Raises:
         ModelNotFoundError: nothing is found under the name, or the hub does not give the model; says what to do.
     """
+    name = without_address(name)
+    check_name(name)
     kind, _, rest = name.partition("/")
     path = Path(name).expanduser()
     if kind == "demo":
-        return LoadedModel(_from_demo(rest, dtype, structure_only), name, None, not structure_only)
+        return LoadedModel(_from_folder(demo.folder(rest), dtype, structure_only), name, None, not structure_only)
     if kind == "arch":
-        if rest not in architectures():
-            raise ModelNotFoundError(f"no built-in architecture {rest!r}; there are: {', '.join(architectures())}")
-        return _without_weights(_ARCHITECTURES / f"{rest}.json", name, random_weights and not structure_only, dtype)
+        return _without_weights(ARCHITECTURES / f"{rest}.json", name, random_weights and not structure_only, dtype)
     if kind == "timm":
         return LoadedModel(_from_timm(rest, dtype, structure_only), name, None, not structure_only)
-    if path.is_file():
+    # Those of Path raise where a name is too long for a file.
+    is_file, is_dir = os.path.isfile(path), os.path.isdir(path)  # noqa: PTH112, PTH113
+    if is_file and path.name == PIPELINE_INDEX:
+        return _from_local(path.resolve().parent, dtype, structure_only)
+    if path.suffix.lower() in _SINGLE_FILES and is_file:
+        raise ModelNotFoundError(
+            f"{path} is a single file of weights: load it with diffusers' from_single_file, save_pretrained it, and give that folder"
+        )
+    if is_file:
         return _without_weights(path, str(path.resolve()), random_weights and not structure_only, dtype)
-    if path.is_dir():
+    if is_dir:
         return _from_local(path.resolve(), dtype, structure_only)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelNotFoundError(f"{name} does not exist; give a folder, a config.json, demo/NAME, arch/NAME, timm/NAME or a hub id")
     return _from_hub(ALIASES.get(name, name), dtype, structure_only)
 
 
-def _from_demo(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
-    there_are = [known for known in demo.NAMES if (demo.folder(known) / "config.json").is_file()]
-    if name not in there_are:
-        raise ModelNotFoundError(f"no demo model {name!r}; there are: {', '.join(there_are)}")
-    return _from_folder(demo.folder(name), dtype, structure_only)
-
-
 def _from_local(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
-    is_pipeline = (folder / "model_index.json").is_file()
+    is_pipeline = (folder / PIPELINE_INDEX).is_file()
     parts = [folder / name for name in DENOISERS] if is_pipeline else [folder]
-    inner = next((part for part in parts if (part / "config.json").is_file()), None)
+    inner = next((part for part in parts if (part / _CONFIG).is_file()), None)
     if inner is None:
         raise ModelNotFoundError(
             f"{parts[0]} has no config.json: {folder} is neither a pipeline with a transformer or UNet nor a transformer"
@@ -97,27 +100,64 @@ def _without_weights(config: Path, source: str, random_weights: bool, dtype: tor
 
 def _from_config(path: Path, device: str = "meta") -> nn.Module:
     config = _read_config(path)
-    with torch.device(device):
-        model: nn.Module = _class_of(config, path).from_config(config)
+    try:
+        with torch.device(device):
+            model: nn.Module = _class_of(config, path).from_config(config)
+    except _MALFORMED as error:
+        raise ModelNotFoundError(f"{path}: no {config['_class_name']} can be made of it: {first_line(error)}") from error
     return model.eval()
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
-    path = folder / "config.json"
+    path = folder / _CONFIG
     if structure_only:
         return _from_config(path)
     model_class = _class_of(_read_config(path), folder)
     try:
-        model: nn.Module = model_class.from_pretrained(folder, **dtype_kwarg(dtype))
-    except OSError as error:
+        return _pretrained(model_class, folder, dtype, variant=_variant_in(folder))
+    except ModelNotFoundError:
+        raise
+    except (OSError, SafetensorError, *_MALFORMED) as error:
+        _from_config(path)  # says so where this is at fault
         raise ModelNotFoundError(f"{folder}: the weights cannot be read: {first_line(error)}") from error
-    return model.eval()
+
+
+def _pretrained(model_class: Any, name: str | Path, dtype: torch.dtype | None, **options: Any) -> nn.Module:
+    """Load a model with its weights.
+
+    Raises:
+        ModelNotFoundError: some of its parameters are in no file.
+        OSError, ValueError, SafetensorError: they cannot be read, or are of other shapes.
+    """
+    model, found = model_class.from_pretrained(name, output_loading_info=True, **dtype_kwarg(dtype), **options)
+    missing = sorted(dict(model.named_parameters()).keys() & set(found["missing_keys"]))
+    if missing:
+        raise ModelNotFoundError(
+            f"{name}: {len(missing)} parameters of {model_class.__name__} are in no file of weights, the first of them {missing[0]}: "
+            "the files are incomplete, or another model's"
+        )
+    return cast("nn.Module", model.eval())
+
+
+def _variant_in(folder: Path) -> str | None:
+    """Return the variant of a folder's weights (fp16) if there are none without one.
+
+    Raises:
+        ModelNotFoundError: there are no weights.
+    """
+    names = sorted(path.name for path in folder.glob("diffusion_pytorch_model*"))
+    if any(_PLAIN_WEIGHTS.fullmatch(name) for name in names):
+        return None
+    variants = [found[1] for name in names if (found := _VARIANT.fullmatch(name))]
+    if not variants:
+        raise ModelNotFoundError(f"{folder} has no weights (diffusion_pytorch_model.safetensors); its {_CONFIG} alone gives the structure")
+    return variants[0]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelNotFoundError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"{path} is not a model's config: it holds a {type(config).__name__}")
@@ -129,7 +169,7 @@ def _class_of(config: dict[str, Any], where: Path | str) -> Any:
 
     name = config.get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ModelNotFoundError(f"{where}: diffusers {diffusers.__version__} has no model class {name!r}")
     return found
 
@@ -170,34 +210,9 @@ def _denoiser_config(name: str) -> tuple[str, Path]:
 
 
 def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    with hub_access() as online:
-        try:
-            part, config = _denoiser_config(name)
-            if structure_only:
-                return LoadedModel(_from_config(config), name, name, False)
-            model = _class_of(_read_config(config), name).from_pretrained(name, subfolder=part, **dtype_kwarg(dtype))
-            return LoadedModel(model.eval(), name, name)
-        except ModelNotFoundError:  # an OSError too, but it says what is wrong
-            raise
-        except HFValidationError as error:
-            raise ModelNotFoundError(f"{name} is neither a local path nor a hub id: {first_line(error)}") from error
-        except GatedRepoError as error:
-            raise ModelNotFoundError(
-                f"{name} is gated: accept its licence on its hub page and run `hf auth login`, or give the path of a local copy"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise ModelNotFoundError(f"the hub has no {name}, or it is private: check the name, or run `hf auth login`") from error
-        except LocalEntryNotFoundError as error:
-            raise download_error(name, error, online=False) from error
-        except EntryNotFoundError as error:
-            raise ModelNotFoundError(f"{name} has no transformer/config.json: it is not a pipeline with a transformer") from error
-        except OSError as error:
-            raise download_error(name, error, online) from error
+    nothing = f"has no {DENOISERS[0]}/config.json: it is not a pipeline with a transformer. edit_compile.load reads converted models"
+    with hub_errors(name, nothing):
+        part, config = _denoiser_config(name)
+        if structure_only:
+            return LoadedModel(_from_config(config), name, name, False)
+        return LoadedModel(_pretrained(_class_of(_read_config(config), name), name, dtype, subfolder=part), name, name)

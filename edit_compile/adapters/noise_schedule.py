@@ -20,6 +20,7 @@ Prediction = Literal["rectified-flow", "epsilon", "v-prediction"]
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow_prediction": "rectified-flow"}
 _FILE = "scheduler_config.json"
 NUM_TRAIN_TIMESTEPS = 1000.0
+_LEAST = 1e-4  # of what is divided by
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,28 @@ class NoiseSchedule:
         if self.prediction == "epsilon":
             return (x - s * prediction) / a, prediction
         return a * x - s * prediction, s * x + a * prediction
+
+    def loss_weights(self, kind: str, timesteps: Tensor, gamma: float) -> Tensor:
+        """Weigh the squared errors of predictions at timesteps (B,); returns (B,), float32.
+
+        Args:
+            kind: "min-snr": min(SNR, gamma) for errors of x_0 (arXiv 2303.09556), SNR = a^2 / s^2; of flows "sigma-sqrt": 1 / s^2, and
+                "cosmap": 2 / (pi (1 - 2 s + 2 s^2)) (arXiv 2403.03206), as diffusers' `compute_loss_weighting_for_sd3`.
+
+        Raises:
+            DistillError: the kind is of flows only.
+        """
+        a, s = (level.flatten() for level in self._levels(timesteps, torch.empty(0, device=timesteps.device)))
+        if kind == "min-snr":
+            snr = (a / s.clamp_min(_LEAST)).square()
+            of_x0 = (s / a.clamp_min(_LEAST)).square() if self.prediction == "epsilon" else s.square()  # from an error of the prediction
+            return snr.clamp_max(gamma) * of_x0
+        if self.alphas is not None:
+            raise DistillError(
+                f"loss_weighting: {kind} is for models that predict a flow; this one predicts {self.prediction}: use min-snr"
+            )
+        sigma = s.clamp_min(1 / NUM_TRAIN_TIMESTEPS)
+        return sigma**-2 if kind == "sigma-sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and s, (B, 1, ...)."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edit_compile.adapters.hub_access import first_line, hub_access
+from edit_compile.adapters.pipelines import PIPELINE_INDEX
 from edit_compile.errors import ModelNotFoundError
 
-INDEX = "model_index.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth", "*.onnx*", "*.msgpack", "*.h5", "*.gguf")
 
 
@@ -33,7 +33,7 @@ def pipeline_structure(name: str) -> Any:
         ModelNotFoundError: a part of it is missing, or of a library that is not installed.
     """
     folder = pipeline_files(name)
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / PIPELINE_INDEX).read_text())
     settings = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
     kind = _find_class("diffusers", index["_class_name"], folder)
     with warnings.catch_warnings():

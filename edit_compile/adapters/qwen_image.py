@@ -18,6 +18,9 @@ class QwenImage(PackedFamily):
     max_text_tokens = 1024
     denoise_arguments = ("hidden_states", "timestep", "img_shapes", "encoder_hidden_states_mask", "return_dict")
 
+    def given_channels(self, model: Any) -> int:
+        return int(model.config.in_channels) - int(model.config.out_channels) * self.packed**2
+
     def inputs(self, model: Any, sizes: InputSizes) -> dict[str, Any]:
         return {
             "hidden_states": sizes.floats(sizes.rows * sizes.columns, model.config.in_channels),

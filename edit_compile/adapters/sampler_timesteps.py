@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from edit_compile.adapters.record_inputs import record
 from edit_compile.errors import DistillError, EditCompileError
 
 
-@lru_cache(maxsize=64)
 def timesteps_of_pipeline(pipeline: str, steps: int, height: int, width: int, frames: int | None = None) -> Tensor:
     """Return the timesteps (n,) that a pipeline's scheduler visits in a sampling, in order.
 
@@ -28,8 +28,19 @@ def timesteps_of_pipeline(pipeline: str, steps: int, height: int, width: int, fr
     Raises:
         DistillError: the pipeline cannot be asked; says why.
     """
+    return _timesteps(pipeline, _changed(pipeline), steps, height, width, frames)
+
+
+def _changed(pipeline: str) -> int | None:
+    """Return when a pipeline's scheduler was changed; None if it is no folder."""
+    config = Path(pipeline) / "scheduler" / "scheduler_config.json"
+    return config.stat().st_mtime_ns if config.is_file() else None
+
+
+@lru_cache(maxsize=64)
+def _timesteps(pipeline: str, changed: int | None, steps: int, height: int, width: int, frames: int | None) -> Tensor:
     try:
-        pipe = _structure(pipeline)
+        pipe = _structure(pipeline, changed)
         accepted = inspect.signature(type(pipe).__call__).parameters
         options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
         record(pipe, **{name: value for name, value in options.items() if name in accepted and value is not None})
@@ -42,5 +53,5 @@ def timesteps_of_pipeline(pipeline: str, steps: int, height: int, width: int, fr
 
 
 @lru_cache(maxsize=1)
-def _structure(pipeline: str) -> Any:
+def _structure(pipeline: str, changed: int | None) -> Any:
     return pipeline_structure(pipeline)

@@ -47,7 +47,10 @@ class Wan(TextToImageFamily):
 
     def latents(self, inputs: Mapping[str, Any], grid: Extent) -> Tensor:
         x: Tensor = inputs["hidden_states"]
-        return x[:, :RGB] if x.shape[1] == RGB + demo.POSITION_CHANNELS else x
+        return x[:, :RGB] if _has_positions(x.shape[1]) else x
+
+    def given_channels(self, model: Any) -> int:
+        return 0 if _has_positions(model.config.in_channels) else super().given_channels(model)
 
     def pixels_per_token(self, model: Any) -> int:
         return self.latent_patch(model) * (1 if is_pixel_space(model) else VAE_SCALE)
@@ -72,6 +75,11 @@ class Wan(TextToImageFamily):
     def encode_captions(self, pipe: Any, captions: list[str], options: dict[str, Any]) -> dict[str, Tensor]:
         tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, **options)
         return {"encoder_hidden_states": tokens}
+
+
+def _has_positions(channels: int) -> bool:
+    """Tell the demo model's input, pixels with their positions."""
+    return channels == RGB + demo.POSITION_CHANNELS
 
 
 FAMILY = Wan()

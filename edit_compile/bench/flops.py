@@ -50,7 +50,7 @@ def count_flops(
         blocks: submodules of which equal ones, called with equal shapes, run only once; or what `block_keys` gives for them.
     """
     keys = blocks if isinstance(blocks, Mapping) else block_keys(model, blocks)
-    with _equal_blocks_run_once(model, keys) as equal, torch.no_grad(), native_attention(), FlopCounterMode(display=False) as counter:
+    with _equal_blocks_run_once(model, keys) as equal, torch.no_grad(), native_attention(model), FlopCounterMode(display=False) as counter:
         model(**inputs)
     counts = counter.get_flop_counts()
 

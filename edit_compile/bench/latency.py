@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from edit_compile.adapters.family import Extent
 from edit_compile.adapters.inputs import default_sizes, inputs_for_size
 from edit_compile.api import compile as compile_regionally
 from edit_compile.api import teacher, transformer_of
+from edit_compile.bench.turns import seconds_of
 
 _LONG = 0.05
 
@@ -109,7 +109,8 @@ def compare_calls(
     for _ in range(warmup):
         teacher_call()
         student_call()
-    pairs = [(_seconds(teacher_call), _seconds(student_call)) for _ in range(runs)]
+    device = _device()
+    pairs = [(seconds_of(teacher_call, device), seconds_of(student_call, device)) for _ in range(runs)]
     first, second = zip(*pairs, strict=True)
     memory = (_peak(teacher_call), _peak(student_call)) if torch.cuda.is_available() else None
     return Timing.of(first), Timing.of(second), Timing.of([a / b for a, b in pairs]), memory
@@ -117,30 +118,20 @@ def compare_calls(
 
 def matmul_flops_per_second(dtype: torch.dtype) -> float:
     """Measure a product of two square matrices, on the GPU if there is one: the fastest of several sizes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fastest = 0.0
+    device, fastest = _device(), 0.0
     for size in (256, 512, 1024, 2048, 4096):
         a = torch.ones(size, size, dtype=dtype, device=device)
         product = partial(torch.mm, a, a)
         product()
-        seconds = min(_seconds(product), _seconds(product))
+        seconds = min(seconds_of(product, device), seconds_of(product, device))
         fastest = max(fastest, 2 * size**3 / seconds)
         if seconds > _LONG:  # some CPUs are a hundred times slower in bfloat16
             break
     return fastest
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    call()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _peak(call: Callable[[], Any]) -> int:

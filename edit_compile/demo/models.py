@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.demo import groups, motion, shapes, text
+from edit_compile.demo.names import IMAGE_NAMES as IMAGE_NAMES
+from edit_compile.demo.names import LARGE_NAMES as LARGE_NAMES
+from edit_compile.demo.names import NAMES as NAMES
+from edit_compile.demo.names import SOURCES as SOURCES
+from edit_compile.demo.names import VIDEO_NAME as VIDEO_NAME
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-IMAGE_NAMES, LARGE_NAMES, VIDEO_NAME = ("mm-dit", "dit"), ("mm-dit-64", "dit-64"), "video-dit"
-NAMES = (*IMAGE_NAMES, *LARGE_NAMES, VIDEO_NAME)
-SOURCES = tuple(f"demo/{name}" for name in NAMES)  # what users call them
 GUIDANCE = 2.0
 RGB, _WAVES = 3, 2
 _DIRECTIONS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 1, 0), (-0.5, 1, 0), (0.5, 0, 1), (-0.5, 0, 1))  # of time, rows, columns

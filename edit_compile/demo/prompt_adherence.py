@@ -59,6 +59,7 @@ class GroupAdherence:
     size: float
     shape: float
     texture: float
+    background: float
     nothing_else: float
     all: float
 
@@ -82,7 +83,7 @@ def _check_groups(scenes: Sequence[groups.Scene], images: Tensor) -> GroupAdhere
     checks: list[groups.GroupCheck] = []
     for image, scene in zip(images, scenes, strict=True):
         checks += groups.check(image.permute(1, 2, 0).numpy(), scene)
-    names = ("colour_and_place", "count", "size", "shape", "texture", "nothing_else", "all")
+    names = ("colour_and_place", "count", "size", "shape", "texture", "background", "nothing_else", "all")
     return GroupAdherence(len(checks), **{name: sum(getattr(check, name) for check in checks) / len(checks) for name in names})
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GROUP = "edit_compile.designs"
 AUTO, KEEP = "auto", "keep"
 AUTOMATIC = ("mm-edit", "edit")  # what "auto" tries, in order
+NO_ATTENTION = "no-attention"  # not listed: what a model costs without attention between image tokens
 _SHIPPED = {
     "edit": "edit_compile.designs.edit:Edit",
     "mm-edit": "edit_compile.designs.mm_edit:MMEdit",
@@ -31,6 +32,7 @@ _SHIPPED = {
     "clear": "edit_compile.designs.clear:Clear",
     "local-linear": "edit_compile.designs.local_linear:LocalLinear",
 }
+_UNLISTED = {NO_ATTENTION: "edit_compile.designs.no_attention:NoAttention"}
 _registered: dict[str, type[Design]] = {}
 
 DesignClass = TypeVar("DesignClass", bound="type[Design]")
@@ -46,8 +48,8 @@ def register(design: DesignClass) -> DesignClass:
 
     if not (isinstance(design, type) and issubclass(design, Design) and isinstance(getattr(design, "name", None), str)):
         raise ConfigError(f"{design!r} cannot be registered: a design is a subclass of edit_compile.Design with a name")
-    _check_options(design)
-    if design.name in (AUTO, KEEP, *design_names()) and _home(_registered.get(design.name)) != _home(design):
+    _check_statements(design)
+    if design.name in (AUTO, KEEP, *_UNLISTED, *design_names()) and _home(_registered.get(design.name)) != _home(design):
         raise ConfigError(f"a design named {design.name!r} exists already; choose another name")
     _registered[design.name] = design
     return design
@@ -57,11 +59,15 @@ def _home(design: type[Design] | None) -> tuple[str, str] | None:
     return (design.__module__, design.__qualname__) if design is not None else None
 
 
-def _check_options(design: type[Design]) -> None:
+def _check_statements(design: type[Design]) -> None:
+    from edit_compile.designs.base import Design
     from edit_compile.frozen import Frozen
 
     if not (isinstance(design.Options, type) and issubclass(design.Options, Frozen)):
         raise ConfigError(f"the Options of the design {design.name!r} are not a subclass of edit_compile.Design.Options")
+    flops, parts = (getattr(method, "__func__", None) for method in (design.flops, design.parts))  # None of what is no class method
+    if flops is Design.flops.__func__ and parts is Design.parts.__func__:  # type: ignore[attr-defined]
+        raise ConfigError(f"the design {design.name!r} says nothing of its cost: give it a `flops`, or `parts`")
 
 
 def unregister(name: str) -> None:
@@ -82,8 +88,8 @@ def find_design(name: str) -> type[Design]:
     """
     if name in _registered:
         return _registered[name]
-    if name in _SHIPPED:
-        module, _, attribute = _SHIPPED[name].partition(":")
+    if name in (shipped := {**_SHIPPED, **_UNLISTED}):
+        module, _, attribute = shipped[name].partition(":")
         return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
     if name in _installed():
         return _load(name)
@@ -108,5 +114,5 @@ def _load(name: str) -> type[Design]:
 
     if not (isinstance(design, type) and issubclass(design, Design)):
         raise ConfigError(f"the entry point {name!r} of group {GROUP} is {entry.value}, which is not a Design")
-    _check_options(design)
+    _check_statements(design)
     return design

@@ -15,12 +15,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from edit_compile.designs.ops.parts import Part, Product, total_flops
 from edit_compile.designs.ops.token_spans import Grids, aligned, grids_of, image_tokens, in_words, window_counts
 from edit_compile.errors import GridError
 from edit_compile.frozen import Frozen
 from edit_compile.ir.plan import SiteKind
 from edit_compile.ir.site import Place, Site
 
+_SIDE = 1024  # of the product that stands for a design's FLOPs of which no parts are known
 IMAGE = "image"  # the kind of segment that a grid belongs to; see `TokenKind`
 
 
@@ -77,12 +79,12 @@ class Tokens(NamedTuple):
 
     @property
     def of_keys(self) -> Tokens:
-        """The layout of the keys, without taps: that of the queries, unless it is another one."""
+        """Return the layout of the keys, without taps: that of the queries, unless it is another one."""
         return self if self.keys is None else self.keys
 
     @property
     def only_image(self) -> bool:
-        """Whether there are image tokens alone."""
+        """Say whether there are image tokens alone."""
         return self.kinds == (IMAGE,)
 
     def spans(self) -> Iterator[Span]:
@@ -130,8 +132,8 @@ class QKV(NamedTuple):
         query: (B, H, L, D).
         key, value: (B, G, M, D) and (B, G, M, E) with G groups of heads, G = H unless the model has grouped-query attention;
             M < L where a tap thins the image tokens.
-        mask: boolean or additive, broadcastable to (B, H, 1, M), or to (B, H, L, M) if it differs from query to query; None
-            for no mask.
+        mask: boolean or added to the scores, (B or 1, H or 1, 1, M), or with L in the place of 1 if it differs from query to
+            query; None for no mask.
         original: the same query with the model's own key, value and mask, as without taps; None unless the design has `needs_original`.
     """
 
@@ -149,11 +151,13 @@ class Design(nn.Module, ABC):
         name: as in configurations, plans and on the command line.
         kind: of the sites it is for.
         needs_original: whether `forward` reads `QKV.original`.
+        built_for: the facts, without the path, and the options that the compiler made an instance for.
     """
 
     name: ClassVar[str]
     kind: ClassVar[SiteKind] = "attention"
     needs_original: bool = False
+    built_for: tuple[Site, Any] | None = None
 
     class Options(Frozen):
         """The design's own options; none unless the subclass has an `Options` of its own."""
@@ -186,16 +190,21 @@ class Design(nn.Module, ABC):
         raise NotImplementedError(f"the design {self.name!r} has no forward: {type(self).__name__} works by its taps alone")
 
     @classmethod
-    @abstractmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        """Count the FLOPs of one sample, in closed form: of the taps, and of `forward` in the place of softmax attention.
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
+        """List the products of one sample: of the taps, and of `forward` in the place of softmax attention; nothing pointwise.
 
-        A multiplication with an addition counts as two; pointwise operations are left out.
+        The design's floor is what these take at a machine's best rates. Default: `flops` as one product.
 
         Args:
             grid: of the image tokens, (h, w) or (t, h, w).
             others: number of tokens that are not image tokens.
         """
+        return (Product(math.ceil(cls.flops(site, grid, others, options) / (2 * _SIDE**2)), _SIDE, _SIDE),)
+
+    @classmethod
+    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+        """Count the FLOPs of one sample, in closed form; a multiplication with an addition counts as two. Default: those of `parts`."""
+        return total_flops(cls.parts(site, grid, others, options))
 
     @classmethod
     def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:

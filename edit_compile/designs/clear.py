@@ -13,11 +13,12 @@ from torch import Tensor
 
 from edit_compile.designs.base import QKV, Design, Tokens, Verdict
 from edit_compile.designs.ops.linear_attention import matching_heads
-from edit_compile.designs.ops.local_attention import Window, attention_to_all, block_pairs, is_block_pair, local_attention, merged
+from edit_compile.designs.ops.local_attention import Window, attention_to_all, block_products, is_block_pair, local_attention, merged
+from edit_compile.designs.ops.parts import Part
 from edit_compile.designs.ops.site_checks import (
     any_attention,
     has_other_queries,
-    softmax_attention_flops,
+    softmax_attention,
 )
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Site
@@ -78,12 +79,12 @@ class Clear(Design):
         return found[0] if len(found) == 1 else (torch.cat(y, 2), torch.cat(normaliser, 2))
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        """Count softmax attention over the pairs within blocks, with other keys, and of other queries with all keys."""
-        n, pairs = math.prod(grid), block_pairs(grid, window(options))
-        pairs += 0 if site.keys.only(TokenKind.IMAGE) else n * others
-        pairs += others * (n + others) if has_other_queries(site) else 0
-        return softmax_attention_flops(site, pairs)
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
+        """List softmax attention within blocks, to other keys, and of other queries to all keys."""
+        n, (blocks, queries, keys) = math.prod(grid), block_products(grid, window(options))
+        to_others = () if site.keys.only(TokenKind.IMAGE) else (softmax_attention(site, n, others),)
+        of_others = (softmax_attention(site, others, n + others),) if has_other_queries(site) else ()
+        return (softmax_attention(site, queries, keys, blocks), *to_others, *of_others)
 
     @classmethod
     def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:
@@ -97,6 +98,6 @@ def window(options: Any) -> Window:
 
 
 def _narrowed(x: QKV, start: int, length: int) -> QKV:
-    """Return the operands of one image of several, all of whose keys have a mask of their own or share it."""
-    mask = x.mask.narrow(-1, start, length) if x.mask is not None and x.mask.shape[-1] > 1 else x.mask
+    """Return the operands of one image of several."""
+    mask = x.mask.narrow(-1, start, length) if x.mask is not None else None
     return QKV(x.query.narrow(2, start, length), x.key.narrow(2, start, length), x.value.narrow(2, start, length), mask)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
 from edit_compile.designs.ops.conv_modules import TEMPORAL_TAPS, ConvFusion, SpatialCompressor, Temporal
-from edit_compile.designs.ops.feature_maps import FeatureMap, feature_map, feature_map_flops
+from edit_compile.designs.ops.feature_maps import FeatureMap, feature_map, feature_map_parts
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
-from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_flops
+from edit_compile.designs.ops.parts import Part, Product
+from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_parts
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind
@@ -106,9 +107,9 @@ class Edit(Design):
         return masked_linear_attention(self.query_features(x.query), self.key_features(x.key), x.value, x.mask)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
         n, m = math.prod(grid), compressed_tokens(site, grid, options)
-        return linear_attention_flops(site, n, m) + tap_flops(site, grid, options) + features_flops(site, n, m, options)
+        return linear_attention_parts(site, n, m) + tap_parts(site, grid, options) + features_parts(site, n, m, options)
 
 
 def temporal(site: Site, options: Any) -> Temporal:
@@ -141,24 +142,28 @@ def _module(kind: Projection, name: str, site: Site, options: Any) -> nn.Module 
     return SpatialCompressor(site.channels[f"after_{name}"], stride=STRIDE, temporal=frames, temporal_stride=step, identity=identity)
 
 
-def features_flops(site: Site, queries: int, keys: int, options: Any) -> int:
-    """Count the FLOPs of the feature maps."""
+def features_parts(site: Site, queries: int, keys: int, options: Any) -> tuple[Part, ...]:
+    """List the products of the feature maps."""
     sides = ((site.heads, queries), (site.key_heads, keys))
-    return sum(feature_map_flops(options.features, heads, site.head_dim, tokens) for heads, tokens in sides)
+    return tuple(part for heads, tokens in sides for part in feature_map_parts(options.features, heads, site.head_dim, tokens))
 
 
-def tap_flops(site: Site, grid: Sequence[int], options: Any) -> int:
-    """Count the FLOPs of the convolutions on the way of query, key and value."""
-    return sum(_tap_flops(getattr(options, name), name, site, grid, options) for name in ("query", "key", "value"))
+def tap_parts(site: Site, grid: Sequence[int], options: Any) -> tuple[Part, ...]:
+    """List the convolutions on the way of query, key and value."""
+    return tuple(part for name in ("query", "key", "value") for part in _tap_parts(getattr(options, name), name, site, grid, options))
 
 
-def _tap_flops(kind: Projection, name: str, site: Site, grid: Sequence[int], options: Any) -> int:
-    """20 C^2 N / reduction of ConvFusion, 18 C M of the compressor, M with all frames; 6 for each channel that leaves a temporal kernel."""
-    kernel = 2 * TEMPORAL_TAPS if temporal(site, options) != "none" else 0
+def _tap_parts(kind: Projection, name: str, site: Site, grid: Sequence[int], options: Any) -> Iterator[Part]:
+    """Yield ConvFusion's 3x3 and 1x1, 20 C^2 N / reduction FLOPs, or the compressor's, 18 C M, M with all frames; and a temporal kernel."""
+    has_time = temporal(site, options) != "none"
     if kind == "conv-fusion":
-        c = site.channels[f"before_{name}"]
-        return math.prod(grid) * (c // int(options.reduction)) * (20 * c + kernel)
-    if kind == "plain":
-        return 0
-    in_space = math.prod(thinned_grid(grid, (STRIDE, STRIDE)))
-    return site.channels[f"after_{name}"] * (18 * in_space + kernel * compressed_tokens(site, grid, options))
+        n, c = math.prod(grid), site.channels[f"before_{name}"]
+        hidden = c // int(options.reduction)
+        yield from (Product(n, hidden, 9 * c), Product(n, c, hidden))
+        if has_time:
+            yield Product(n, hidden, TEMPORAL_TAPS)
+    elif kind == "compressor":
+        c = site.channels[f"after_{name}"]
+        yield Product(math.prod(thinned_grid(grid, (STRIDE, STRIDE))), c, 9)
+        if has_time:
+            yield Product(compressed_tokens(site, grid, options), c, TEMPORAL_TAPS)

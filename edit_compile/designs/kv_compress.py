@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
 from edit_compile.designs.ops.conv_modules import per_frame
+from edit_compile.designs.ops.key_masks import key_bias
 from edit_compile.designs.ops.linear_attention import matching_heads
+from edit_compile.designs.ops.parts import Part, Product
 from edit_compile.designs.ops.site_checks import (
     any_attention,
     sequence_lengths,
-    softmax_attention_flops,
+    softmax_attention,
 )
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Place, Site
@@ -100,12 +102,11 @@ class KVCompress(Design):
         return F.scaled_dot_product_attention(x.query, key, value, mask, scale=self.scale)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        """Count 2 k^2 C M for each convolution, M compressed keys, and softmax attention over them and the other tokens'."""
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
+        """List the convolutions, 2 k^2 C M FLOPs each, M compressed keys, and softmax attention over them and the other tokens'."""
         m = _compressed_tokens(grid, options)
-        convolutions = sum(2 * options.factor**2 * m * site.channels[place] for place in _COMPRESSED)
-        queries, keys = sequence_lengths(site, math.prod(grid), m, others)
-        return int(convolutions) + softmax_attention_flops(site, queries * keys)
+        convolutions = tuple(Product(m, site.channels[place], options.factor**2) for place in _COMPRESSED)
+        return (*convolutions, softmax_attention(site, *sequence_lengths(site, math.prod(grid), m, others)))
 
     @classmethod
     def allows(cls, rows: int, columns: int, grid: Sequence[int], options: Any) -> bool:
@@ -116,9 +117,7 @@ class KVCompress(Design):
 def _balanced(mask: Tensor | None, counts: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask by key (..., 1, M) to add to scores, with the logarithms of the counts of the keys (M,) in it."""
     bias = counts.log().to(dtype)[None, None, None]
-    if mask is None:
-        return bias
-    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask + bias
+    return bias if mask is None else bias + key_bias(mask, dtype)
 
 
 def _stride(options: Any) -> tuple[int, int]:

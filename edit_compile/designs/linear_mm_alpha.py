@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from edit_compile.designs.base import QKV, Tokens, Verdict
-from edit_compile.designs.edit import Edit, compressed_tokens, features_flops, tap_flops
+from edit_compile.designs.edit import Edit, compressed_tokens, features_parts, tap_parts
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
+from edit_compile.designs.ops.parts import Part
 from edit_compile.designs.ops.site_checks import (
     joint_attention,
-    linear_attention_flops,
+    linear_attention_parts,
     sequence_lengths,
 )
 from edit_compile.ir.site import Site
@@ -50,10 +51,11 @@ class LinearMMAlpha(Edit):
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
         key = self.key_features(x.key)
         if self.balances:
-            key = key * tokens.of_keys.counts(self.stride, key).to(key.dtype).unsqueeze(-1)
+            counts = tokens.of_keys.counts(self.stride, key)
+            key = key * (counts / counts.amax()).to(key.dtype).unsqueeze(-1)  # only their ratios matter
         return masked_linear_attention(self.query_features(x.query), key, x.value, x.mask)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
         queries, keys = sequence_lengths(site, math.prod(grid), compressed_tokens(site, grid, options), others)
-        return linear_attention_flops(site, queries, keys) + tap_flops(site, grid, options) + features_flops(site, queries, keys, options)
+        return linear_attention_parts(site, queries, keys) + tap_parts(site, grid, options) + features_parts(site, queries, keys, options)

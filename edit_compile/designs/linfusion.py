@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
 from edit_compile.designs.ops.feature_maps import elu_plus_one
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
+from edit_compile.designs.ops.parts import Part, Product
 from edit_compile.designs.ops.site_checks import (
     any_attention,
-    linear_attention_flops,
+    linear_attention_parts,
     sequence_lengths,
 )
 from edit_compile.errors import ConfigError
@@ -86,8 +87,9 @@ class LinFusion(Design):
         return masked_linear_attention(elu_plus_one(x.query), elu_plus_one(x.key), x.value, x.mask)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        """Count 4 C^2 N / reduction for each of two maps, and linear attention over all tokens."""
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
+        """List the two Linears of each of two maps, and linear attention over all tokens."""
         n = math.prod(grid)
-        maps = sum(4 * n * site.channels[place] * (site.channels[place] // int(options.reduction)) for place in _MAPPED)
-        return maps + linear_attention_flops(site, *sequence_lengths(site, n, n, others))
+        widths = [(site.channels[place], site.channels[place] // int(options.reduction)) for place in _MAPPED]
+        maps = tuple(part for c, hidden in widths for part in (Product(n, hidden, c), Product(n, c, hidden)))
+        return maps + linear_attention_parts(site, *sequence_lengths(site, n, n, others))

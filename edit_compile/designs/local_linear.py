@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Tokens
 from edit_compile.designs.clear import Clear
-from edit_compile.designs.ops.linear_attention import NO_WEIGHT, at_least_float32
+from edit_compile.designs.ops.key_masks import NO_WEIGHT, at_least_float32, key_weights
+from edit_compile.designs.ops.linear_attention import or_one
 from edit_compile.designs.ops.local_attention import merged, weight_within
+from edit_compile.designs.ops.parts import Part, Product
 from edit_compile.ir.site import Site
 
 SMALLEST_NUMBER = 1e-3  # of tokens: less is rounding
@@ -29,9 +31,10 @@ class LocalLinear(Clear):
 
     Z_i = |R(i)| exp(s q_i mean k) (1 + var / 2),   r_i = mean v + s cov(v, k) q_i / (1 + var / 2),   var = s^2 q_i cov(k, k) q_i
 
-    with means and covariances of all image tokens, in which d_j^2 and v_j count as independent. So untrained it is near the
-    teacher, and r_i never far from the values. What is learned is a, one for each head, which begins at 1. This form is ours. Where
-    several images are in the sequence, R(i) has the others' tokens, too.
+    with means and covariances of all image tokens, in which d_j^2 and v_j count as independent. So r_i is never far from the values,
+    and untrained it is near the teacher as long as var is small, up to about 2: of sharper attention outside of the window, Z_i is
+    too small. What is learned is a, one for each head, which begins at 1. This form is ours. Where several images are in the
+    sequence, R(i) has the others' tokens, too.
     """
 
     name = "local-linear"
@@ -57,19 +60,19 @@ class LocalLinear(Clear):
 
     def _log_number_outside(self, x: QKV, tokens: Tokens) -> Tensor:
         """Return the logarithm of the number of image tokens outside of each one's window, those that count, (B or 1, H or 1, N, 1)."""
-        weights, start, within = _key_weights(x), 0, []
+        (weights, log_scale), start, within = _key_weights(x), 0, []
         for grid in tokens.grids or (tokens.grid,):
             within.append(weight_within(weights.narrow(2, start, math.prod(grid)), grid, self.window))
             start += math.prod(grid)
         outside = weights.sum(2, keepdim=True) - (within[0] if len(within) == 1 else torch.cat(within, 2))
         some = outside > SMALLEST_NUMBER
-        return torch.where(some, torch.where(some, outside, 1).log(), NO_WEIGHT)
+        return torch.where(some, torch.where(some, outside, 1).log() + log_scale, NO_WEIGHT)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        """Count what CLEAR does, covariances of K with K and V, and for each query both products with them, and one with mean k."""
-        moments = 2 * site.heads * math.prod(grid) * site.head_dim * (2 * (site.head_dim + site.value_dim) + 1)
-        return super().flops(site, grid, others, options) + moments
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
+        """List what CLEAR does, covariances of K with K and V, and for each query the products with them."""
+        n, d, both = math.prod(grid), site.head_dim, site.head_dim + site.value_dim
+        return (*super().parts(site, grid, others, options), Product(d, both, n, site.heads), Product(n, both, d, site.heads))
 
 
 def attention_by_moments(x: QKV, scale: float) -> tuple[Tensor, Tensor]:
@@ -78,23 +81,28 @@ def attention_by_moments(x: QKV, scale: float) -> tuple[Tensor, Tensor]:
     Returns:
         r, (B, H, N, E), and log(exp(s q mean k) (1 + var / 2)), (B, H, N, 1), in float32 or higher: that of the mean weight.
     """
-    weights = _key_weights(x)
-    relative = weights / weights.mean(2, keepdim=True).clamp(min=SMALLEST_NUMBER / x.key.shape[2])
-    mean_k, mean_v = ((each * relative.to(each.dtype)).mean(2, keepdim=True) for each in (x.key, x.value))
+    weights, _ = _key_weights(x)
+    share = weights / weights.sum(2, keepdim=True).clamp(min=1)  # at least 1, the largest weight, unless every key is masked
+    mean_k, mean_v = ((each * share).sum(2, keepdim=True) for each in (x.key, x.value))
     k, v = x.key - mean_k, x.value - mean_v
-    root = (relative / x.key.shape[2]).sqrt().to(k.dtype)  # shared between both operands, so that neither underflows
-    covariances = (k * root).transpose(-1, -2) @ (torch.cat([k, v], -1) * root)
-    query = x.query * scale
-    both, channels, dtype = query @ covariances, k.shape[-1], at_least_float32(query)
-    half_variance = (both[..., :channels] * query).sum(-1, keepdim=True, dtype=dtype).clamp(min=0) / 2
-    log_mean_weight = (query @ mean_k.transpose(-1, -2)).to(dtype) + half_variance.log1p()
-    return mean_v + both[..., channels:] / (1 + half_variance).to(v.dtype), log_mean_weight
+    # In half precision the products stay in range: keys are divided by each channel's deviation, queries multiplied by it and divided
+    # by their sums; a key's share is on both sides, as its root. As it cancels, none of this is for gradients.
+    deviation, root = (k.square() * share).sum(2, keepdim=True).detach().sqrt(), share.detach().sqrt()
+    keys = k / or_one(deviation)
+    both = torch.cat([keys, v], -1) * (share / or_one(root))
+    query = x.query * (deviation * scale)
+    norm = query.detach().abs().sum(-1, keepdim=True)
+    query = (query / or_one(norm)).to(x.value.dtype)
+    covariances = (keys * root).to(x.value.dtype).transpose(-1, -2) @ both.to(x.value.dtype)
+    by_key, by_value = torch.split(query @ covariances, [k.shape[-1], v.shape[-1]], -1)
+    half_variance = (by_key * query).sum(-1, keepdim=True, dtype=norm.dtype).clamp(min=0) * norm.square() / 2
+    log_mean_weight = (x.query * (mean_k * scale)).sum(-1, keepdim=True) + half_variance.log1p()
+    return (mean_v + by_value * (norm / (1 + half_variance))).to(x.value.dtype), log_mean_weight
 
 
-def _key_weights(x: QKV) -> Tensor:
-    """Return by what a mask by key multiplies the weights of keys, (B or 1, H or 1, N, 1), in float32 or higher."""
+def _key_weights(x: QKV) -> tuple[Tensor, Tensor]:
+    """Return by what a mask by key multiplies the weights of keys, (B or 1, H or 1, N, 1), and a logarithm that is to be added."""
     dtype = at_least_float32(x.key)
     if x.mask is None:
-        return torch.ones_like(x.key[:1, :1, :, :1], dtype=dtype)
-    weights = x.mask if x.mask.dtype == torch.bool else x.mask.to(dtype).exp()
-    return weights.to(dtype).expand(-1, -1, -1, x.key.shape[2]).transpose(-1, -2)
+        return torch.ones_like(x.key[:1, :1, :, :1], dtype=dtype), x.key.new_zeros((), dtype=dtype)
+    return key_weights(x.mask, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edit_compile.designs.base import Design, Tap, Verdict
 from edit_compile.designs.ops.conv_modules import per_frame
+from edit_compile.designs.ops.parts import Part, Product
 from edit_compile.designs.ops.site_checks import GRID_DIMS
 from edit_compile.frozen import Frozen
 from edit_compile.ir.site import Site
@@ -68,6 +69,6 @@ class MixFFN(Design):
         return (Tap("before_output", self.conv),)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
-        """Count 18 C N for each of two convolutions, C hidden channels."""
-        return 36 * math.prod(grid) * site.channels["before_output"]
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
+        """List two convolutions of C hidden channels, 18 C N FLOPs each."""
+        return (Product(math.prod(grid), site.channels["before_output"], 9),) * 2

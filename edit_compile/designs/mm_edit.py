@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from edit_compile.designs.base import QKV, Tokens, Verdict
 from edit_compile.designs.edit import Edit, compressed_tokens
-from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention, log_weights, matching_heads
+from edit_compile.designs.ops.key_masks import key_weights
+from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention, matching_heads
+from edit_compile.designs.ops.parts import Part
 from edit_compile.designs.ops.site_checks import (
     has_other_queries,
     joint_attention,
-    softmax_attention_flops,
+    softmax_attention,
 )
 from edit_compile.ir.site import Site
 
@@ -58,11 +60,7 @@ class MMEdit(Edit):
         self.log_weight = nn.Parameter(torch.full((site.heads, 1, 1), START_LOG_WEIGHT)) if self.eta == "calibrated" else None
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
-        keys = tokens.of_keys.thinned(self.stride)
-        key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
-        mask_I, mask_P = (keys.image(x.mask, -1), keys.others(x.mask, -1)) if x.mask is not None else (None, None)
-        features_I = matching_heads(x.query, self.key_features(keys.image(x.key)))
-        image = self._image_rows(tokens.image(x.query), features_I, keys.image(value), mask_I, keys.others(key), keys.others(value), mask_P)
+        image = self._image_rows(x, tokens)
         if tokens.only_image:
             return image
         seen = x.original or x
@@ -70,33 +68,33 @@ class MMEdit(Edit):
         others = F.scaled_dot_product_attention(tokens.others(x.query), all_keys, all_values, seen.mask, scale=self.scale)
         return tokens.joined(image, others)
 
-    def _image_rows(
-        self, q_I: Tensor, features_I: Tensor, v_I: Tensor, mask_I: Tensor | None, k_P: Tensor, v_P: Tensor, mask_P: Tensor | None
-    ) -> Tensor:
-        linear, mean_denominator = linear_attention(self.query_features(q_I), log_weights(features_I, mask_I), v_I)
+    def _image_rows(self, x: QKV, tokens: Tokens) -> Tensor:
+        keys, q_I = tokens.of_keys.thinned(self.stride), tokens.image(x.query)
+        key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
+        mask_I, mask_P = (keys.image(x.mask, -1), keys.others(x.mask, -1)) if x.mask is not None else (None, None)
+        features_I = matching_heads(x.query, self.key_features(keys.image(x.key)))
+        linear, log_linear = linear_attention(self.query_features(q_I), features_I, keys.image(value), mask_I)
         if self.eta == "exact":
-            softmax, log_normaliser = attention_with_normaliser(q_I, k_P, v_P, mask_P, self.scale)
-            # Both normalisers as logarithms: that of softmax leaves the range of half precision.
-            log_linear = (mean_denominator.float() * features_I.shape[2]).clamp(min=torch.finfo(torch.float32).tiny).log()
-            eta = torch.sigmoid(log_linear - log_normaliser).to(linear.dtype)
+            softmax, log_softmax = attention_with_normaliser(q_I, keys.others(key), keys.others(value), mask_P, self.scale)
+            eta = torch.sigmoid(log_linear - log_softmax)
         else:
-            softmax = F.scaled_dot_product_attention(q_I, k_P, v_P, mask_P, scale=self.scale)
-            eta = self._token_ratio(q_I.shape[2], k_P, mask_P).to(linear.dtype)
-        return torch.lerp(softmax, linear, eta.expand_as(linear))
+            softmax = F.scaled_dot_product_attention(q_I, keys.others(key), keys.others(value), mask_P, scale=self.scale)
+            eta = self._token_ratio(q_I, keys, x.mask)
+        return torch.lerp(softmax, linear, eta.to(linear.dtype).expand_as(linear))
 
-    def _token_ratio(self, image: int, k_P: Tensor, mask_P: Tensor | None) -> Tensor:
-        """N_I a / (N_I a + N_P), a = 1 or a head's learned weight; N_I counts uncompressed tokens, N_P unmasked ones."""
-        image_tokens = k_P.new_ones((), dtype=torch.float32) * image
-        if mask_P is None:
-            others = k_P.new_ones((), dtype=torch.float32) * k_P.shape[2]
-        else:
-            others = (mask_P if mask_P.dtype == torch.bool else mask_P.exp()).float().sum(-1, keepdim=True)
-        weight = self.log_weight.float().exp() if self.log_weight is not None else 1
-        return image_tokens * weight / (image_tokens * weight + others)
+    def _token_ratio(self, q_I: Tensor, keys: Tokens, mask: Tensor | None) -> Tensor:
+        """Return N_I a / (N_I a + N_P), a = 1 or a head's learned weight; N_I counts uncompressed tokens, both unmasked ones."""
+        counts = q_I.new_ones((1, 1, sum(keys.lengths), 1), dtype=torch.float32)
+        if mask is not None:
+            counts, _ = key_weights(mask, torch.float32)
+        image, others = q_I.shape[2] * keys.image(counts).mean(2, keepdim=True), keys.others(counts).sum(2, keepdim=True)
+        if self.log_weight is not None:
+            image = image * self.log_weight.float().exp()
+        return image / (image + others).clamp(min=torch.finfo(torch.float32).tiny)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
         n, m = math.prod(grid), compressed_tokens(site, grid, options)
         seen = (n if options.text_keys == "full" else m) + others
-        pairs = others * (n + seen) if has_other_queries(site) else others * n
-        return super().flops(site, grid, others, options) + softmax_attention_flops(site, pairs)
+        softmax = ((n, others), (others, seen)) if has_other_queries(site) else ((n, others),)
+        return super().parts(site, grid, others, options) + tuple(softmax_attention(site, *lengths) for lengths in softmax)

@@ -6,14 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import field_validator
 from torch import Tensor
 
 from edit_compile.designs.base import QKV, Design, Tokens, Verdict
 from edit_compile.designs.mix_ffn import MixFFN
 from edit_compile.designs.ops.linear_attention import masked_linear_attention
+from edit_compile.designs.ops.parts import Part
 from edit_compile.designs.ops.site_checks import (
     any_attention,
-    linear_attention_flops,
+    linear_attention_parts,
     sequence_lengths,
 )
 from edit_compile.frozen import Frozen
@@ -32,14 +34,20 @@ class Sana(Design):
         """SANA's options.
 
         Attributes:
-            mix_ffn: give the feed-forward networks of image tokens a gated 3x3 convolution, too; see the design `mix-ffn`.
+            mix_ffn: give the feed-forward networks beside the attention a gated 3x3 convolution, too: true, or the options of the
+                design `mix-ffn`; false or nothing for none.
         """
 
-        mix_ffn: bool = True
+        mix_ffn: MixFFN.Options | None = MixFFN.Options()
+
+        @field_validator("mix_ffn", mode="before")
+        @classmethod
+        def _switched(cls, given: Any) -> Any:
+            return (MixFFN.Options() if given else None) if isinstance(given, bool) else given
 
     @classmethod
     def companions(cls, options: Any) -> tuple[tuple[type[Design], Any], ...]:
-        return ((MixFFN, MixFFN.Options()),) if options.mix_ffn else ()
+        return ((MixFFN, options.mix_ffn),) if options.mix_ffn is not None else ()
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:
@@ -49,6 +57,6 @@ class Sana(Design):
         return masked_linear_attention(x.query.relu(), x.key.relu(), x.value, x.mask)
 
     @classmethod
-    def flops(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> int:
+    def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
         n = math.prod(grid)
-        return linear_attention_flops(site, *sequence_lengths(site, n, n, others))
+        return linear_attention_parts(site, *sequence_lengths(site, n, n, others))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from edit_compile.distillation.data.registry import DataConfig, register_data
     from edit_compile.distillation.data.source import DataSource
     from edit_compile.distillation.evaluate.validation import ValidationResult, validate
-    from edit_compile.distillation.recipe.load import load_recipe, shipped_recipes
+    from edit_compile.distillation.recipe.load import load_recipe
+    from edit_compile.distillation.recipe.names import shipped_recipes
     from edit_compile.distillation.recipe.schema import Recipe
     from edit_compile.distillation.run import Result, distill
     from edit_compile.distillation.train.losses import Comparison, register_loss
@@ -23,7 +24,8 @@ _HOMES = {  # the same imports, for `__getattr__`
     "data.registry": ("DataConfig", "register_data"),
     "data.source": ("DataSource",),
     "evaluate.validation": ("ValidationResult", "validate"),
-    "recipe.load": ("load_recipe", "shipped_recipes"),
+    "recipe.load": ("load_recipe",),
+    "recipe.names": ("shipped_recipes",),
     "recipe.schema": ("Recipe",),
     "run": ("Result", "distill"),
     "train.losses": ("Comparison", "register_loss"),

@@ -5,60 +5,29 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from edit_compile.bench.devices import USUAL_SHARE
 from edit_compile.distillation.dry_run import Estimate
-from edit_compile.distillation.ranking.measure import Progress as RankingProgress
+from edit_compile.distillation.ranking.measure import RankingProgress
 from edit_compile.distillation.ranking.ranking import Ranking
 from edit_compile.distillation.ranking.tables import TextTable, sets_table, sites_table, title, untaken
-from edit_compile.distillation.recipe.schedule import total_steps
-from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.run import Result
-from edit_compile.distillation.train.losses import loss_names
-from edit_compile.distillation.train.metrics import MetricsRow
+from edit_compile.distillation.train.metrics import MetricsRow, line_of
+from edit_compile.progress import Work, working
+from edit_compile.report.folded_table import FoldedTable
 from edit_compile.report.tables import format_si, plan_summary
+from edit_compile.report.terminal import make_console
 
 
-def _console(**options: Any) -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, **options)
-
-
-@contextmanager
-def show_progress(recipe: Recipe, *, quiet: bool) -> Iterator[Callable[[MetricsRow], None]]:
-    """Yield a callback for metric rows: a live bar on a terminal, a line per row elsewhere, nothing if quiet."""
-    if quiet or not sys.stderr.isatty():
-        yield (lambda row: None) if quiet else (lambda row: print(line_of(row), file=sys.stderr, flush=True))
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("measuring", total=total_steps(recipe), losses="")
-        yield lambda row: bar.update(task, completed=row["total"], description=row["phase"], losses=losses_of(row))
-
-
-def line_of(row: MetricsRow) -> str:
-    """Format a row of metrics."""
-    return f"{row['phase']}  step {row['step']}/{row['steps']}  {losses_of(row)}"
-
-
-def losses_of(row: MetricsRow) -> str:
-    """Format the losses and the speed of a row."""
-    losses = [f"{name} {row[name]:.5f}" for name in ("loss", *loss_names()) if name in row]
-    skipped = [f"{row['skipped']} skipped"] if row["skipped"] else []
-    return "  ".join([*losses, *skipped, f"lr {row['lr']:.1e}", f"{row['samples_per_second']:.1f} samples/s"])
+def print_row(row: MetricsRow) -> None:
+    """Print a row of metrics in a line, where there is no terminal: there, progress is shown."""
+    if not sys.stderr.isatty():
+        print(line_of(row), file=sys.stderr, flush=True)
 
 
 def print_result(result: Result, as_json: bool) -> None:
@@ -66,12 +35,13 @@ def print_result(result: Result, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
+    console = make_console()
     before, after = result.before, result.after
-    bins = "  ".join(f"{b.timesteps}: {b.error:.4f}" for b in after.bins)
-    console = _console()
-    console.print(f"validation error {before.total:.4f} -> {after.total:.4f} on {after.samples} samples; by timestep {bins}")
+    bins = "  ".join(f"{b.timesteps}: {b.error:.3g}" for b in after.bins)
+    images = "" if result.data is None else f" of {result.data.held_out} held-out images"
+    console.print(f"validation error {before.total:.3g} -> {after.total:.3g} on {after.samples} samples{images}; by timestep {bins}")
     for size, error in after.resolutions.items():
-        console.print(f"at {size} px {before.resolutions[size]:.4f} -> {error:.4f}")
+        console.print(f"at {size} px {before.resolutions[size]:.3g} -> {error:.3g}")
     for speed in result.speeds:
         ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
         console.print(f"one forward at {speed.size} px: {ratio}")
@@ -80,24 +50,20 @@ def print_result(result: Result, as_json: bool) -> None:
 
 @contextmanager
 def show_ranking(*, quiet: bool) -> Iterator[Callable[[RankingProgress], None]]:
-    """Yield a callback for the parts of a ranking: a live bar on a terminal, now and then a line elsewhere, nothing if quiet."""
+    """Yield a callback for the parts of a ranking: progress on a terminal, now and then a line elsewhere, nothing if quiet."""
     if quiet or not sys.stderr.isatty():
         yield (lambda at: None) if quiet else _print_part
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
+    with ExitStack() as stack:
+        part: Work | None = None
 
         def update(at: RankingProgress) -> None:
-            if at.what not in tasks:
-                tasks[at.what] = bar.add_task(at.what, total=at.total, loss="")
-            bar.update(tasks[at.what], completed=at.done, total=at.total, loss="" if at.loss is None else f"loss {at.loss:.5f}")
+            nonlocal part
+            if part is None or part.what != at.what:
+                stack.pop_all().close()
+                part = stack.enter_context(working(at.what, at.total, at.done))
+            part.note = "" if at.loss is None else f"loss {at.loss:.3g}"
+            part.advance(at.done - part.done)
 
         yield update
 
@@ -105,7 +71,7 @@ def show_ranking(*, quiet: bool) -> Iterator[Callable[[RankingProgress], None]]:
 def _print_part(at: RankingProgress) -> None:
     """Print the last of every tenth of a part."""
     if at.done * 10 // at.total != (at.done - 1) * 10 // at.total:
-        loss = "" if at.loss is None else f"  loss {at.loss:.5f}"
+        loss = "" if at.loss is None else f"  loss {at.loss:.3g}"
         print(f"{at.what}  {at.done}/{at.total}{loss}", file=sys.stderr, flush=True)
 
 
@@ -114,7 +80,7 @@ def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:
     if as_json:
         print(ranking.to_json())
         return
-    console = _console()
+    console = make_console()
     console.print(title(ranking), style="bold")
     console.print("error with one site converted, for what it saves of the FLOPs:", markup=False)
     console.print(_rich_table(sites_table(ranking)))
@@ -123,17 +89,14 @@ def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:
     if ranking.checked:
         console.print(_rich_table(sets_table(ranking)))
     console.print(
-        f"the ranking is in {folder}; in a recipe: convert: {{ranking: {folder}/ranking.json, sites: flops <= 0.8x}}", markup=False
+        f"the ranking is in {folder}; in a recipe: convert: {{ranking: {folder}/ranking.json, sites: {ranking.choices.suggested}}}",
+        markup=False,
     )
 
 
-def _rich_table(found: TextTable) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for number, name in enumerate(found.head):
-        table.add_column(name, justify="right" if number in found.right else "left")
-    for row in found.rows:
-        table.add_row(*map(escape, row))
-    return table
+def _rich_table(found: TextTable) -> FoldedTable:
+    left = set(range(len(found.head))) - set(found.right)
+    return FoldedTable(found.head, [[escape(cell) for cell in row] for row in found.rows], left)
 
 
 def print_estimate(estimate: Estimate, as_json: bool) -> None:
@@ -141,27 +104,48 @@ def print_estimate(estimate: Estimate, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**estimate.to_dict(), "plan": plan_summary(estimate.plan)}, indent=2))
         return
-    console = _console()
+    console = make_console()
     console.print(yaml.safe_dump(estimate.recipe.model_dump(mode="json"), sort_keys=False), markup=False)
     console.print(estimate.plan)
     console.print(f"{estimate.trained:,} of {estimate.parameters:,} parameters are trained")
     kept = f"{_gibibytes(estimate.state_bytes)} for weights, gradients, optimizer and moving average"
-    console.print(f"{kept}; with activations, at the peak of a step in one process:")
+    where = "in one process" if estimate.devices == 1 else f"on each of {estimate.devices} devices"
+    console.print(f"{kept}; with activations, at the peak of a step {where}, as below.")
+    console.print("Samples and FLOPs are of a step; times are of the phase.")
     console.print(_phases_table(estimate))
     for name, reason in estimate.errors.items():
         console.print(f"{name}: not estimated: {reason}", markup=False)
+    for note in estimate.notes:
+        console.print(note, markup=False)
+    console.print(_assumptions(estimate))
+
+
+def _assumptions(estimate: Estimate) -> str:
     speed = f"{format_si(round(estimate.flops_per_second))}FLOP/s"
-    console.print(f"The time assumes the speed of a large matrix product on this machine ({speed}) throughout; real steps take longer.")
+    if estimate.device is None:
+        return f"The time assumes the speed of a large matrix product on this machine ({speed}) throughout; real steps take longer."
+    what = "its peak by the data sheet, without the time that devices take to talk to each other"
+    return (
+        f"{estimate.device.name}: {_gibibytes(estimate.device.bytes)} a device. The least time is at {speed}, {what}; "
+        f"the usual one at {USUAL_SHARE:.0%} of that."
+    )
 
 
-def _phases_table(estimate: Estimate) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("phase", "pixels", "steps", "samples per step", "per forward", "FLOPs per step", "memory", "time at least"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+def _phases_table(estimate: Estimate) -> FoldedTable:
+    memory = ["memory"] if estimate.devices == 1 else ["memory", "sharded"]
+    times = ["at least"] if estimate.device is None else ["least", "usual"]
+    rows = []
     for phase in estimate.phases:
-        counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", format_si(phase.flops), _gibibytes(phase.bytes))
-        table.add_row(phase.name, phase.size, *counts, _duration(estimate.least_seconds(phase)))
-    return table
+        counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", format_si(phase.flops))
+        needed = [_memory(number, estimate) for number in (phase.bytes, phase.sharded_bytes)][: len(memory)]
+        least = estimate.least_seconds(phase)
+        rows.append([phase.name, phase.size, *counts, *needed, *map(_duration, (least, least / USUAL_SHARE)[: len(times)])])
+    return FoldedTable(["phase", "pixels", "steps", "samples", "at once", "FLOPs", *memory, *times], rows)
+
+
+def _memory(number: int, estimate: Estimate) -> str:
+    too_much = estimate.device is not None and number > estimate.device.bytes
+    return f"{_gibibytes(number)} (too much)" if too_much else _gibibytes(number)
 
 
 def _gibibytes(number: int) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from edit_compile.adapters.denoise import denoise, misfit
 from edit_compile.adapters.inputs import tokens_of_size
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.api import repeated_blocks, teacher
@@ -71,7 +72,11 @@ class Context:
         return teacher(self.teacher)
 
     def noisy_batch(self, request: BatchRequest, timesteps: Tensor | None = None) -> NoisyBatch:
-        """Read a batch and add noise, on the CPU, at timesteps (B,) or, if None, at the recipe's."""
+        """Read a batch and add noise, on the CPU, at timesteps (B,) or, if None, at the recipe's.
+
+        Raises:
+            DistillError: nothing can be read any more, or the model cannot take what is read.
+        """
         schedule = self.schedule_at(request.height, request.width, request.frames)
         if timesteps is None:
             u = low_discrepancy(request.positions, self.recipe.seed)
@@ -81,6 +86,9 @@ class Context:
             calls = self.source.recorded(request, timesteps)
             return NoisyBatch(torch.empty(len(timesteps), 0), calls.timesteps, calls.arguments, None)
         batch = self.source.batch(request)
+        problem = misfit(self.student, batch.latents, batch.conditions) if self.denoise is denoise else None
+        if problem is not None:
+            raise DistillError(f"data of kind {self.recipe.data.kind}, or source=, are not this model's: {problem}")
         noise = noise_for(request.positions, batch.latents.shape[1:], self.recipe.seed, request.split)
         x, target = schedule.add_noise(batch.latents, noise, timesteps)
         return NoisyBatch(x, timesteps, batch.conditions, target)
@@ -122,14 +130,24 @@ class Context:
             DistillError: the batch is not divisible.
         """
         count, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = micro_batch_size or max(global_batch_size // count, 1)
-        if global_batch_size % (size * count):
-            raise DistillError(
-                f"global_batch_size {global_batch_size} is not divisible by {count} processes times micro_batch_size {size}; "
-                "change one of them"
-            )
+        size = samples_per_forward(global_batch_size, micro_batch_size, count)
         turns = range(global_batch_size // (size * count))
         return [range((turn * count + rank) * size, (turn * count + rank + 1) * size) for turn in turns]
+
+
+def samples_per_forward(global_batch_size: int, micro_batch_size: int | None, processes: int) -> int:
+    """Return how many samples of a global batch a process takes at once.
+
+    Raises:
+        DistillError: the batch is not divisible.
+    """
+    size = micro_batch_size or max(global_batch_size // processes, 1)
+    if global_batch_size % (size * processes):
+        raise DistillError(
+            f"global_batch_size {global_batch_size} is not divisible by {processes} processes times micro_batch_size {size}; "
+            "change one of them"
+        )
+    return size
 
 
 def among(u: Tensor, number: int) -> Tensor:

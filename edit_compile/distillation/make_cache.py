@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edit_compile.distillation.data.buckets import Shape
 from edit_compile.distillation.data.cache.format import Index, read_index, resolution_key
 from edit_compile.distillation.data.cache.write import Progress, write_cache
 from edit_compile.distillation.data.source import SourceContext
 from edit_compile.distillation.data.sources.cached import CachedDataset
 from edit_compile.distillation.models import load_original
+from edit_compile.distillation.processes import join_processes
 from edit_compile.distillation.recipe.schedule import phases_of
 from edit_compile.distillation.recipe.schema import Recipe
+from edit_compile.distillation.train.peers import watching_peers
 from edit_compile.frozen import dump_except
 
 SHARD_SIZE, BATCH = 128, 8
@@ -54,25 +54,29 @@ def make_cache(
 ) -> CacheReport:
     """Encode a recipe's data. An unfinished cache is continued, a finished one left alone.
 
+    Under `accelerate launch` all processes encode, each a shard at a time; the cache is what one process would have made.
+
     Args:
         folder: for recipes with `data: {kind: cached, path: FOLDER}`.
         samples: the maximum number of samples.
         shard_size: samples per file; that many may be lost when the process is killed.
         batch: samples encoded or sampled at a time.
-        progress: called after each shard with the numbers of samples written and skipped.
+        progress: called in the first process, after each shard or one of each process, with the numbers of samples written and skipped.
 
     Raises:
         DistillError: the data cannot be encoded, or the folder has another cache or cannot be written.
     """
-    device, data = torch.device("cuda" if torch.cuda.is_available() else "cpu"), recipe.data
+    device, data = join_processes(), recipe.data
     model, base = load_original(recipe, structure_only=not data.sampled_by_teacher)
     if data.sampled_by_teacher:
         model.eval().to(device)
     producer = data.producer(SourceContext(model, recipe.seed, base, device, recipe.dtype), batch)
     made_from: dict[str, Any] = {"model": recipe.model, "data": dump_except(data, "cache"), "precision": recipe.precision}
     made_from |= {"samples": samples, "shard_size": shard_size} | ({"seed": recipe.seed} if data.sampled_by_teacher else {})
+    made_from["fingerprint"] = producer.fingerprint()
     header = {"model": type(model).__name__, "made_from": made_from, "resolutions": resolutions_of(recipe)}
-    index = write_cache(Path(folder), producer, header, shard_size=shard_size, samples=samples, progress=progress)
+    with watching_peers(lambda: f"finished shards stay in {folder}, and the same command continues from them"):
+        index = write_cache(Path(folder), producer, header, shard_size=shard_size, samples=samples, progress=progress)
     return _report(Path(folder), index, {})
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -71,9 +70,3 @@ class Registry(Generic[Item]):
                     self.register(point.name, item)
             except Exception as error:  # another package's code must not stop this one's
                 log.warning("%s %r of %s cannot be loaded: %s", self.what, point.name, point.value, error)
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """List what is known, the most similar name first: `did you mean steps? there are: resolution, steps`."""
-    similar = difflib.get_close_matches(name, known, 1)
-    return f"{f'did you mean {similar[0]}? ' if similar else ''}there are: {', '.join(known)}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from edit_compile.errors import ConfigError
 
 DEFAULT = "openai/clip-vit-large-patch14"
-_CONFIGS, _WEIGHTS = ("config.json", "preprocessor_config.json"), ("model.safetensors", "pytorch_model.bin")
+_CONFIGS = ("config.json", "preprocessor_config.json")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def missing(name: str) -> str | None:
@@ -87,6 +88,6 @@ class Clip(nn.Module):
 
 
 def _tensor(output: Any) -> Tensor:
-    """Of transformers 5 the embedding is in an object."""
+    """Take the embedding out of the object in which transformers 5 returns it."""
     embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return embedding

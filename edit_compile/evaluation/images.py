@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from edit_compile.api import teacher
 from edit_compile.errors import ConfigError
 from edit_compile.files import write_text
+from edit_compile.progress import working
 from edit_compile.report.compare_samples import SampleMany
 from edit_compile.report.image_grid import save_image
 
@@ -25,7 +26,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class SampledImages:
     """The images that teacher and student made of the same prompts and noise, a PNG each, and beside them how they were made.
 
     Attributes:
@@ -81,13 +82,15 @@ class ImageFolder:
         done = total - sum(map(len, absent.values()))
         if done == total:
             return
-        model, sample = load()
-        for who in WHO:
-            for start in range(0, len(absent[who]), self.batch_size):
-                numbers = absent[who][start : start + self.batch_size]
-                self._make(who, numbers, model, sample)
-                done += len(numbers)
-                progress(done, total)
+        with working("loading the pipeline"):
+            model, sample = load()
+        with working("sampling images", total, done) as work:
+            for who in WHO:
+                for start in range(0, len(absent[who]), self.batch_size):
+                    numbers = absent[who][start : start + self.batch_size]
+                    self._make(who, numbers, model, sample)
+                    work.advance(len(numbers))
+                    progress(work.done, total)
 
     def _make(self, who: str, numbers: Sequence[int], model: Any, sample: SampleMany) -> None:
         prompts, seeds = [self.prompts[n] for n in numbers], [self.seed + n for n in numbers]
@@ -109,9 +112,13 @@ class ImageFolder:
         return self.path / who / f"{number:06d}.png"
 
     def size(self) -> Size:
-        """Return height and width of the images."""
-        with Image.open(self.file(WHO[0], 0)) as image:
-            return image.height, image.width
+        """Return height and width of the images.
+
+        Raises:
+            ConfigError: the first cannot be read.
+        """
+        _, height, width = read(self.file(WHO[0], 0)).shape
+        return height, width
 
     def batches(self, who: str) -> Iterator[Tensor]:
         """Yield the images of "teacher", "student" or "real", (B, 3, H, W) of uint8.
@@ -141,8 +148,8 @@ def read(file: Path, size: Size | None = None) -> Tensor:
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{file} cannot be read as an image: {error}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # damaged PNGs are SyntaxErrors
+        raise ConfigError(f"{file} cannot be read as an image: {error}; remove it, and one that was sampled is made again") from error
     if size is not None:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).movedim(2, 0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -57,8 +57,12 @@ class Metric(ABC):
     better: ClassVar[str] = "lower"
     against: ClassVar[str]
 
-    def __init__(self, clip_name: str = clip.DEFAULT) -> None:
-        self.clip_name = clip_name
+    def __init__(self, clip_name: str = clip.DEFAULT, load_clip: Callable[[], clip.Clip] | None = None) -> None:
+        """
+        Args:
+            load_clip: loads the CLIP model, for several metrics once; default: each loads its own.
+        """
+        self.clip_name, self.load_clip = clip_name, load_clip or cache(lambda: clip.Clip(clip_name))
 
     @property
     @abstractmethod
@@ -74,6 +78,13 @@ class Metric(ABC):
     def missing(self) -> str | None:
         """Say which weights to fetch and where to put them; None if they are at hand."""
 
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to load
+        """Load what may turn out not to be loadable, before anything is sampled.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+
     @abstractmethod
     def measure(self, images: ImageSets) -> Values:
         """Compare images; returns a value for "student", and for "teacher" where it can be judged as well."""
@@ -87,7 +98,7 @@ class Metric(ABC):
         for library in self.libraries:
             try:
                 importlib.import_module(library.replace("-", "_"))
-            except ImportError as error:
+            except Exception as error:  # RuntimeError too, where a library was built for another version of torch
                 raise ConfigError(f"{self.name} needs {library}: pip install 'edit-compile[eval]' ({error})") from error
 
     def versions(self) -> dict[str, str]:
@@ -100,13 +111,12 @@ class _ByClip(Metric):
 
     libraries = ("torchmetrics", "transformers")
 
-    @cached_property
-    def _clip(self) -> clip.Clip:
-        return clip.Clip(self.clip_name)
+    def prepare(self) -> None:
+        self.load_clip()
 
     @property
     def resize(self) -> str:
-        return self._clip.sides
+        return self.load_clip().sides
 
     def missing(self) -> str | None:
         return clip.missing(self.clip_name)
@@ -126,7 +136,7 @@ class ClipScore(_ByClip):
     def measure(self, images: ImageSets) -> Values:
         from torchmetrics.multimodal.clip_score import CLIPScore
 
-        network = self._clip.to(images.device)
+        network = self.load_clip().to(images.device)
         found = {}
         for who in ("teacher", "student"):
             metric = CLIPScore(lambda: (network, network.processor)).to(images.device)
@@ -188,7 +198,7 @@ class FidClip(_ByClip, _Frechet):
         return f"{self.clip_name}, projected embeddings of images"
 
     def _feature(self, device: torch.device) -> clip.Clip:
-        return self._clip.to(device)
+        return self.load_clip().to(device)
 
 
 class Lpips(Metric):
@@ -235,7 +245,8 @@ def chosen_metrics(names: Sequence[str], clip_name: str) -> list[Metric]:
     for name in names:
         if name not in METRICS:
             raise ConfigError(f"--metrics {name}: unknown metric; there are: {', '.join(METRICS)}")
-    found = [METRICS[name](clip_name) for name in dict.fromkeys(names or METRICS)]
+    load_clip = cache(lambda: clip.Clip(clip_name))
+    found = [METRICS[name](clip_name, load_clip) for name in dict.fromkeys(names or METRICS)]
     for metric in found:
         metric.check_libraries()
     absent: dict[str, list[str]] = {}

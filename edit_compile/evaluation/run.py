@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
+from edit_compile.adapters.model_names import without_address
 from edit_compile.errors import CheckpointError, ConfigError
 from edit_compile.evaluation import clip
-from edit_compile.evaluation.images import ImageFolder, read_prompts, real_images
+from edit_compile.evaluation.images import SampledImages, read_prompts, real_images
 from edit_compile.evaluation.metrics import Metric, chosen_metrics
-from edit_compile.files import sha256, write_text
+from edit_compile.files import alone_in, sha256, write_text
+from edit_compile.progress import each
 from edit_compile.report.compare_samples import open_sampler, sample_options
-from edit_compile.student.checkpoint import INDEX, base_of, checkpoint_in
+from edit_compile.student.checkpoint import INDEX, base_of
+from edit_compile.student.hub import checkpoint_folder
 from edit_compile.version import __version__
 
 FILE = "evaluation.json"
@@ -96,9 +99,10 @@ def evaluate(
     are missing.
 
     Args:
-        folder: a converted model's, its pipeline's, or a finished run's.
+        folder: a converted model's, its pipeline's, or a finished run's; or the hub id of one.
         prompts: a text file with a prompt a line, or the prompts.
-        output: the JSON file to write; default: `evaluation.json` in the folder. Images go to a folder of its name, without its ending.
+        output: the JSON file to write; default: `evaluation.json` in the folder, if it is one. Images go to a folder of its name,
+            without its ending.
         images: a folder of real images, for the Frechet distances; without it they compare the student's with the teacher's.
         metrics: names of `METRICS`; default: all.
         samples: how many images each of both makes; more than there are prompts repeat them with other noise. Default: one a prompt.
@@ -113,42 +117,63 @@ def evaluate(
         ConfigError: an option is wrong, a library is missing, or weights are not at hand; nothing was sampled.
         CheckpointError: the folder does not hold a converted model, or its base cannot be loaded.
     """
-    folder, given = Path(folder), list(prompts) if not isinstance(prompts, str | Path) else read_prompts(Path(prompts))
+    folder, given = (
+        Path(without_address(str(folder))).expanduser(),
+        list(prompts) if not isinstance(prompts, str | Path) else read_prompts(Path(prompts)),
+    )
     if not given:
         raise ConfigError("no prompt was given")
-    place = checkpoint_in(folder)
+    place, where = checkpoint_folder(folder), _device(device)
     if not (place / INDEX).is_file():
         raise CheckpointError(f"{folder} holds no converted model: {INDEX} is missing")
     chosen, real = chosen_metrics(metrics, clip_name or clip.DEFAULT), real_images(Path(images)) if images is not None else ()
     count = samples if samples is not None else len(given)
     _check_count(chosen, count)
-    made_for = tuple(given[number % len(given)] for number in range(count))
     sampling = sample_options(**options, device=device)
+    if output is None and not folder.is_dir():
+        raise ConfigError(f"{folder} is on the hub: say where the result is written, with -o FILE.json (output=)")
     file = Path(output) if output is not None else folder / FILE
     if file.suffix.lower() != ".json":
         raise ConfigError(f"-o {file}: the result is a .json file, and images go to a folder of its name")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kept = ImageFolder(file.with_suffix(""), made_for, sampling.seed, batch_size, where, real)
+    for metric in each(chosen, "loading the networks that judge", len(chosen)):
+        metric.prepare()
+    made_for = tuple(given[number % len(given)] for number in range(count))
+    kept = SampledImages(file.with_suffix(""), made_for, sampling.seed, batch_size, where, real)
     how = {name: value for name, value in asdict(sampling).items() if name != "device"}
     origin = str(base) if base is not None else base_of(folder)
-    kept.open({"checkpoint": sha256(place / INDEX), "base": origin, "prompts": given, **how})
-    kept.make(lambda: open_sampler(folder, base, sampling), progress)
-    height, width = kept.size()
-    found = Evaluation(
-        model=str(folder),
-        base=origin,
-        images=str(kept.path),
-        real=_real(Path(images), len(real), (height, width)) if images is not None else None,
-        samples=count,
-        prompts={"file": str(prompts) if isinstance(prompts, str | Path) else None, "count": len(given)},
-        height=height,
-        width=width,
-        seeds=(sampling.seed, sampling.seed + count - 1),
-        sampling={name: how[name] for name in ("steps", "guidance", "dtype")},
-        metrics=tuple(_measured(metric, kept) for metric in chosen),
-    )
-    write_text(file, json.dumps(found.to_dict(), indent=2))
+    with alone_in(kept.path, "evaluates into", ConfigError):
+        kept.open({"checkpoint": sha256(place / INDEX), "base": origin, "prompts": given, **how})
+        kept.make(lambda: open_sampler(folder, base, sampling), progress)
+        height, width = kept.size()
+        found = Evaluation(
+            model=str(folder),
+            base=origin,
+            images=str(kept.path),
+            real=_real(Path(images), len(real), (height, width)) if images is not None else None,
+            samples=count,
+            prompts={"file": str(prompts) if isinstance(prompts, str | Path) else None, "count": len(given)},
+            height=height,
+            width=width,
+            seeds=(sampling.seed, sampling.seed + count - 1),
+            sampling={name: how[name] for name in ("steps", "guidance", "dtype")},
+            metrics=tuple(_measured(metric, kept) for metric in each(chosen, "judging images", len(chosen))),
+        )
+        write_text(file, json.dumps(found.to_dict(), indent=2))
     return found
+
+
+def _device(name: str | None) -> torch.device:
+    """Find a device; by default CUDA, if there is any.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+    return device
 
 
 def _check_count(metrics: Sequence[Metric], count: int) -> None:
@@ -161,7 +186,7 @@ def _real(folder: Path, count: int, size: tuple[int, int]) -> dict[str, Any]:
     return {"folder": str(folder), "count": count, "resize": f"scaled by Lanczos' filter to cover {size[0]} x {size[1]} px, middle kept"}
 
 
-def _measured(metric: Metric, images: ImageFolder) -> MetricResult:
+def _measured(metric: Metric, images: SampledImages) -> MetricResult:
     values = metric.measure(images)
     return MetricResult(
         metric.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from edit_compile.frozen import Frozen
 from edit_compile.ir.tokens import Grid, TokenLayout
@@ -158,6 +158,7 @@ class PlanData(_Data):
         grid: where the image tokens' grid comes from in each call.
         inputs: describes the example inputs (shapes, dtypes, constants) it was made with.
         passes: those that made it, over the model's graph and over the graph of every distinct site.
+        min_tokens: the number of image tokens below which a converted model runs as the original; 0 for never.
     """
 
     version: int = PLAN_VERSION
@@ -166,6 +167,7 @@ class PlanData(_Data):
     grid: GridSource
     inputs: dict[str, Any]
     passes: tuple[PassRecord, ...] = ()
+    min_tokens: NonNegativeInt = 0
 
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:

@@ -162,7 +162,8 @@ def _locations(found: Iterable[Row]) -> list[str]:
 
 def _footnotes(plan: PlanData, names: SymbolNames) -> list[str]:
     notes = ["; ".join(f"{name}: {meaning}" for name, meaning in names.meanings.items())] if names.meanings else []
-    return [*notes, _GIVE_GRID] if plan.grid.kind == "given" and plan.rewritten else notes
+    notes += [_GIVE_GRID] if plan.grid.kind == "given" and plan.rewritten else []
+    return [*notes, f"below {plan.min_tokens:,} image tokens it runs as the original (min_tokens)"] if plan.min_tokens else notes
 
 
 def _labels(found: Iterable[Row]) -> dict[tuple[str, str], str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor, fx
@@ -26,11 +26,14 @@ from edit_compile.passes.build_design import check_output, design_code
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture, capture, what_failed
 from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
+from edit_compile.passes.forward_alone import forward_alone
 from edit_compile.passes.graph_walk import module_path, op_name, operand, operands, shape_of
 from edit_compile.passes.site_axes import seed_axes
-from edit_compile.passes.site_graph import ADDED, IMAGE, Refused, SiteGraph, example_grid
+from edit_compile.passes.site_graph import ADDED, IMAGE_SOURCE, Refused, SiteGraph, example_grid
 
 _PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum")
+_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split()  # noqa: SIM905
+_MOST_TOKENS = 2**20  # of an image that is made larger until its design does not allow all by all
 _SOFTMAX_ATTENTION = "scaled_dot_product"  # in the name of every kernel for it
 
 Allows = Callable[[int, int], bool]  # may one product pair so many image tokens with so many?
@@ -72,7 +75,7 @@ def audit(captured: Capture, rewritten: Mapping[str, Allows]) -> Audit:
         if site is None or node.op != "call_function":
             continue
         seen.add(site)
-        if _is_product(node):
+        if _is_product(node, tokens):
             products += 1
             findings += [f"{site}: {finding}" for finding in _forbidden(node, tokens, rewritten[site])]
     findings += [f"{site}: no attention was found at it" for site in rewritten if site not in seen]
@@ -118,20 +121,39 @@ def audit_site(site: SiteGraph) -> int:
     if found != wanted:
         raise Refused(f"rewritten, the site returns tensors of shapes {found}, not {wanted}")
     canonicalize(again.graph)
-    tokens = TokenMap(flow_axes(again.graph, lambda node: seed_axes(node, again, site)), frozenset({IMAGE}))
-    design, options = type(site.chosen), site.choice.options
+    tokens = TokenMap(flow_axes(again.graph, lambda node: seed_axes(node, again, site)), frozenset({IMAGE_SOURCE}))
+    with design_code(site, "allows"):
+        products, findings = _judged(again.graph, tokens, site, grid)
+        larger = _larger_grid(site, grid)
+    if not findings and larger is not None and site.plan.kind == "attention":
+        _, findings = _judged(*forward_alone(site, larger), site, larger)
+    if findings:
+        name = site.chosen.name
+        raise AuditError(f"{site.plan.path}: the design {name!r} is not what it says: {findings[0]}, which its `allows` refuses")
+    return products
+
+
+def _judged(graph: fx.Graph, tokens: TokenMap, site: SiteGraph, grid: tuple[int, ...]) -> tuple[int, list[str]]:
+    """Count the products of a graph, and list what is wrong with it where the image tokens are on that grid."""
 
     def allows(rows: int, columns: int) -> bool:
-        return design.allows(rows, columns, grid, options)
+        return site.chosen.allows(rows, columns, grid, site.choice.options)
 
-    products = [node for node in again.graph.nodes if _is_product(node)]
-    with design_code(site, "allows"):
-        findings = [finding for node in products for finding in _forbidden(node, tokens, allows)]
-        if not allows(math.prod(grid), math.prod(grid)):
-            findings += _all_by_all(again.graph, tokens, math.prod(grid))
-    if findings:
-        raise AuditError(f"{site.plan.path}: the design {design.name!r} is not what it says: {findings[0]}, which its `allows` refuses")
-    return len(products)
+    products = [node for node in graph.nodes if _is_product(node, tokens)]
+    findings = [finding for node in products for finding in _forbidden(node, tokens, allows)]
+    if not allows(math.prod(grid), math.prod(grid)):
+        findings += _all_by_all(graph, tokens, math.prod(grid))
+    return len(products), findings
+
+
+def _larger_grid(site: SiteGraph, grid: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return a multiple of the example's grid on which the design does not allow all by all, if it does on the example's, as windows do."""
+    larger, options = grid, site.choice.options
+    while site.chosen.allows(math.prod(larger), math.prod(larger), larger, options):
+        larger = tuple(2 * n for n in larger)
+        if math.prod(larger) > _MOST_TOKENS:
+            return None
+    return larger if larger != grid else None
 
 
 def _captured_again(site: SiteGraph, grid: tuple[int, ...]) -> Capture:
@@ -154,7 +176,7 @@ def _result_shapes(graph: fx.Graph) -> list[list[int]]:
 
 
 def _probe(site: SiteGraph, grid: tuple[int, ...]) -> torch.nn.Module:
-    """The site's module as conversion would make it, for one grid, without a teacher."""
+    """Make the site's module as conversion would make it, for one grid, without a teacher."""
     shape: Tensor = torch.empty((), device="meta").expand(grid)
     methods = {
         "forward": site.forward,
@@ -174,12 +196,17 @@ def _site_of(node: fx.Node, sites: Mapping[str, Allows]) -> str | None:
     return path or None
 
 
-def _is_product(node: fx.Node) -> bool:
-    return node.op == "call_function" and (_SOFTMAX_ATTENTION in op_name(node) or op_name(node) in _PRODUCTS)
+def _is_product(node: fx.Node, tokens: TokenMap) -> bool:
+    """Say whether a node multiplies tensors; a linear or convolutional layer does if its weight is made of image tokens."""
+    name = op_name(node)
+    if node.op != "call_function" or _SOFTMAX_ATTENTION in name or name in _PRODUCTS:
+        return node.op == "call_function"
+    weight = tokens.axes.get(operand(node, 1)) if name == "linear" or name in _CONVOLUTIONS else None
+    return isinstance(weight, tuple) and any(_image_tokens(axis, tokens) > 1 for axis in weight)
 
 
 def _forbidden(node: fx.Node, tokens: TokenMap, allows: Allows) -> Iterator[str]:
-    """What is wrong with a product: axes with image tokens among those that it runs over (rows, columns, summed)."""
+    """Say what is wrong with a product: axes with image tokens among those that it runs over (rows, columns, summed)."""
     for a, b in _axes_run_over(node, tokens):
         rows, columns = _image_tokens(a, tokens), _image_tokens(b, tokens)
         if rows > 1 and columns > 1 and not allows(rows, columns):
@@ -189,7 +216,7 @@ def _forbidden(node: fx.Node, tokens: TokenMap, allows: Allows) -> Iterator[str]
 
 
 def _all_by_all(graph: fx.Graph, tokens: TokenMap, count: int) -> Iterator[str]:
-    """What is quadratic without a matrix product: tensors with two dimensions that hold all image tokens each."""
+    """Find what is quadratic without a matrix product: tensors with two dimensions that hold all image tokens each."""
     for node in graph.nodes:
         axes = tokens.axes.get(node)
         if node.op == "call_function" and isinstance(axes, tuple) and sum(_image_tokens(axis, tokens) >= count for axis in axes) > 1:
@@ -200,15 +227,19 @@ def _axes_run_over(node: fx.Node, tokens: TokenMap) -> Iterable[tuple[Axis, Axis
     name = op_name(node)
     if name == "einsum":
         return combinations(_einsum_axes(node, tokens), 2)
-    first = 0 if _SOFTMAX_ATTENTION in name else len(node.args) - 2
+    first = len(node.args) - 2 if name in _PRODUCTS else 0
     left, right = (axes_of(operand(node, index), tokens.axes) for index in (first, first + 1))
     if _SOFTMAX_ATTENTION in name:
         return [(left[-2], right[-2])]
+    if name in _CONVOLUTIONS:
+        return [(left[1], right[0]), *product(left[2:], (left[1], right[0], *right[2:]))]
+    if name == "linear":
+        return [(left[-1], right[0]), *product(left[:-1], (left[-1], right[0]))]
     return [] if min(len(left), len(right)) < 2 else [(left[-2], left[-1]), (left[-2], right[-1]), (right[-2], right[-1])]
 
 
 def _einsum_axes(node: fx.Node, tokens: TokenMap) -> list[Axis]:
-    """The axis of every letter but those of the batch, which all operands and the result have."""
+    """Return the axis of every letter but those of the batch, which all operands and the result have."""
     terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
     letters: dict[str, Axis] = {}
     for term, each in zip(terms.split(","), operands(node, 1), strict=True):
@@ -218,5 +249,5 @@ def _einsum_axes(node: fx.Node, tokens: TokenMap) -> list[Axis]:
 
 
 def _image_tokens(axis: Axis, tokens: TokenMap) -> int:
-    """How many image tokens an axis holds; a channel axis has none, whatever it was computed from."""
+    """Count the image tokens that an axis holds; a channel axis has none, whatever it was computed from."""
     return axis_size(tuple(segment for segment in axis if tokens.kind(segment) is TokenKind.IMAGE))

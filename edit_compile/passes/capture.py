@@ -302,7 +302,7 @@ def call_arguments(
             for path in paths:
                 structure.get_submodule(path).register_forward_pre_hook(_recorder(received, path), with_kwargs=True)
             try:
-                with capturing(module, one_device=one_device), torch.no_grad():
+                with capturing(structure, one_device=one_device), torch.no_grad():
                     run(structure, meta_inputs(dict(inputs), probe))
                 return CallArguments(received, probe)
             except Exception as error:

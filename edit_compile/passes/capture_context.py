@@ -67,7 +67,7 @@ def capturing(module: nn.Module, relaxed: Relaxed | None = None, *, one_device: 
         one_device: make tensors on the meta device that the module makes on none in particular, as it may if it runs on the CPU only.
     """
     with _one_at_a_time, ExitStack() as stack:
-        stack.enter_context(native_attention())
+        stack.enter_context(native_attention(module))
         stack.enter_context(eager_instead_of_compiled())
         stack.enter_context(export_unseen())
         stack.enter_context(constants_with_content())

@@ -20,7 +20,7 @@ from edit_compile.passes.axes.algebra import Axis, Value, axes_of, axis_size, ex
 from edit_compile.passes.graph_walk import argument, number, op_name, operand, shape_of, upstream
 from edit_compile.passes.op_traits import is_pointwise
 from edit_compile.passes.site_axes import SegmentEnds, grid_dimension, image_dims
-from edit_compile.passes.site_graph import IMAGE, Refused, image_place, is_image
+from edit_compile.passes.site_graph import IMAGE_SOURCE, Refused, image_place, is_image
 from edit_compile.passes.token_cuts import add, size_of
 
 aten = torch.ops.aten
@@ -219,7 +219,7 @@ def thinned_sizes(grid: torch.Tensor, stride: Sequence[int]) -> tuple[int, ...]:
 
 def _image_span(axis: Axis) -> tuple[int, int]:
     """Return the first and last-plus-one position of the image tokens along an axis, in the example."""
-    images = [i for i, segment in enumerate(axis) if IMAGE in segment.all_sources]
+    images = [i for i, segment in enumerate(axis) if IMAGE_SOURCE in segment.all_sources]
     return axis_size(axis[: images[0]]), axis_size(axis[: images[-1] + 1])
 
 

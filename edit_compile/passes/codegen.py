@@ -210,7 +210,8 @@ class InputContract:
             *(f"not {condition}" if condition.isidentifier() else f"not ({condition})" for condition in conditions_on(open_numbers)),
             *(_differs(p.name, p.default) for p in left_out if _comparable(p.default)),
         ]
-        return {code: code for code in same_as_code} | self._surplus() | self._fixed_sizes()
+        missing = [f"{leaf.code} is None" for leaf in leaves if leaf.read and isinstance(leaf.value, torch.Tensor)]
+        return {code: code for code in same_as_code} | self._surplus() | {code: code for code in missing} | self._fixed_sizes()
 
     def _fixed_sizes(self) -> dict[str, str]:
         """List the conditions for sizes that are numbers in the graph: channels, and what the module needs as a plain number."""

@@ -32,7 +32,7 @@ class FeedForward:
 
     @property
     def source(self) -> fx.Node:
-        """What enters: (B, N, C)."""
+        """Return what enters: (B, N, C)."""
         return operand(self.hidden[0], 0)
 
 
@@ -50,7 +50,7 @@ def find_feed_forward(graph: fx.Graph) -> list[FeedForward]:
 
 
 def _hidden_of(output: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The first projections of the network that ends in this one; None if it is the end of none."""
+    """Find the first projections of the network that ends in this one; None if it is the end of none."""
     start = operand(output, 0)
     inside = list(upstream(start, enter=lambda at: not is_linear(at) and at.op in ("call_function", "call_module")))
     hidden = tuple(at for at in inside if is_linear(at))
@@ -63,7 +63,7 @@ def _hidden_of(output: fx.Node) -> tuple[fx.Node, ...] | None:
 
 
 def _token_wise(node: fx.Node) -> bool:
-    """Whether a node treats tokens and channels one by one, or is a collapsed activation; parameters and constants pass."""
+    """Say whether a node treats tokens and channels one by one, or is a collapsed activation; parameters and constants pass."""
     if node.op in ("placeholder", "get_attr"):
         return node.op == "get_attr"
     return node.op == "call_module" or op_name(node) in _VIEWS or op_name(node) in _LINEAR_OPS or is_pointwise(node)
@@ -74,7 +74,7 @@ def _nonlinear(node: fx.Node) -> bool:
 
 
 def _called_path(nodes: list[fx.Node]) -> str:
-    """The innermost module whose call holds all the nodes. A ModuleList has no call, so it is none."""
+    """Find the innermost module whose call holds all the nodes. A ModuleList has no call, so it is none."""
     stacks = [[path for path, _ in (node.meta.get("nn_module_stack") or {}).values()] for node in nodes]
     shared = ""
     for level in zip(*stacks, strict=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -101,7 +101,7 @@ class GridFinder:
                 grid, sizes = Grid(numbers.expressions), numbers.sizes
         if grid is None:
             sizes = self._sizes_in_ids(plan)
-        return Candidate(plan.model_copy(update={"grid": grid, "grid_sizes": sizes}), candidate.choices)
+        return replace(candidate, plan=plan.model_copy(update={"grid": grid, "grid_sizes": sizes}))
 
     def _depends_on_numbers(self, grid: Grid) -> bool:
         """Say whether a grid follows from numbers among the inputs, or is as constant as they were in the capture."""

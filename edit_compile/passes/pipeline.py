@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from edit_compile.passes.analysis import ANALYSIS, AnalysisPass
 from edit_compile.passes.capture import what_failed
 from edit_compile.passes.site_graph import SitePass
 from edit_compile.passes.site_passes import SITE_PASSES
+from edit_compile.progress import working
 
 log = logging.getLogger(__name__)
 State = TypeVar("State")
@@ -65,7 +67,8 @@ def run_passes(
     records = []
     for run in passes:
         start = time.perf_counter()
-        count = _run(run, state, graph_name, graph)
+        with working(f"planning: {run.__name__.replace('_', ' ')}") if graph_name == "model" else nullcontext():
+            count = _run(run, state, graph_name, graph)
         nodes = len(graph(state).nodes)
         records.append(PassRecord(name=run.__name__, graph=graph_name, count=count, nodes=nodes))
         log.debug("%s on %s: %d, %d nodes, %.0f ms", run.__name__, graph_name, count, nodes, 1000 * (time.perf_counter() - start))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import fx
@@ -26,10 +26,15 @@ MAX_GRID_DIMS = 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site and the designs to try at it, in order; none for a site that is kept, whose plan says why."""
+    """A site and the designs to try at it, in order; none for a site that is kept, whose plan says why.
+
+    Attributes:
+        beside: the paths of the attention beside a feed-forward network: what their designs bring is tried only with these designs.
+    """
 
     plan: SitePlan
     choices: tuple[Choice, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def plan_sites(
@@ -54,8 +59,8 @@ def plan_sites(
     others: list[str] = []  # the paths of networks that no rule converts
     if any(choice.design is not None and choice.design.kind == "feed_forward" for choice in choices):
         others = [network.path for network in networks if network.path]
-        attended = [candidate.plan.path for candidate in found if candidate.choices]
-        found += [c for network in networks if (c := _of_network(network, tokens, config, choices, attended)) is not None]
+        of_networks = (_of_network(network, tokens, config, choices, found) for network in networks)
+        found += [candidate for candidate in list(of_networks) if candidate is not None]
     found += [Candidate(plan) for plan in _other_sites(graph, tokens, {candidate.plan.path for candidate in found})]
     _check_globs([*(candidate.plan.path for candidate in found), *others], config)
     return found
@@ -107,42 +112,79 @@ def _of_attention(facts: _Facts, config: LinearizeConfig, choices: Sequence[Choi
 
 
 def _of_network(
-    network: FeedForward, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice], attended: Sequence[str]
+    network: FeedForward, tokens: TokenMap, config: LinearizeConfig, choices: Sequence[Choice], attention: Sequence[Candidate]
 ) -> Candidate | None:
-    """A candidate for a network over image tokens; None for one over other things.
-
-    Args:
-        attended: the paths of attention that is to be rewritten: a network in a module around it would be rewritten with it as it was.
-    """
+    """Make a candidate for a network over image tokens; None for one over other things, and one that nothing could be for."""
     axes = tokens.axes.get(network.source)
     if not isinstance(axes, tuple) or len(axes) < 2 or not tokens.layout(axes[-2])[0].has(TokenKind.IMAGE):
         return None
     plan = _site_plan(network.path, axes[-2], axes[-2], tokens, index=network.index, kind="feed_forward")
     own = _chosen(plan, config, choices)
     if not own.choices:
-        return None
+        return own if any(choice.brought_by is not None for choice in choices) else None
     runs = sum(s.kind is TokenKind.IMAGE for s in plan.query_layout.segments)
     reason = _outside(network.path) or (f"its input has {len(axes)} dimensions, not (batch, tokens, channels)" if len(axes) != 3 else None)
     reason = reason or ("the image tokens are in several runs" if runs != 1 else _unknown_start(plan.query_layout))
+    # A network in a module around attention that is to be rewritten would be rewritten with it as it was.
+    attended = [candidate.plan.path for candidate in attention if candidate.choices]
     inside = next((path for path in attended if path == plan.path or path.startswith(f"{plan.path}.")), None)
     if reason is None and inside is not None:
         reason = f"its module holds attention that is to be rewritten, at {inside}"
-    return Candidate(plan.kept(reason, refusal(reason, network.output))) if reason is not None else own
+    if reason is not None:
+        return Candidate(plan.kept(reason, refusal(reason, network.output)))
+    return replace(own, beside=attention_beside(plan.path, [candidate.plan.path for candidate in attention]))
+
+
+def attention_beside(path: str, attention: Sequence[str]) -> tuple[str, ...]:
+    """Find the attention in the innermost module around a network that holds any; what is in another element of a list is not beside it."""
+    around = path
+    while around:
+        around = around.rpartition(".")[0]
+        inside = tuple(other for other in attention if (other.startswith(f"{around}.") if around else "." not in other))
+        if inside:
+            return inside
+        if around.rpartition(".")[2].isdigit():
+            return ()
+    return ()
+
+
+def with_companions(candidate: Candidate, planned: Mapping[str, SitePlan]) -> Candidate:
+    """Drop the choices that designs bring from a network beside which no attention has got these designs.
+
+    Args:
+        planned: the plans of all attention, by path.
+    """
+    beside = [planned[path] for path in candidate.beside]
+    choices = tuple(c for c in candidate.choices if c.brought_by is None or any(_is_of(plan, c.brought_by) for plan in beside))
+    if choices or not candidate.choices:
+        return replace(candidate, choices=choices)
+    first = candidate.choices[0]
+    assert first.design is not None
+    assert first.brought_by is not None
+    assert first.brought_by.design is not None
+    bringing = first.brought_by.design.name
+    return Candidate(candidate.plan.kept(f"{first.design.name} comes with {bringing}, and no attention beside this network has got that"))
+
+
+def _is_of(plan: SitePlan, choice: Choice) -> bool:
+    assert choice.design is not None
+    return plan.action == choice.design.name and plan.options == choice.options.model_dump(mode="json")
 
 
 def _chosen(plan: SitePlan, config: LinearizeConfig, choices: Sequence[Choice]) -> Candidate:
     if not any(fnmatchcase(plan.path, glob) for glob in config.include) or any(fnmatchcase(plan.path, glob) for glob in config.exclude):
         return Candidate(plan.kept("left out by include and exclude"))
-    own = [c for c in choices if fnmatchcase(plan.path, c.paths) and (c.design is None or c.design.kind == plan.kind)]
+    named = [choice for choice in choices if fnmatchcase(plan.path, choice.paths)]
+    own = [choice for choice in named if choice.design is None or choice.design.kind == plan.kind]
     if not own:
-        return Candidate(plan.kept(_not_named(plan, choices)))
+        return Candidate(plan.kept(_not_named(plan, [choice for choice in named if choice.brought_by is None])))
     if own[0].design is None:
         return Candidate(plan.kept(own[0].reason or f"kept by the rule for {own[0].paths!r}"))
     return Candidate(plan, tuple(own))
 
 
-def _not_named(plan: SitePlan, choices: Sequence[Choice]) -> str:
-    other = next((c.design for c in choices if fnmatchcase(plan.path, c.paths) and c.design is not None), None)
+def _not_named(plan: SitePlan, named: Sequence[Choice]) -> str:
+    other = next((choice.design for choice in named if choice.design is not None), None)
     if other is None:
         return "no rule names it"
     return f"the design {other.name!r} is for sites of kind {other.kind}, this one is of kind {plan.kind}"

@@ -22,6 +22,7 @@ from edit_compile.passes.pipeline import Passes, run_passes
 from edit_compile.passes.plan_sites import Candidate
 from edit_compile.passes.relate_sizes import capture_model
 from edit_compile.passes.site_compiler import SiteCompiler, SiteForward, compile_sites
+from edit_compile.progress import working
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def compile_plan(model: nn.Module, inputs: Mapping[str, Any], config: LinearizeC
         AuditError: a design is not what it says.
     """
     passes = _checked(passes)
-    captured, inputs = capture_model(model, inputs)
+    with working(f"capturing {type(model).__name__}"):
+        captured, inputs = capture_model(model, inputs)
     analysis = Analysis(captured, config)
     records = run_passes(passes.analysis, analysis, "model", lambda at: at.captured.graph)
     _require_batch(analysis.captured)

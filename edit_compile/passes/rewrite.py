@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from edit_compile.designs.base import QKV, Tap, tokens_of
+from edit_compile.designs.ops.key_masks import as_key_mask
 from edit_compile.designs.ops.token_spans import cut_image, on_images, sample_axis
 from edit_compile.ir.plan import Refusal
 from edit_compile.ir.site import Place, Site
@@ -250,7 +251,7 @@ def insert_taps(site: SiteGraph) -> int:
 
 
 def _tap_names(site: SiteGraph) -> dict[int, str]:
-    """Where each tap's module is below the site, by identity."""
+    """Say where each tap's module is below the site, by identity."""
     return {id(module): f"{ADDED}.{path}" for path, module in site.chosen.named_modules()}
 
 
@@ -350,7 +351,7 @@ def replace_core(site: SiteGraph) -> int:
 def _replace_attention(site: SiteGraph, attention: Attention) -> None:
     graph, stride = site.graph, next((tap.stride for tap in site.taps if tap.stride), ())
     with graph.inserting_before(attention.node):
-        mask = _row(site, attention.mask) if site.plan.mask != "none" else None
+        mask = _key_mask(site, attention) if site.plan.mask != "none" else None
         short = _sampled(site, mask, axes_of(attention.key, site.axes)[-2], stride) if stride and mask is not None else mask
         operands = tuple(site.operands[name] for name in _OPERANDS)
         own = (operands[0], attention.key, attention.value, mask)  # the model's own query would be computed for nothing
@@ -367,7 +368,7 @@ def _replace_attention(site: SiteGraph, attention: Attention) -> None:
 
 
 def _layout(layout: TokenLayout) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
-    """The kinds and lengths of a layout's segments: None for the image, and for what remains; unknown neighbours are one segment."""
+    """Return the kinds and lengths of a layout's segments: None for the image, and for what remains; unknown neighbours are one segment."""
     kinds: list[str] = []
     lengths: list[int | None] = []
     for segment in layout.segments:
@@ -379,25 +380,38 @@ def _layout(layout: TokenLayout) -> tuple[tuple[str, ...], tuple[int | None, ...
     return tuple(kinds), tuple(lengths)
 
 
-def _row(site: SiteGraph, mask: fx.Node | None) -> fx.Node | None:
-    """A mask with one row for all queries, where it is the same for all.
+def _key_mask(site: SiteGraph, attention: Attention) -> fx.Node | None:
+    """Return the mask in four dimensions, with all keys in the last one, and in one row where it is the same for all queries."""
+    mask, key = attention.mask, attention.key
+    if mask is None:
+        return None
+    shape, keys = shape_of(mask) or (), (shape_of(key) or ())[2]
+    if len(shape) == 4 and (hint(shape[-1]) > 1 or hint(keys) == 1):
+        return _row(site, mask, mask)
+    full = site.graph.call_function(as_key_mask, (mask, key))
+    full.meta = {**mask.meta, "val": as_key_mask(mask.meta["val"], key.meta["val"])}
+    return _row(site, mask, full)
+
+
+def _row(site: SiteGraph, mask: fx.Node, full: fx.Node) -> fx.Node:
+    """Return a mask with one row for all queries, where it is the same for all.
 
     Queries that are masked as a whole, as padding in front of the others, do not count: the row is that of the others.
+
+    Args:
+        full: the mask in four dimensions.
     """
-    if mask is None or site.plan.mask != "by_key" or hint((shape_of(mask) or (1, 1))[-2]) == 1:
-        return mask
-    value: torch.Tensor = mask.meta["val"]
+    value: torch.Tensor = full.meta["val"]
+    if site.plan.mask != "by_key" or hint(value.shape[-2]) == 1:
+        return full
     if same_for_all_queries(mask, mask, but_masked=False):
-        row = site.graph.call_function(aten.slice.Tensor, (mask, -2, 0, 1))
+        row = site.graph.call_function(aten.slice.Tensor, (full, -2, 0, 1))
     else:
-        row = site.graph.call_function(aten.any.dim if value.dtype is torch.bool else aten.amax.default, (mask, -2, True))
-    row.meta = {**mask.meta, "val": value[..., :1, :]}
+        row = site.graph.call_function(aten.any.dim if value.dtype is torch.bool else aten.amax.default, (full, -2, True))
+    row.meta = {**full.meta, "val": value[..., :1, :]}
     return row
 
 
 def _sampled(site: SiteGraph, mask: fx.Node, keys: Axis, stride: tuple[int, ...]) -> fx.Node:
-    """A mask for thinned keys. Its last dimension is the keys', whatever it was made of: inputs, or ones that the site makes itself."""
-    shape = shape_of(mask) or ()
-    if hint(shape[-1]) == 1:
-        return mask
-    return site.graph.call_function(sample_axis, (mask, len(shape) - 1, site.grid, *image_place(keys), stride))
+    """Sample a mask for thinned keys. Its last dimension is the keys', whatever the site makes it of."""
+    return site.graph.call_function(sample_axis, (mask, 3, site.grid, *image_place(keys), stride))

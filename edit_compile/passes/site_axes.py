@@ -16,7 +16,7 @@ from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.axes.algebra import Axes, Axis, AxisSegment, axis_size, expression, hint
 from edit_compile.passes.capture import Capture
 from edit_compile.passes.graph_walk import shape_of
-from edit_compile.passes.site_graph import IMAGE, SiteGraph, is_image
+from edit_compile.passes.site_graph import IMAGE_SOURCE, SiteGraph, is_image
 
 _BATCH = "batch"  # the source of the batch
 _OTHERS = "others"  # the source of tokens that are not image tokens
@@ -136,7 +136,7 @@ def _runs(segments: Axis) -> Iterator[Axis]:
     """Yield the whole, the single segments, and then the runs in which the image is."""
     yield segments
     yield from ((segment,) for segment in segments)
-    images = [i for i, segment in enumerate(segments) if IMAGE in segment.all_sources]
+    images = [i for i, segment in enumerate(segments) if IMAGE_SOURCE in segment.all_sources]
     for at in images[:1]:
         for low in range(at + 1):
             yield from (segments[low:high] for high in range(at + 1, len(segments) + 1))
@@ -145,15 +145,15 @@ def _runs(segments: Axis) -> Iterator[Axis]:
 def _image_segment(size: int, expr: str, grid: Sequence[int]) -> AxisSegment:
     """Make the segment of the image tokens, composed of the grid's dimensions where these are known."""
     dims = tuple((_of_grid(n, i),) for i, n in enumerate(grid)) if len(grid) > 1 and math.prod(grid) == size else ()
-    return AxisSegment(size, expr, frozenset({IMAGE}), dims)
+    return AxisSegment(size, expr, frozenset({IMAGE_SOURCE}), dims)
 
 
 def _of_grid(size: Any, index: int) -> AxisSegment:
-    return AxisSegment(hint(size), expression(size), frozenset({IMAGE, _grid_source(index)}))
+    return AxisSegment(hint(size), expression(size), frozenset({IMAGE_SOURCE, _grid_source(index)}))
 
 
 def _grid_source(index: int) -> str:
-    return f"{IMAGE} {index}"  # of one dimension of the grid
+    return f"{IMAGE_SOURCE} {index}"  # of one dimension of the grid
 
 
 def _batch(size: Any) -> Axis:
@@ -212,7 +212,7 @@ def _are_grid(axes: Axes, dims: Sequence[int], grid: Sequence[int]) -> bool:
 
 
 def _only_of_grid(axis: Axis, index: int) -> bool:
-    grid_sources = {source for segment in axis for source in segment.all_sources if source.startswith(f"{IMAGE} ")}
+    grid_sources = {source for segment in axis for source in segment.all_sources if source.startswith(f"{IMAGE_SOURCE} ")}
     return len(axis) == 1 and grid_sources == {_grid_source(index)}
 
 
@@ -244,7 +244,7 @@ class SegmentEnds:
         for node in graph.nodes:
             if node.op == "placeholder" and isinstance(axes.get(node), tuple):
                 for axis, size in zip(axes[node], shape_of(node) or (), strict=True):
-                    if any(segment.all_sources & {IMAGE, _OTHERS} for segment in axis):
+                    if any(segment.all_sources & {IMAGE_SOURCE, _OTHERS} for segment in axis):
                         sizes.setdefault(axis, size)
         _add_numbers(sizes, graph, grid, tuple(segment for run in sizes for segment in run))
         return cls(sizes)
@@ -270,7 +270,7 @@ def _add_numbers(sizes: dict[Axis, Any], graph: fx.Graph, grid: Sequence[int], s
     dims = [by_hint[size] for size in grid if size in by_hint]
     for segment in segments:
         counted = by_hint.get(segment.size)
-        if counted is None and IMAGE in segment.all_sources and len(dims) == len(grid) > 1 and math.prod(grid) == segment.size:
+        if counted is None and IMAGE_SOURCE in segment.all_sources and len(dims) == len(grid) > 1 and math.prod(grid) == segment.size:
             counted = reduce(operator.mul, dims)
         if counted is not None:
             sizes.setdefault((segment,), counted)

@@ -17,9 +17,10 @@ from edit_compile.ir.plan import PassRecord, Refusal, SitePlan
 from edit_compile.ir.site import Site
 from edit_compile.passes.capture import PROBE_DTYPE, CallArguments, call_arguments
 from edit_compile.passes.pipeline import Passes, run_passes
-from edit_compile.passes.plan_sites import Candidate, decided, refused
+from edit_compile.passes.plan_sites import Candidate, decided, refused, with_companions
 from edit_compile.passes.site_graph import Declined, Refused, SiteGraph
 from edit_compile.passes.structural_hash import structural_hash
+from edit_compile.progress import each, working
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class SiteForward:
 
     def build(self, path: str) -> Design:
         """Make the module of the site at a path."""
-        return self.design(replace(self.site, path=path), self.options)
+        built = self.design(replace(self.site, path=path), self.options)
+        built.built_for = replace(self.site, path=""), self.options
+        return built
 
 
 @dataclass(frozen=True)
@@ -131,12 +134,16 @@ def _for_equal_sites(refusal: Refusal, path: str) -> Refusal:
 
 
 def compile_sites(compiler: SiteCompiler, candidates: Sequence[Candidate]) -> tuple[tuple[SitePlan, ...], dict[str, SiteForward]]:
-    """Compile all candidates: their plans in order, and the forwards of those that are rewritten, by path."""
-    compiler.prepare(candidate.plan.path for candidate in candidates if candidate.choices)
+    """Compile all candidates, attention before the networks beside it: their plans, and the forwards of rewritten ones, by path."""
+    with working("planning: what each site receives"):
+        compiler.prepare(candidate.plan.path for candidate in candidates if candidate.choices)
     plans, forwards = [], {}
-    for candidate in candidates:
-        plan, forward = compiler.compile(candidate)
+    attention: dict[str, SitePlan] = {}
+    for candidate in each(candidates, "planning: sites", len(candidates)):
+        plan, forward = compiler.compile(with_companions(candidate, attention))
         plans.append(plan)
+        if plan.kind == "attention":
+            attention[plan.path] = plan
         if forward is not None:
             forwards[plan.path] = forward
     return tuple(plans), forwards

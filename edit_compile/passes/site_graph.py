@@ -21,7 +21,7 @@ from edit_compile.passes.find_attention import Attention
 from edit_compile.passes.find_feed_forward import FeedForward
 from edit_compile.passes.graph_walk import source_line
 
-IMAGE = "image"  # the source that image tokens are said to come from in a site's own graph
+IMAGE_SOURCE = "image"  # the source that image tokens are said to come from in a site's own graph
 ADDED = "edit"  # the attribute of a site that its design's module becomes
 
 
@@ -104,12 +104,12 @@ def example_grid(plan: SitePlan) -> tuple[int, ...]:
 
 def is_image(axis: Axis) -> bool:
     """Say whether an axis of a site's graph holds image tokens."""
-    return any(IMAGE in segment.all_sources for segment in axis)
+    return any(IMAGE_SOURCE in segment.all_sources for segment in axis)
 
 
 def image_place(axis: Axis) -> tuple[int | None, int | None]:
     """Count the tokens before and after the image in an axis; None where it varies from call to call."""
-    at = next(i for i, segment in enumerate(axis) if IMAGE in segment.all_sources)
+    at = next(i for i, segment in enumerate(axis) if IMAGE_SOURCE in segment.all_sources)
     return known_length(axis[:at]), known_length(axis[at + 1 :])
 
 

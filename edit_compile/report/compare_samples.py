@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from edit_compile.adapters.pipelines import dtype_kwarg, origin_of
 from edit_compile.api import teacher
 from edit_compile.demo import models as demo
 from edit_compile.errors import ConfigError
+from edit_compile.progress import each, working
 from edit_compile.report.image_grid import animated_grid, image_format, image_grid, save_image
 from edit_compile.student.checkpoint import base_of, load, load_pipeline
 
@@ -73,6 +76,10 @@ class Samples:
         frames = animated_grid(self.prompts, self._columns) if moves else [self.image()]
         save_image(frames[0], Path(path), *frames[1:])
 
+    def _repr_png_(self) -> bytes:
+        self.image().save(file := io.BytesIO(), "PNG")
+        return file.getvalue()
+
     @property
     def _columns(self) -> list[tuple[str, tuple[np.ndarray, ...]]]:
         return [("teacher", self.teacher), *([("student", self.student)] if self.student else [])]
@@ -99,9 +106,10 @@ def sample(student: Any, prompts: str | Sequence[str], *, base: str | Path | Non
     if str(student) in demo.SOURCES:
         _, sample_many = _demo_sampler(str(student), lambda: load_model(str(student)).model, chosen)
         return Samples(prompts, tuple(sample_many(prompts, range(chosen.seed, chosen.seed + len(prompts)))), ())
-    model, sample_many = open_sampler(student, base, chosen)
+    with working("loading teacher and student"):
+        model, sample_many = open_sampler(student, base, chosen)
     pairs = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(each(prompts, "sampling: prompts", len(prompts))):
         (after,) = sample_many([prompt], [chosen.seed + number])
         with teacher(model):
             pairs.append((*sample_many([prompt], [chosen.seed + number]), after))
@@ -131,7 +139,7 @@ def open_sampler(student: Any, base: str | Path | None, options: SampleOptions) 
         source = base or base_of(student)
         if source in demo.SOURCES:
             return _demo_sampler(str(source), lambda: load(student), options)
-        pipe = load_pipeline(student, source, **dtype_kwarg(getattr(torch, options.dtype)))
+        pipe = load_pipeline(student, base, **dtype_kwarg(getattr(torch, options.dtype)))
         device = options.device or ("cuda" if torch.cuda.is_available() else None)
         return _pipeline_sampler(pipe if device is None else pipe.to(device), options)
     if not isinstance(student, nn.Module):
@@ -164,7 +172,8 @@ def _demo_sampler(source: str, load_student: Callable[[], nn.Module], options: S
 
 
 def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, SampleMany]:
-    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in parameters:
         raise ConfigError(f"{type(pipe).__name__} takes no prompts; sample from it as usual, and from its teacher inside ec.teacher(pipe)")
     chosen = _given(height=options.height, width=options.width, num_inference_steps=options.steps, guidance_scale=options.guidance)
 
@@ -173,12 +182,29 @@ def _pipeline_sampler(pipe: Any, options: SampleOptions) -> tuple[Any, SampleMan
         several = {"prompt": list(prompts), "generator": generators}
         one = {"prompt": prompts[0], "generator": generators[0]}
         try:
-            made = pipe(**(one if len(prompts) == 1 else several), output_type="np", **chosen)
+            with _told_of_steps(parameters, options.steps) as told:
+                made = pipe(**(one if len(prompts) == 1 else several), output_type="np", **chosen, **told)
         except ValueError as error:
             raise ConfigError(f"{type(pipe).__name__}: {error}") from error
         return list(made.frames if hasattr(made, "frames") else made.images)
 
     return pipe, sample_many
+
+
+@contextmanager
+def _told_of_steps(parameters: Mapping[str, inspect.Parameter], steps: int | None) -> Iterator[dict[str, Any]]:
+    """Yield what a pipeline's call is given, besides its own arguments, so that progress hears of its steps."""
+    if "callback_on_step_end" not in parameters:
+        yield {}
+        return
+    usual = parameters["num_inference_steps"].default if "num_inference_steps" in parameters else None
+    with working("sampling: steps", steps or (usual if isinstance(usual, int) else None)) as work:
+
+        def step_done(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            work.advance()
+            return {}
+
+        yield {"callback_on_step_end": step_done}
 
 
 def _given(**options: Any) -> dict[str, Any]:

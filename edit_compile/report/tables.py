@@ -27,6 +27,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "actions": dict(Counter(site.action for site in sites)),
         "grid": plan.grid.model_dump(),
+        "min_tokens": plan.min_tokens,
         "sizes": names.meanings,
         "sites": [
             {
@@ -54,14 +55,24 @@ def cost_table(report: CostReport) -> RenderableType:
     share = report.added / report.parameters
     lines = [*_warnings(report), f"{format_si(report.added)} parameters added to {format_si(report.parameters)} ({share:.1%})"]
     table = _plain_table("FLOPs of one forward")
-    for name in ("px", "image tokens", "text tokens", "before", "after", "ratio"):
+    predicted = ("predicted",) if report.rates is not None else ()
+    for name in ("px", "image tokens", "text tokens", "before", "after", "ratio", *predicted):
         table.add_column(name, justify="right")
     for cost in report.costs:
         style = "green" if cost.ratio >= BREAK_EVEN else "red"
         sizes = (cost.size, f"{cost.image:,}", "" if cost.text is None else f"{cost.text:,}")
-        table.add_row(*sizes, format_si(cost.before), format_si(cost.after), f"[{style}]{cost.ratio:.2f}x[/]")
+        faster = [f"{cost.seconds_before / cost.seconds_after:.2f}x"] if cost.seconds_before and cost.seconds_after else []
+        table.add_row(*sizes, format_si(cost.before), format_si(cost.after), f"[{style}]{cost.ratio:.2f}x[/]", *faster)
     errors = [f"[dim]{escape(reason)}[/]" for reason in report.errors.values()]
-    return Group(*lines, *([table] if report.costs else []), *errors)
+    return Group(*lines, *([table] if report.costs else []), *_meaning(report), *errors)
+
+
+def _meaning(report: CostReport) -> list[str]:
+    if report.rates is None:
+        return []
+    where = f", by which it pays from {report.break_even_predicted:,} image tokens on" if report.break_even_predicted else ""
+    rates = report.rates
+    return [f"[dim]predicted: speed-up of a forward, compiled, {rates.dtype}, on {escape(rates.device)}, {rates.threads} threads{where}[/]"]
 
 
 def _warnings(report: CostReport) -> list[str]:
@@ -97,6 +108,8 @@ def cost_summary(report: CostReport) -> dict[str, Any]:
         "impossible": dict(report.errors),
         "pays_from": report.break_even_tokens,
         "pixels_per_token": report.pixels_per_token,
+        "rates": report.rates and report.rates.model_dump(),
+        "predicted_to_pay_from": report.break_even_predicted,
     }
 
 

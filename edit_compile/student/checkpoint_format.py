@@ -1,7 +1,7 @@
 """The files of a checkpoint: one JSON file, which names one safetensors file and its hash.
 
-Replacing the JSON is the moment a save takes effect: killed before, the folder still holds the previous checkpoint.
-Nothing is pickled.
+Replacing the JSON is the moment a save takes effect: killed before, the folder still holds the previous checkpoint. LoRA for other
+libraries is in a folder in it, which is empty at that moment: it never holds another checkpoint's. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from edit_compile.errors import CheckpointError
@@ -23,10 +25,13 @@ from edit_compile.files import flush, sha256
 from edit_compile.frozen import Frozen, first_problem
 from edit_compile.student.fingerprint import TensorPrint
 from edit_compile.student.handle import Lora
-from edit_compile.version import __version__
+from edit_compile.student.lora import FILES, FOLDER
+from edit_compile.tensor_files import Entry, write_tensors
+from edit_compile.version import __version__, made_by_another
 
 FORMAT = 2
 INDEX = "edit_compile.json"
+WEIGHTS = "edit_compile-*.safetensors"
 HERE = "."  # as a base: the checkpoint's own folder, which also holds the original model
 
 
@@ -53,10 +58,11 @@ class Index(Frozen):
     """The hash of that file."""
 
 
-def write(folder: Path, tensors: dict[str, Tensor], **entries: Any) -> None:
+def write(folder: Path, tensors: Mapping[str, Entry], others: dict[str, bytes], **entries: Any) -> None:
     """Write a checkpoint in the place of the one in a folder, at once or not at all.
 
     Args:
+        others: by name, the files of its LoRA for other libraries, some of `lora.FILES`.
         entries: of the index.
 
     Raises:
@@ -65,29 +71,53 @@ def write(folder: Path, tensors: dict[str, Tensor], **entries: Any) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
     try:
-        _write(folder, tensors, entries)
-    except (OSError, SafetensorError) as error:
+        _write(folder, tensors, others, entries)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be written: {error}; what it held before is as it was") from error
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: Mapping[str, Entry], others: dict[str, bytes], entries: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".edit_compile-", dir=folder) as name:
         temporary = Path(name)
-        save_file(tensors, temporary / "tensors")
-        digest = sha256(temporary / "tensors")
+        digest = write_tensors(temporary / "tensors", tensors)
         index = Index(tensors=f"edit_compile-{digest[:12]}.safetensors", sha256=digest, **entries)
         (temporary / "index").write_text(index.model_dump_json())
-        (temporary / "tensors").chmod((temporary / "index").stat().st_mode)  # safetensors lets nobody else read its files
-        for file, final in (("tensors", index.tensors), ("index", INDEX)):
-            flush(temporary / file)
-            os.replace(temporary / file, folder / final)
-            flush(folder)
-    for old in folder.glob("edit_compile-*.safetensors"):
+        for name, content in others.items():
+            (temporary / name).write_bytes(content)
+            flush(temporary / name)
+        _move(temporary / "tensors", folder / index.tensors)
+        with _removed([folder / FOLDER / name for name in FILES], temporary):
+            _move(temporary / "index", folder / INDEX)
+        for name in others:
+            (folder / FOLDER).mkdir(exist_ok=True)
+            os.replace(temporary / name, folder / FOLDER / name)
+    for old in folder.glob(WEIGHTS):
         if old.name != index.tensors:
             old.unlink()
     for left in folder.glob(".edit_compile-*"):  # by a save that was killed
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _move(file: Path, place: Path) -> None:
+    """Move a new file to its place, both flushed to disk."""
+    flush(file)
+    os.replace(file, place)
+    flush(place.parent)
+
+
+@contextmanager
+def _removed(files: list[Path], temporary: Path) -> Iterator[None]:
+    """Remove files, if they are there; after an error inside they are back."""
+    there = [(file, temporary / f"{file.name}.before") for file in files if file.is_file()]
+    for file, kept in there:
+        os.replace(file, kept)
+    try:
+        yield
+    except BaseException:
+        for file, kept in there:
+            os.replace(kept, file)
+        raise
 
 
 def read_index(folder: Path) -> Index:
@@ -104,10 +134,7 @@ def read_index(folder: Path) -> Index:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if isinstance(content, dict) and content.get("version") != FORMAT:
-        maker = content.get("package_version", "before 0.1.0")
-        raise CheckpointError(
-            f"{path} was made by version {maker} of edit_compile, which {__version__} cannot read; convert the model again"
-        )
+        raise CheckpointError(f"{path} was {made_by_another(content.get('package_version'))}; convert the model again")
     try:
         return Index.model_validate(content)
     except ValidationError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edit_compile.adapters.pipelines import origin_of
 from edit_compile.errors import PlanError, RewriteError
@@ -14,38 +16,45 @@ from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.planner import CompiledPlan
 from edit_compile.student.fingerprint import fingerprint
 from edit_compile.student.handle import Conversion, ConvertedModel
+from edit_compile.student.lora import adapted_layers
 from edit_compile.student.runtime import RestoreForRecompute, Runtime
 from edit_compile.student.save import saving_both
 from edit_compile.student.site import class_of_site, convert_site
-from edit_compile.student.weights import check_finite, shared_copy
-from edit_compile.torch_internals import is_compiled_module
+from edit_compile.student.weights import check_finite, moving, original_below, shared_copy, shared_tensors
+from edit_compile.torch_internals import is_compiled_module, is_quantized
 
 
-def install(model: nn.Module, compiled: CompiledPlan) -> ConvertedModel:
+def install(model: nn.Module, compiled: CompiledPlan, *, read_only: bool = False) -> ConvertedModel:
     """Copy a model, and convert the sites of the copy that the plan rewrites.
+
+    Args:
+        read_only: nothing is written to the weights, of the model or of the copy, until they are sharded: all share the model's memory.
 
     Raises:
         PlanError: the plan converts no site.
-        RewriteError: a weight holds NaN or infinity.
+        RewriteError: a weight holds NaN or infinity, or one that would be trained is quantized.
     """
     plan = compiled.plan
     if not plan.rewritten:
         raise PlanError(_nothing_to_convert(plan))
+    for site in plan.rewritten:
+        _require_trainable(model.get_submodule(site.path), site.path)
     check_finite(model.named_parameters(), plan.model)
-    student = shared_copy(model)
+    student = shared_copy(model, read_only=read_only)
     conversion = Conversion(plan, fingerprint(model.state_dict()), Runtime(plan), origin_of(model))
     classes: dict[Any, type[nn.Module]] = {}  # one for each original class and forward
     for site in plan.rewritten:
         compiled_site, original = compiled.forwards[site.path], type(student.get_submodule(site.path))
         key = (original, id(compiled_site.forward))
         if key not in classes:
-            classes[key] = class_of_site(original, compiled_site.forward)
-        convert_site(student, site.path, compiled_site, classes[key], conversion, conversion.runtime.source.index_of(site))
+            classes[key] = class_of_site(original, compiled_site.forward, is_attention=site.kind == "attention")
+        convert_site(student, site.path, compiled_site, classes[key], conversion, conversion.runtime.source.index_of(site), read_only)
     for path in _holders(plan):
         student.get_submodule(path).register_forward_hook(RestoreForRecompute(conversion.runtime))
     student.__dict__["edit_conversion"] = conversion
     student.__class__ = _class_of_model(type(student))
     assert isinstance(student, ConvertedModel)
+    conversion.shared.record(shared_tensors(student))
     return student
 
 
@@ -61,23 +70,44 @@ def _class_of_model(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(run)
     def forward(model: ConvertedModel, *args: Any, **kwargs: Any) -> Any:
-        return model.edit_conversion.runtime.run(run, model, args, kwargs)
+        return model.edit_conversion.runtime.run(run, model, args, kwargs, original_below)
+
+    def _apply(model: ConvertedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        moving(model, lambda: original._apply(model, fn, recurse))  # type: ignore[no-untyped-call]
+        return model
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (ConvertedModel, original), {**names, "forward": forward, **saving_both(original)})
+    return type(original.__name__, (ConvertedModel, original), {**names, "forward": forward, "_apply": _apply, **saving_both(original)})
 
 
-def require_plain_forwards(model: nn.Module) -> None:
-    """Refuse a module with a forward of the instance's, as offloading and layer-wise casting give it: that one would go on running.
+def require_plain(model: nn.Module) -> None:
+    """Refuse a model with adapters, TorchScript, and a module with a forward of the instance's, as offloading and layer-wise casting give
+    it: that one would go on running.
 
     Raises:
         RewriteError: there is one; says where.
     """
+    if adapted := adapted_layers(model):
+        raise RewriteError(
+            f"the model has adapters (LoRA), as at {next(iter(adapted))}: convert it without, and load them on the converted model, or "
+            "make them part of its weights first, by pipe.fuse_lora() and pipe.unload_lora_weights() or by PEFT's merge_and_unload()"
+        )
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RewriteError(f"{path or type(model).__name__} is TorchScript: convert the module that it was made from")
         if "forward" in module.__dict__ and not (path and is_compiled_module(module)):
             raise RewriteError(
                 f"{path or type(model).__name__}: its forward was replaced, as by CPU offloading; convert first and enable that "
                 "on the converted model (to undo it: pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_submodules(model))"
+            )
+
+
+def _require_trainable(module: nn.Module, path: str) -> None:
+    for name, parameter in module.named_parameters():
+        if is_quantized(parameter):
+            raise RewriteError(
+                f"{path}.{name} is quantized ({type(parameter).__name__}) and would be trained: convert the model before it is quantized, "
+                "and quantize the student when it is distilled"
             )
 
 

@@ -13,13 +13,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from edit_compile.torch_internals import is_quantized
+
 _SAMPLES = 4
 _RELATIVE, _ABSOLUTE = 1e-2, 1e-6
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
 _LARGEST = 1e30  # in place of infinity, which JSON does not have
 
 
 class TensorPrint(BaseModel):
-    """A tensor's shape and a few of its values; without values for meta tensors and those that are not floating-point."""
+    """A tensor's shape and a few of its values; without values for meta tensors, quantized ones and those that are not floating-point."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,12 +39,21 @@ def fingerprint(state: Mapping[str, Tensor]) -> Fingerprint:
 
 
 def _samples(tensor: Tensor) -> tuple[float, ...]:
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or is_quantized(tensor):
         return ()
     places = [round(i * (tensor.numel() - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)]
     index = torch.unravel_index(torch.tensor(places), tensor.shape) if tensor.ndim else ()
     values = tensor.detach()[tuple(i.to(tensor.device) for i in index)].float().nan_to_num(0.0, _LARGEST, -_LARGEST)
     return tuple(float(f"{value:.4g}") for value in values.flatten().tolist())
+
+
+def checksum(tensor: Tensor) -> int:
+    """Add up a tensor's bits as 64-bit whole numbers, which comes out the same on every device."""
+    flat = tensor.detach().flatten()
+    if flat.storage_offset():
+        flat = flat.clone()  # or it might not be aligned for wider numbers
+    size = flat.numel() * flat.itemsize
+    return int(flat.view(next(kind for kind in _WHOLE if size % kind.itemsize == 0)).sum(dtype=torch.int64))
 
 
 def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
@@ -53,10 +65,17 @@ def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
         other = found[name]
         if one.shape != other.shape:
             return f"its {name} has shape {other.shape}, not {one.shape}"
-        if one.values and other.values and not all(map(_close, one.values, other.values)):
+        if not close(one, other):
             return f"the values of its {name} differ"
     return None
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
+def close(one: TensorPrint, other: TensorPrint, precision: float = 0.0) -> bool:
+    """Compare the values of two tensors, as far as both have them.
+
+    Args:
+        precision: of the coarser dtype, where it is below that of half precision.
+    """
+    tolerance = max(_RELATIVE, precision)
+    pairs = zip(one.values, other.values, strict=True) if one.values and other.values else ()
+    return all(math.isclose(a, b, rel_tol=tolerance, abs_tol=_ABSOLUTE) for a, b in pairs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Annotated, Any
 
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from edit_compile.errors import EditCompileError
@@ -13,6 +16,7 @@ from edit_compile.frozen import Frozen
 from edit_compile.ir.plan import Plan
 from edit_compile.student.fingerprint import Fingerprint
 from edit_compile.student.runtime import Runtime
+from edit_compile.student.shared import SharedWeights
 
 # Where wrappers keep the one model in them: torch.compile, DDP and accelerate, PEFT (twice), pipelines.
 _HOLDERS = ("_orig_mod", "module", "base_model", "model", "transformer", "unet")
@@ -21,8 +25,8 @@ _HOLDERS = ("_orig_mod", "module", "base_model", "model", "transformer", "unet")
 class Lora(Frozen):
     """The LoRA of a converted model: an adapted Linear computes W x + alpha / rank B A x."""
 
-    rank: int
-    alpha: float
+    rank: PositiveInt
+    alpha: Annotated[PositiveFloat, Field(allow_inf_nan=False)]
     targets: tuple[str, ...]
     """The paths of the Linears."""
 
@@ -38,6 +42,8 @@ class Conversion:
         base: where the original was loaded from, if that is known.
         originals: by name, the original weights outside the sites in whose place the model has its own now (see `unshare`).
         lora: the LoRA of Linears outside the sites, if they have it (see `add_lora`).
+        shared: tells whether the weights outside the sites are still the original's.
+        original: given the model, the one whose forward runs below `min_tokens`, once there is one with other weights.
     """
 
     plan: Plan
@@ -46,10 +52,17 @@ class Conversion:
     base: str | None = None
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     lora: Lora | None = None
+    shared: SharedWeights = field(default_factory=SharedWeights)
+    original: Callable[[nn.Module], nn.Module] | None = None
+
+    def run_as_original_below(self, tokens: int) -> None:
+        """Set the plan's `min_tokens`, for all calls that begin from now on."""
+        self.plan = self.runtime.plan = self.plan.model_copy(update={"min_tokens": tokens})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Copy what calls and training change; the rest is never written."""
-        copied = Conversion(self.plan, self.fingerprint, self.runtime.__deepcopy__(memo), self.base, dict(self.originals), self.lora)
+        runtime, shared = self.runtime.__deepcopy__(memo), self.shared.copy()
+        copied = Conversion(self.plan, self.fingerprint, runtime, self.base, dict(self.originals), self.lora, shared)
         memo[id(self)] = copied
         return copied
 
@@ -92,6 +105,27 @@ class Generated(nn.Module):
 
 class ConvertedModel(Generated):
     """A converted model: a base of its generated class, beside the class it had."""
+
+    def _replicate_for_data_parallel(self) -> ConvertedModel:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["edit_context"] = copy_context()
+        kind: Any = type(self)
+        replica.__class__ = _class_of_replica(kind)
+        return replica  # type: ignore[no-any-return]
+
+
+class _Replica(nn.Module):
+    """Mixed into the class of what `nn.DataParallel` copies for a call and runs in other threads: what was stated for it holds there."""
+
+    edit_context: Context
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.edit_context.copy().run(super().forward, *args, **kwargs)
+
+
+@cache
+def _class_of_replica(kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (_Replica, kind), {"__module__": kind.__module__})
 
 
 def unwrap(model: Any) -> ConvertedModel:

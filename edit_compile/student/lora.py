@@ -6,32 +6,37 @@ Checkpoints name the weights as the original model does; `plain_name` translates
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from pydantic import ValidationError
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError, EditCompileError, some_of
-from edit_compile.files import replacing, write_text
+from edit_compile.frozen import first_problem
 from edit_compile.student.handle import Conversion, ConvertedModel, Lora, unwrap
-from edit_compile.student.site import converted_sites
+from edit_compile.student.site import TEACHER, converted_sites
 from edit_compile.torch_internals import is_sharded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 ADAPTER, FOLDER = "default", "lora"
+_ADAPTED = ("base_layer", "original_module")  # parts of PEFT's layers
+_OF_ADAPTERS = re.compile(rf"\.({'|'.join(_ADAPTED)})(?=\.)")
 _BASE, _OWN = "base_layer", ("lora_A", "lora_B")
 _PEFT_FILES, _DIFFUSERS_FILE = ("adapter_config.json", "adapter_model.safetensors"), "pytorch_lora_weights.safetensors"
+FILES = (*_PEFT_FILES, _DIFFUSERS_FILE)
 _PEFT_PREFIX, _DIFFUSERS_PREFIX, _DIFFUSERS_HEADER = "base_model.model", "transformer", "lora_adapter_metadata"
 
 
@@ -51,7 +56,7 @@ def add_lora(student: Any, rank: int, alpha: float | None = None, targets: Itera
         The paths of the Linears that have it now.
 
     Raises:
-        ConfigError: a glob matches no Linear.
+        ConfigError: a glob matches no Linear, or rank or alpha is not positive.
         EditCompileError: PEFT is not installed, the model has LoRA already, or the weights are sharded.
     """
     model = unwrap(student)
@@ -62,7 +67,11 @@ def add_lora(student: Any, rank: int, alpha: float | None = None, targets: Itera
     for glob in globs:
         if not any(fnmatchcase(path, glob) for path in known):
             raise ConfigError(f"lora.targets: {glob!r} matches no Linear outside the converted sites; there are: {some_of(known)}")
-    lora = Lora(rank=rank, alpha=alpha or rank, targets=tuple(path for path in known if any(fnmatchcase(path, g) for g in globs)))
+    adapted = tuple(path for path in known if any(fnmatchcase(path, glob) for glob in globs))
+    try:
+        lora = Lora(rank=rank, alpha=rank if alpha is None else alpha, targets=adapted)
+    except ValidationError as error:
+        raise ConfigError(f"lora.{first_problem(error)}") from None
     install_lora(model, lora)
     return list(lora.targets)
 
@@ -84,34 +93,78 @@ def install_lora(model: ConvertedModel, lora: Lora) -> None:
     peft.inject_adapter_in_model(peft_config(lora), model, ADAPTER, low_cpu_mem_usage=is_structure)
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(id(parameter), True))
-    for path in lora.targets:
-        layer = model.get_submodule(path)
-        layer.__dict__["edit_conversion"] = model.edit_conversion
-        kind: Any = type(layer)
-        layer.__class__ = _off_for_teachers(kind)
+    leave_out_for_teachers(model)
     model.edit_conversion.lora = lora
 
 
 class OffForTeachers(nn.Module):
-    """Mixed into PEFT's layer: in calls that run as the teacher it is the Linear alone, whichever thread makes them.
+    """Mixed into a layer of PEFT's: in calls that run as the teacher it is what it adapts alone, whichever thread makes them.
 
     Unlike PEFT's `disable_adapters`, nothing is switched on the module, which other calls may be running.
     """
 
     edit_conversion: Conversion
-    base_layer: nn.Linear
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.edit_conversion.runtime.teacher_is_on(""):
-            original: Tensor = self.base_layer(x, *args, **kwargs)
-            return original
-        adapted: Tensor = super().forward(x, *args, **kwargs)
-        return adapted
+            return self.get_submodule(_adapted_in(self))(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 @cache
 def _off_for_teachers(kind: Any) -> type[nn.Module]:
     return type(kind.__name__, (OffForTeachers, kind), {"__module__": kind.__module__})
+
+
+def _adapted_in(layer: nn.Module) -> str:
+    """Name the part of a layer of PEFT's that it adapts."""
+    return next(name for name in _ADAPTED if name in layer._modules)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """List the layers by path that PEFT put into a model, for whoever."""
+    if "peft" not in sys.modules:
+        return {}
+    kinds = (_peft().tuners.tuners_utils.BaseTunerLayer, _peft().utils.other.AuxiliaryTrainingWrapper)
+    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def has_foreign_adapters(model: ConvertedModel) -> bool:
+    """Say whether there is LoRA on a converted model that `add_lora` did not make."""
+    own = model.edit_conversion.lora
+    return any(own is None or path not in own.targets for path in adapted_layers(model))
+
+
+def leave_out_for_teachers(model: ConvertedModel) -> None:
+    """Have calls as the teacher run without the adapters that are in a converted model now."""
+    sites = tuple(f"{path}." for path in converted_sites(model))  # whose teachers have none
+    for path, layer in adapted_layers(model).items():
+        if not isinstance(layer, OffForTeachers) and not path.startswith(sites):
+            layer.__dict__["edit_conversion"] = model.edit_conversion
+            kind: Any = type(layer)
+            layer.__class__ = _off_for_teachers(kind)
+
+
+def adapt_teachers(model: ConvertedModel) -> None:
+    """Have calls as the teacher run with all adapters, also in the sites, over the original weights. Of a copy that only they use."""
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        if isinstance(layer, OffForTeachers):
+            layer.__class__ = type(layer).__bases__[1]
+    for path, site in converted_sites(model).items():
+        inside = {name.removeprefix(f"{path}."): layer for name, layer in layers.items() if name.startswith(f"{path}.")}
+        if inside:
+            site.__dict__[TEACHER] = _with_adapters(site.edit_teacher, inside)
+
+
+def _with_adapters(module: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    """Copy a module over the same weights, with layers by path that adapt what it has there."""
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    for path, layer in layers.items():
+        twin, adapted = copy.copy(layer), copied.get_submodule(path)
+        vars(twin).update(_modules={**layer._modules, _adapted_in(layer): adapted}, merged_adapters=[])
+        _replace(copied, path, twin)
+    return copied
 
 
 def merge_lora(student: Any) -> list[str]:
@@ -123,7 +176,7 @@ def merge_lora(student: Any) -> list[str]:
         The names of the merged weights.
 
     Raises:
-        EditCompileError: there is no LoRA, or the weights are sharded or offloaded.
+        EditCompileError: there is no LoRA, or the weights are sharded or offloaded, or were written to without `unshare`.
     """
     model = unwrap(student)
     conversion, layers = model.edit_conversion, lora_layers(model)
@@ -132,6 +185,10 @@ def merge_lora(student: Any) -> list[str]:
     for path, layer in layers.items():
         if is_sharded(layer.base_layer.weight) or layer.base_layer.weight.is_meta:
             raise EditCompileError(f"{path}.weight is sharded or offloaded: save the student, load it again, and merge that")
+    weights = {f"{path}.weight": layer.base_layer.weight for path, layer in layers.items()}
+    kept = {name: weight for name, weight in weights.items() if name not in conversion.originals}
+    if changed := conversion.shared.written(kept, thoroughly=True):
+        raise EditCompileError(f"{some_of(changed)} were written to since the conversion: save the student, load it again, and merge that")
     for path, layer in layers.items():
         linear, delta = layer.base_layer, layer.get_delta_weight(ADAPTER).detach()
         conversion.originals.setdefault(f"{path}.weight", linear.weight)
@@ -143,7 +200,7 @@ def merge_lora(student: Any) -> list[str]:
     described.pop(ADAPTER, None)
     if not described:
         vars(model).pop("peft_config", None)
-    return [f"{path}.weight" for path in layers]
+    return list(weights)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -158,11 +215,9 @@ def lora_names(model: nn.Module) -> set[str]:
     return {f"{path}.{part}.{ADAPTER}.weight" for path in lora_layers(model) for part in _OWN}
 
 
-def plain_name(model: nn.Module, name: str) -> str:
-    """Translate the name of a weight in a state dict to the one that it has without LoRA."""
-    path, _, leaf = name.rpartition(f".{_BASE}.")
-    lora = model.edit_conversion.lora if isinstance(model, ConvertedModel) else None
-    return f"{path}.{leaf}" if lora is not None and path in lora.targets else name
+def plain_name(model: ConvertedModel, name: str) -> str:
+    """Translate the name of a weight to the one that it has without adapters, those that other libraries add included."""
+    return name if name in model.edit_conversion.fingerprint else _OF_ADAPTERS.sub("", name)
 
 
 def state_name(model: nn.Module, name: str) -> str:
@@ -172,7 +227,7 @@ def state_name(model: nn.Module, name: str) -> str:
     return f"{path}.{_BASE}.{leaf}" if lora is not None and path in lora.targets else name
 
 
-def without_lora(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_lora(model: ConvertedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave LoRA out of a state dict, under the names that weights have without it."""
     if not lora_layers(model):
         return tensors
@@ -191,28 +246,21 @@ def peft_config(lora: Lora) -> LoraConfig:
     return config
 
 
-def write_for_others(folder: Path, lora: Lora | None, tensors: dict[str, Tensor]) -> None:
-    """Write a checkpoint's LoRA as PEFT's files and diffusers' file into a folder of its own; without LoRA, remove those of an earlier one.
+def files_for_others(lora: Lora, tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """Make PEFT's files and diffusers' file of a checkpoint's LoRA, by name, the one without which the others are nothing last.
 
     Args:
-        folder: the checkpoint's.
         tensors: of the checkpoint.
     """
-    place = folder / FOLDER
-    if lora is None:
-        for name in (*_PEFT_FILES, _DIFFUSERS_FILE):
-            (place / name).unlink(missing_ok=True)
-        return
     described: Any = peft_config(lora)
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in described.to_dict().items()}
-    place.mkdir(exist_ok=True)
     own = {f"{path}.{part}.weight": tensors[f"{path}.{part}.{ADAPTER}.weight"] for path in lora.targets for part in _OWN}
-    write_text(place / _PEFT_FILES[0], json.dumps(config, indent=2, sort_keys=True, default=str))
-    for name, prefix in ((_PEFT_FILES[1], _PEFT_PREFIX), (_DIFFUSERS_FILE, _DIFFUSERS_PREFIX)):
+    files = {}
+    for name, prefix in ((_DIFFUSERS_FILE, _DIFFUSERS_PREFIX), (_PEFT_FILES[1], _PEFT_PREFIX)):
         header = {f"{prefix}.{key}": value for key, value in config.items()}  # diffusers has no other way to know alpha
-        with replacing(place / name) as temporary:
-            metadata = {"format": "pt", _DIFFUSERS_HEADER: json.dumps(header, default=str)}
-            save_file({f"{prefix}.{key}": value for key, value in own.items()}, temporary, metadata=metadata)
+        metadata = {"format": "pt", _DIFFUSERS_HEADER: json.dumps(header, default=str)}
+        files[name] = serialize({f"{prefix}.{key}": value for key, value in own.items()}, metadata)
+    return files | {_PEFT_FILES[0]: json.dumps(config, indent=2, sort_keys=True, default=str).encode()}
 
 
 def _peft() -> Any:

@@ -22,7 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from edit_compile.designs.ops.token_spans import Grids, grids_of
+from edit_compile.designs.ops.token_spans import Grids, grids_of, image_tokens
 from edit_compile.errors import GridError
 from edit_compile.ir.plan import Plan
 from edit_compile.student.grid_sources import grid_source
@@ -143,8 +143,18 @@ class Runtime:
                 found.outputs = found.outputs if statement.outputs is None else statement.outputs
         return found
 
-    def run(self, forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self,
+        forward: Callable[..., Any],
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        original: Callable[[nn.Module], nn.Module | None],
+    ) -> Any:
         """Run a converted model's original forward, with its own frame around it.
+
+        Args:
+            original: gives the model that runs as the teacher below `min_tokens`, if there is one.
 
         Raises:
             GridError: the grid is unknown, or cannot be that of these inputs.
@@ -154,6 +164,8 @@ class Runtime:
         frame = Frame(stated.teacher, grids, stated.outputs, stated.students)
         if stated.teacher and stated.original is not None:
             model = stated.original(model)
+        elif not stated.teacher and self._is_below_min_tokens(grids) and (below := original(model)) is not None:
+            model, frame = below, Frame(True, (), stated.outputs)
         before, backward = self.frame(), self._set_backward(NO_BACKWARD)
         self.local.frame = frame
         try:
@@ -163,6 +175,16 @@ class Runtime:
             self.local.frame = before
         self.restore_for_recompute(output, frame)
         return output
+
+    def _is_below_min_tokens(self, grids: tuple[Grids, ...]) -> bool:
+        """Tell whether a call's image tokens are fewer than pay for what conversion adds.
+
+        Not where gradients are recorded, for they are to train what was added; nor in an exported graph, which holds for all sizes.
+        """
+        if not self.plan.min_tokens or torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return False
+        base = next((grid for index, grid in enumerate(grids) if self.source.is_base(index)), grids[0])
+        return image_tokens(base) < self.plan.min_tokens
 
     def _set_backward(self, number: int) -> int:
         """Set the backward pass that the frame is for, and return the one before; one that is over has failed."""

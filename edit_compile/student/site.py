@@ -16,7 +16,7 @@ from edit_compile.errors import RewriteError
 from edit_compile.passes.site_compiler import SiteForward
 from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.handle import Conversion, Generated
-from edit_compile.torch_internals import compile_again, is_compiled_module, is_sharded
+from edit_compile.torch_internals import attention_is_changed, compile_again, is_compiled_module, is_sharded
 
 TEACHER = "_edit_teacher"
 _SETTABLE = ("training", "forward")  # attributes that act on a converted site as on any module
@@ -99,11 +99,19 @@ class ConvertedSite(Generated):
         return f"{own}, linearized" if own else "linearized"
 
 
-def class_of_site(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """Make the class of the sites that share a forward: torch.compile takes its graphs for all of them."""
+def class_of_site(original: type[nn.Module], forward: Callable[..., Any], *, is_attention: bool) -> type[nn.Module]:
+    """Make the class of the sites that share a forward: torch.compile takes its graphs for all of them.
+
+    What it has in the place of attention does not follow what changes softmax attention from outside, which is refused.
+    """
 
     @functools.wraps(forward)
     def kept(site: ConvertedSite, *args: Any, **kwargs: Any) -> Any:
+        if is_attention and attention_is_changed() and not site.edit_teacher_is_on():
+            raise RewriteError(
+                f"{site.edit_path} is converted: what changes the result of scaled_dot_product_attention here, like perturbed-attention "
+                "guidance, would have no effect on it; leave that out, or call the model inside edit_compile.teacher"
+            )
         output = forward(site, *args, **kwargs)
         site.edit_conversion.runtime.keep(site, output)
         return output
@@ -111,16 +119,26 @@ def class_of_site(original: type[nn.Module], forward: Callable[..., Any]) -> typ
     return type(f"Linear{original.__name__}", (ConvertedSite, original), {"forward": kept})
 
 
-def convert_site(model: nn.Module, path: str, compiled: SiteForward, cls: type[nn.Module], conversion: Conversion, grid: int) -> None:
+def convert_site(
+    model: nn.Module,
+    path: str,
+    compiled: SiteForward,
+    cls: type[nn.Module],
+    conversion: Conversion,
+    grid: int,
+    read_only: bool = False,
+) -> None:
     """Put a converted site in the place of the module at a path.
 
     Args:
         cls: see `class_of_site`.
         grid: the site's `edit_grid_index`.
+        read_only: its own weights are in the teacher's memory, and are not written to until they are sharded.
     """
     module = model.get_submodule(path)
     teacher = copy.copy(module)
-    own = copy.deepcopy(module)  # trained weights are the student's own; the teacher keeps sharing its
+    same = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()} if read_only else {}
+    own = copy.deepcopy(module, same)  # trained weights are the student's own; the teacher keeps sharing its
     own.__class__ = cls
     tensor = next(_floats(module), None)
     with torch.device("meta" if tensor is not None and tensor.is_meta else "cpu"):  # a structure without weights pays for no initial values

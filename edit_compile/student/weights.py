@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,34 +13,77 @@ from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError, EditCompileError, RewriteError, some_of
 from edit_compile.student.handle import ConvertedModel, unwrap
-from edit_compile.student.lora import lora_layers, lora_names, plain_name, without_lora
+from edit_compile.student.lora import adapt_teachers, has_foreign_adapters, lora_layers, lora_names, plain_name, without_lora
+from edit_compile.student.shared import has_values
 from edit_compile.student.site import converted_sites
-from edit_compile.torch_internals import is_sharded
+from edit_compile.torch_internals import is_lazy_copy, is_sharded, lazy_copies, watch_writes
 
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """Copy a module tree over the same storage: moving or converting the copy leaves the original as it is.
+def shared_copy(model: nn.Module, *, read_only: bool = False) -> nn.Module:
+    """Copy a module tree over the same memory, until one of the two is written to: neither sees what is written to the other.
 
-    The copy's parameters are frozen: a step on them would change the original too (see `unshare`). Parameters of a
-    class of their own (quantized ones) are copied.
+    The copy's parameters are frozen (see `unshare`). Tensors of a class of their own (quantized ones) are copied.
+
+    Args:
+        read_only: neither is written to, and mapped files stay what they are.
     """
+    shared = [tensor for tensor in itertools.chain(model.parameters(), model.buffers()) if type(tensor) in (Tensor, nn.Parameter)]
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if type(tensor) is nn.Parameter:
-            memo[id(tensor)] = nn.Parameter(tensor.data, requires_grad=False)
-        elif not isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = tensor.detach()
+    for tensor, copied in zip(shared, [t.detach() for t in shared] if read_only else lazy_copies(shared), strict=True):
+        memo[id(tensor)] = nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
     with torch.no_grad():
         return copy.deepcopy(model, memo)
+
+
+def shared_tensors(student: ConvertedModel) -> dict[str, Tensor]:
+    """List the weights outside the sites that are to be the original's, under the names that they have there."""
+    conversion = student.edit_conversion
+    sites = tuple(f"{path}." for path in converted_sites(student))
+    found: dict[str, Tensor] = {}
+    named: Any = itertools.chain(student.named_parameters(remove_duplicate=False), student.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        plain = plain_name(student, name)
+        if plain in conversion.fingerprint and plain not in conversion.originals and not plain.startswith(sites):
+            found[plain] = tensor
+    return found
+
+
+def written_weights(student: ConvertedModel, *, thoroughly: bool = False) -> list[str]:
+    """Name the weights outside the sites that were changed without `unshare`: see `SharedWeights.written`."""
+    if any(map(is_on_disk, student.modules())):
+        return []
+    return student.edit_conversion.shared.written(shared_tensors(student), thoroughly=thoroughly)
+
+
+def require_original_weights(student: ConvertedModel) -> None:
+    """Refuse to run a student's weights as the original's that are not.
+
+    Raises:
+        EditCompileError: there are such.
+    """
+    if changed := written_weights(student):
+        raise EditCompileError(
+            f"the teacher is not the original model: {some_of(changed)} outside the converted sites were written to; call "
+            "edit_compile.unshare(student) before LoRA is fused, weights are loaded or trained there, or run the original model"
+        )
+
+
+def moving(student: ConvertedModel, move: Callable[[], object]) -> None:
+    """Move or cast a student, and go on telling what is written to the weights outside its sites."""
+    shared, lost = student.edit_conversion.shared, written_weights(student)
+    move()
+    moved = shared_tensors(student)
+    watch_writes([tensor for tensor in moved.values() if has_values(tensor) and not is_lazy_copy(tensor)])
+    shared.follow(moved, lost)
 
 
 def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
     """Give a converted model weights of its own outside its sites as well, so that they can be trained.
 
-    `linearize` shares and freezes them: a step on them would change the original model too. The original weights are
-    kept for `teacher`, and `save` writes the student's. Call it before an optimizer, DDP or FSDP takes the parameters.
+    `linearize` freezes them. The original weights are kept for `teacher`, which cannot run if these weights are written to without this.
+    Call it before an optimizer, DDP or FSDP takes the parameters.
 
     Args:
         student: a converted model, or what holds one: a pipeline, DDP, torch.compile, PEFT.
@@ -51,9 +94,20 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
 
     Raises:
         ConfigError: a glob matches no weight outside the sites.
-        EditCompileError: the student's weights are sharded or offloaded, or have LoRA.
+        EditCompileError: the student's weights are sharded or offloaded, have LoRA, or were written to before.
     """
-    model = unwrap(student)
+    return own_weights(unwrap(student), include)
+
+
+def own_weights(model: ConvertedModel, include: Iterable[str] = ("*",), *, read_only: bool = False) -> list[str]:
+    """Do what `unshare` does.
+
+    Args:
+        read_only: nothing is written to the weights until they are sharded: their memory stays the original's.
+
+    Raises:
+        ConfigError, EditCompileError: as `unshare`.
+    """
     sites = tuple(f"{path}." for path in converted_sites(model))
     shared = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point() and not n.startswith(sites)]
     for glob in (globs := tuple(include)):
@@ -62,6 +116,11 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
     if lora_layers(model):
         raise EditCompileError("weights with LoRA cannot be unshared: call edit_compile.unshare before LoRA is added, or merge that first")
     originals = model.edit_conversion.originals
+    if changed := [name for name in written_weights(model, thoroughly=True) if any(fnmatchcase(name, glob) for glob in globs)]:
+        raise EditCompileError(
+            f"{some_of(changed)} were written to before, so that the original weights are not here any more: save the student, load it, "
+            "and go on with that"
+        )
     copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for name, parameter in shared:
         if name in originals or not any(fnmatchcase(name, glob) for glob in globs):
@@ -70,7 +129,8 @@ def unshare(student: Any, include: Iterable[str] = ("*",)) -> list[str]:
             raise EditCompileError(f"{name} is sharded or offloaded; call edit_compile.unshare before wrapping the model")
         owner, _, leaf = name.rpartition(".")
         originals[name] = parameter
-        setattr(model.get_submodule(owner), leaf, copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone())))
+        values = parameter.detach()
+        setattr(model.get_submodule(owner), leaf, copies.setdefault(id(parameter), nn.Parameter(values if read_only else values.clone())))
     return list(originals)
 
 
@@ -80,7 +140,8 @@ class OriginalWeights:
     Putting the original weights into the model itself for a while would put them into every other call that is running.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: bool = False) -> None:
+        self.adapters = adapters
         self.made: tuple[Any, nn.Module] | None = None  # and what it was made of: replaced at once, for threads may meet here
 
     def __call__(self, model: nn.Module) -> nn.Module:
@@ -91,12 +152,30 @@ class OriginalWeights:
         """
         state, made = [(id(t), t.device, t.dtype) for t in itertools.chain(model.parameters(), model.buffers())], self.made
         if made is None or made[0] != state:
-            self.made = made = (state, with_original_weights(model))
+            self.made = made = (state, with_original_weights(model, self.adapters))
         return made[1]
 
 
-def with_original_weights(model: nn.Module) -> nn.Module:
+def original_below(model: nn.Module) -> nn.Module | None:
+    """Return the model whose forward, as the teacher, runs below a converted model's `min_tokens`: itself, unless it was unshared.
+
+    None if there is none: adapters are on it that are not its own, and may be in the sites, whose teachers do not have them.
+    """
+    assert isinstance(model, ConvertedModel)
+    conversion = model.edit_conversion
+    if not torch.compiler.is_compiling() and has_foreign_adapters(model):
+        return None
+    if not conversion.originals:
+        return model
+    conversion.original = conversion.original or OriginalWeights()
+    return conversion.original(model)
+
+
+def with_original_weights(model: nn.Module, adapters: bool = False) -> nn.Module:
     """Copy the module tree of a converted model over the same weights and the same handle, with the original weights outside the sites.
+
+    Args:
+        adapters: with the adapters that PEFT put into the model, on the original weights of the sites too.
 
     Raises:
         EditCompileError: the trained weights are sharded or offloaded.
@@ -116,7 +195,10 @@ def with_original_weights(model: nn.Module) -> nn.Module:
                 "run the original model as the teacher"
             )
         memo[id(parameter)] = nn.Parameter(original.detach().to(parameter), requires_grad=False)
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    if adapters:
+        adapt_teachers(copied)
+    return copied
 
 
 def separate_teacher(student: nn.Module) -> nn.Module:
@@ -145,12 +227,15 @@ def original_state(student: ConvertedModel) -> dict[str, Tensor]:
     return state | {name: original.detach().to(state[name]) for name, original in originals.items()}
 
 
-def trained_tensors(student: ConvertedModel) -> dict[str, Tensor]:
+def trained_tensors(student: ConvertedModel, also: Iterable[str] = ()) -> dict[str, Tensor]:
     """List what is a student's own: the state of its sites, what was unshared, and LoRA.
 
     The names are those of its state dict, but for unshared weights that LoRA renames (see `student.lora`).
+
+    Args:
+        also: names of other weights to list.
     """
-    prefixes, unshared = tuple(f"{path}." for path in converted_sites(student)), student.edit_conversion.originals
+    prefixes, unshared = tuple(f"{path}." for path in converted_sites(student)), {*student.edit_conversion.originals, *also}
     adapters, named = lora_names(student), ((plain_name(student, name), name, t) for name, t in student.state_dict().items())
     return {plain: t.detach() for plain, name, t in named if plain.startswith(prefixes) or plain in unshared or name in adapters}
 
@@ -162,6 +247,13 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
         RewriteError: a tensor holds NaN or infinity; says which.
     """
     for name, tensor in tensors:
-        known = tensor.dtype in _NUMBERS and tensor.numel() and not tensor.is_meta and not is_sharded(tensor)
+        known = tensor.dtype in _NUMBERS and tensor.numel() and has_values(tensor)
         if known and not all(bound.isfinite() for bound in torch.aminmax(tensor.detach())):
             raise RewriteError(f"{what}: the weight {name} holds NaN or infinity; load the weights again, or restore an earlier state")
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Ask diffusers' group offloading, whose parameters hold anything while their values are in a file."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None

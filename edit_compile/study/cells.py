@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.distillation.recipe.load import load_recipe
-from edit_compile.distillation.recipe.schema import Recipe, changed_keys
+from edit_compile.distillation.recipe.schema import Recipe, changes_in_words
 from edit_compile.errors import RecipeError, StudyError
 from edit_compile.files import write_text
 from edit_compile.frozen import Frozen
 from edit_compile.study.budget import identity
-from edit_compile.study.measured import MEASURED
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes must not share a folder
-    fcntl = None  # type: ignore[assignment]
+from edit_compile.study.measured import Measurements, Wanted, identity_of_run, read_measured
 
 ERROR = "error.json"
 State = Literal["finished", "trained", "failed", "unfinished", "not begun"]
@@ -45,6 +38,8 @@ class CellFolder:
     name: str
     seed: int
     folder: Path
+    wanted: Wanted
+    """What is to be measured of the student."""
 
     @property
     def run(self) -> RunFolder:
@@ -56,12 +51,21 @@ class CellFolder:
         """Name the cell."""
         return f"{self.name}, seed {self.seed}"
 
+    @property
+    def model(self) -> str:
+        """The identity of the student; "" if there is none yet."""
+        return identity_of_run(self.folder)
+
+    def measured(self) -> Measurements:
+        """Read what was measured of the student."""
+        return read_measured(self.folder, self.model)
+
     def state(self) -> State:
-        """Tell how far the cell is; "trained": it is to be measured."""
+        """Tell how far the cell is; "trained": something is to be measured."""
         if self.failure() is not None:
             return "failed"
         if self.run.result.exists():
-            return "finished" if (self.folder / MEASURED).exists() else "trained"
+            return "trained" if self.measured().lacks(self.wanted) else "finished"
         return "unfinished" if self.folder.exists() else "not begun"
 
     def failure(self) -> Failure | None:
@@ -88,17 +92,15 @@ class Cell(CellFolder):
 
     recipe: Recipe
 
-    def changes(self) -> list[str]:
-        """List what differs between the recipe that the folder was begun with and the cell's, in words."""
+    def changes(self) -> str:
+        """Say what differs between the recipe that the folder was begun with and the cell's; "" if nothing does."""
         given = self.folder / "recipe.yaml"
         if not given.exists():
-            return []
+            return ""
         try:
-            then, now = identity(load_recipe(given)), identity(self.recipe)
+            return changes_in_words(identity(load_recipe(given)), identity(self.recipe))
         except RecipeError as error:
-            return [str(error)]
-        different = changed_keys(then, now)
-        return [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in different]
+            return str(error)
 
     def check(self) -> None:
         """Make sure that the folder is this cell's. One whose training failed may have been changed: it begins anew.
@@ -108,37 +110,18 @@ class Cell(CellFolder):
         """
         changes = self.changes()
         if changes and not self._may_begin_anew():
-            more = f" and {len(changes) - 2} more" if len(changes) > 2 else ""
             raise StudyError(
-                f"{self.folder} was begun with another recipe ({'; '.join(changes[:2])}{more}): "
+                f"{self.folder} was begun with another recipe: {changes}; "
                 f"give the configuration {self.name!r} another name, or choose another folder with -o"
             )
 
-    def begin(self) -> None:
-        """Prepare the folder for another attempt, after `check`."""
-        if self.changes() and self._may_begin_anew():
+    def begin(self) -> str:
+        """Prepare the folder for another attempt, after `check`; returns the changes for which it begins anew, "" if it does not."""
+        changes = self.changes() if self._may_begin_anew() else ""
+        if changes:
             shutil.rmtree(self.folder)
         (self.folder / ERROR).unlink(missing_ok=True)
+        return changes
 
     def _may_begin_anew(self) -> bool:
         return self.state() == "failed" and not self.run.result.exists()
-
-
-@contextmanager
-def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock on a file inside; yields whether it could be had. It ends with its process, however that ends.
-
-    Args:
-        wait: until it can be had.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        yield fcntl is None or _lock(file, wait)
-
-
-def _lock(file: Any, wait: bool) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True

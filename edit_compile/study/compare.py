@@ -6,42 +6,93 @@ import gc
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from edit_compile.bench import video_size
-from edit_compile.demo import models as demo
+from edit_compile.bench.machine import Machine, machine_in_words
 from edit_compile.distillation.models import Student, make_student
 from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.distillation.recipe.load import load_recipe
-from edit_compile.distillation.recipe.schedule import phases_of
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.run import distill
-from edit_compile.distillation.train.metrics import MetricsRow
 from edit_compile.errors import CheckpointError, EditCompileError, Interrupted, StudyError
-from edit_compile.files import write_text
+from edit_compile.files import claimed, write_text
 from edit_compile.frozen import first_problem
+from edit_compile.progress import each
 from edit_compile.report.image_grid import image_grid, save_image
 from edit_compile.student.checkpoint import INDEX, base_of, load
 from edit_compile.student.checkpoint_format import read_index
 from edit_compile.student.fingerprint import difference
 from edit_compile.study.budget import as_cell, timings, with_seconds, with_steps
-from edit_compile.study.cells import Cell, CellFolder, claimed
+from edit_compile.study.cells import Cell, CellFolder
 from edit_compile.study.drawn import Drawn, gallery_columns
 from edit_compile.study.load import find_study, load_study, resolve
-from edit_compile.study.measure import Measurer, Subject
-from edit_compile.study.measured import Measured, read_measured
-from edit_compile.study.results import CellResult, Machine, Results, Row, markdown, row_of
-from edit_compile.study.schema import Latency, Measures, Study
+from edit_compile.study.measure import Measurer, Subject, last_size
+from edit_compile.study.measured import Measurements, identity_of_run, read_measured
+from edit_compile.study.results import CellResult, ModelRow, Results, markdown, row_of
+from edit_compile.study.schema import Latency, Measures, Size, Study
 
 RESULTS, MARKDOWN, GALLERY = "results.json", "results.md", "gallery.png"
-# Shows a run's progress: given the cell's title and its recipe, yields a callback for rows of metrics.
-Progress = Callable[[str, Recipe], AbstractContextManager[Callable[[MetricsRow], None]]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be compared, as users ask for it.
+
+    Attributes:
+        paths: one study, a YAML file or a shipped study's name; or the folders of runs that `distill` has finished.
+        output: the folder to write; default: `runs/` and the study's name, or `runs/comparison`.
+        only: of a study, names of configurations; the others' cells are not begun.
+        samples: of runs, how many held-out captions a demo model draws. Default: as for studies.
+        latency: of runs, sizes at which the time of a forward is measured.
+        modules: what the command line imported before.
+    """
+
+    paths: Sequence[str | Path]
+    output: str | Path | None = None
+    only: Sequence[str] = ()
+    samples: int | None = None
+    latency: Sequence[Size] = ()
+    modules: Sequence[str] = ()
+
+    @property
+    def of_study(self) -> bool:
+        """Whether it is a study that is asked for."""
+        return len(self.paths) == 1 and not Path(self.paths[0]).is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """The folder to write."""
+        if self.output is not None:
+            return Path(self.output)
+        return Path("runs") / (find_study(self.paths[0]).stem if self.of_study else "comparison")
+
+    @property
+    def command(self) -> str:
+        """The command that does the same, with all of its options."""
+        options = [part for name in self.only for part in ("--only", name)]
+        options += [] if self.samples is None else ["--samples", str(self.samples)]
+        options += [part for size in self.latency for part in ("--latency", "x".join(map(str, size)))]
+        imports = [part for module in self.modules for part in ("--import", module)]
+        return shlex.join(["edit-compile", *imports, "compare", *map(str, self.paths), *options, "-o", str(self.folder)])
+
+    def run(self, say: Callable[[str], None]) -> Results:
+        """Do it, as of `compare`."""
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise StudyError("a comparison is not for a launcher of several processes: start it as often as wanted, they share the cells")
+        if self.of_study:
+            if self.samples is not None or self.latency:
+                raise StudyError("samples and latency are for runs: a study's own measure.samples and latency say it")
+            file = find_study(self.paths[0])
+            return StudyRun(load_study(file), file, self, say).run()
+        if self.only:
+            raise StudyError("only: it selects configurations of a study, not runs")
+        return RunComparison([Path(path) for path in self.paths], self, say).run()
 
 
 def compare(
@@ -49,34 +100,21 @@ def compare(
     output: str | Path | None = None,
     only: Sequence[str] = (),
     samples: int | None = None,
+    latency: Sequence[Size] = (),
     say: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
 ) -> Results:
     """Compare ways to convert and distil a model: by a study, whose cells are done unless they are there, or by finished runs.
 
     Args:
-        paths: one study, a YAML file or a shipped study's name; or the folders of runs that `distill` has finished.
-        output: the folder to write; default: `runs/` and the study's name, or `runs/comparison`.
-        only: names of configurations; the others' cells are not begun.
-        samples: of runs: how many held-out captions a demo model draws.
+        paths, output, only, samples, latency: as of `Request`.
         say: is told what is being done.
-        progress: shows the progress of a training.
 
     Raises:
         StudyError: the study is wrong, its folder holds other cells, or the runs cannot be compared.
         Interrupted: SIGINT or SIGTERM arrived while a cell trained; comparing again resumes.
     """
-    say = say or (lambda line: None)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise StudyError("a comparison is not for a launcher of several processes: start it as often as wanted, they share the cells")
-    if len(paths) == 1 and not Path(paths[0]).is_dir():
-        file = find_study(paths[0])
-        folder = Path(output) if output is not None else Path("runs") / file.stem
-        return StudyRun(load_study(file), file, folder, say, progress or (lambda title, recipe: nullcontext(lambda row: None))).run(only)
-    if only:
-        raise StudyError("only: it selects configurations of a study, not runs")
-    measures = Measures() if samples is None else Measures(samples=samples)
-    return RunComparison([Path(path) for path in paths], Path(output or "runs/comparison"), measures, say).run()
+    request = Request(paths, output, only, samples, latency)
+    return request.run(say or (lambda line: None))
 
 
 def read_results(folder: Path) -> Results:
@@ -94,25 +132,23 @@ def read_results(folder: Path) -> Results:
         raise StudyError(f"{path} cannot be read by this version: {first_problem(error)}; compare again") from None
 
 
-def output_of(paths: Sequence[str | Path], output: str | Path | None) -> Path:
-    """Return the folder that `compare` writes."""
-    if output is not None:
-        return Path(output)
-    return Path("runs") / (find_study(paths[0]).stem if len(paths) == 1 and not Path(paths[0]).is_dir() else "comparison")
-
-
 @dataclass
 class StudyRun:
     """A study in its folder."""
 
     study: Study
     file: Path
-    folder: Path
+    request: Request
     say: Callable[[str], None]
-    progress: Progress
 
-    def run(self, only: Sequence[str]) -> Results:
+    @property
+    def folder(self) -> Path:
+        """The study's folder."""
+        return self.request.folder
+
+    def run(self) -> Results:
         """Do all cells that are not done, and write the results after each."""
+        only = self.request.only
         unknown = [name for name in only if name not in self.study.configurations]
         if unknown:
             raise StudyError(f"{self.file}: no configuration {unknown[0]!r}; there are: {', '.join(self.study.configurations)}")
@@ -123,98 +159,127 @@ class StudyRun:
         for cell in cells:
             cell.check()
         self._copy_study()
-        measurer = self._measurer(cells[0])
         self.say(f"{len(cells)} cells in {self.folder}")
-        measurer.measure_teacher()
+        self.measurer.measure_teacher()
         titles = {cell.title: f"[{number + 1}/{len(cells)}] {cell.title}" for number, cell in enumerate(cells)}
-        busy = [cell for cell in cells if not self._do(cell, measurer, titles[cell.title])]
-        busy = [cell for cell in busy if not self._do(cell, measurer, titles[cell.title])]  # another process may have been killed
-        for name in wanted:
-            if name in self.study.untrained_names:
-                self._measure_untrained(name, cells, measurer)
+        busy = [cell for cell in each(cells, "cells", len(cells)) if not self._do(cell, titles[cell.title])]
+        busy = [cell for cell in busy if not self._do(cell, titles[cell.title])]  # another process may have been killed
+        for cell in {cell.name: cell for cell in reversed(cells)}.values():  # of each configuration the first
+            if cell.name in self.study.untrained_names:
+                self._measure_untrained(cell, [other.folder for other in cells if other.name == cell.name])
         if busy:
             self.say(f"left to other processes: {', '.join(cell.title for cell in busy)}; compare again when they are done")
         return self.write()
 
     def write(self) -> Results:
         """Put together what there is, and write `results.json`, `results.md` and `gallery.png`."""
-        with claimed(self.folder / "locks" / "results", wait=True):
+        measurer = self.measurer
+        with self._alone("results"):
             results = Results(
-                command=shlex.join(["edit-compile", "compare", str(self.file), "-o", str(self.folder)]),
+                command=replace(self.request, only=()).command,
                 model=self._base,
                 budget=_budget(self.study),
                 seeds=self.study.seeds,
-                samples=self.study.measure.samples if self._is_demo else 0,
+                samples=self.study.measure.samples if measurer.is_demo else 0,
                 machine=Machine.this(),
                 rows=tuple(self._rows()),
             )
-            drawn = [("teacher", Drawn.read(self.folder / "teacher")), *((name, self._drawn(name)) for name in self.study.configurations)]
+            teacher = Drawn.read(measurer.teacher, measurer.teacher_identity)
+            drawn = [("teacher", teacher), *((name, self._drawn(name)) for name in self.study.configurations)]
             write_results(results, self.folder, drawn, self.study.measure.gallery)
         return results
 
     def _copy_study(self) -> None:
+        """Keep the study beside its cells."""
         copy = self.folder / "study.yaml"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with claimed(self.folder / "locks" / "results", wait=True):  # another process may begin at the same time
-                if self.file.resolve() != copy.resolve():
-                    write_text(copy, self.file.read_text())
-        except OSError as error:
-            raise StudyError(f"{self.folder} cannot be written: {error.strerror}; choose another folder with -o") from None
+        with self._alone("results"):  # another process may begin at the same time
+            if not copy.exists() or copy.read_text() != self.file.read_text():
+                write_text(copy, self.file.read_text())
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Wait for other processes that do the same, and keep them out.
+
+        Raises:
+            StudyError: the folder cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(claimed(self._lock(name), wait=True))
+            except OSError as error:
+                raise StudyError(f"{self.folder} cannot be written: {error.strerror}; choose another folder with -o") from None
+            yield
+
+    def _lock(self, name: str) -> Path:
+        return self.folder / "locks" / name
 
     def _cells(self, names: Sequence[str]) -> list[Cell]:
         """List the cells, seed by seed, so that a study that was stopped has something of every configuration."""
-        recipes = {(name, seed): resolve(self.study, self.file, name, seed) for name in names for seed in self.study.seeds}
-        budget = self.study.budget
+        seeds, budget = self.study.seeds, self.study.budget
+        recipes = {(name, seed): self._recipe(name, seed) for name in names for seed in seeds}
         if budget is not None and budget.steps is not None:
             recipes = {key: with_steps(recipe, budget.steps) for key, recipe in recipes.items()}
         elif budget is not None and budget.seconds is not None:
-            with claimed(self.folder / "locks" / "timing", wait=True):
-                timed = timings({name: recipes[name, self.study.seeds[0]] for name in names}, self.folder / "timing")
-            recipes = {key: with_seconds(recipe, budget.seconds, timed[key[0]]) for key, recipe in recipes.items()}
-        return [Cell(name, seed, self._place(name, seed), as_cell(recipes[name, seed])) for seed in self.study.seeds for name in names]
+            recipes = self._of_equal_seconds(recipes, budget.seconds)
+        order = [(name, seed) for seed in seeds for name in names if (name, seed) in recipes]
+        cells = [(self._cell(*key), as_cell(recipes[key])) for key in order]
+        return [Cell(cell.name, cell.seed, cell.folder, cell.wanted, recipe) for cell, recipe in cells]
 
-    def _place(self, name: str, seed: int) -> Path:
-        return self.folder / "cells" / name / f"seed-{seed}"
+    def _of_equal_seconds(self, recipes: dict[tuple[str, int], Recipe], seconds: float) -> dict[tuple[str, int], Recipe]:
+        """Give recipes the steps that take so many seconds; the cells of those whose short runs fail have failed, and are left out."""
+        all_recipes = {name: self._recipe(name, self.study.seeds[0]) for name in self.study.configurations}
+        with self._alone("timing"):
+            timed = timings(all_recipes, self.folder / "timing", machine_in_words())
+        for name, seed in recipes:
+            if name in timed.failed:
+                self.say(f"{name}, seed {seed}: failed as its steps were timed: {self._cell(name, seed).fail(timed.failed[name])}")
+        return {key: with_seconds(recipe, seconds, timed.found[key[0]]) for key, recipe in recipes.items() if key[0] in timed.found}
 
-    def _measurer(self, cell: Cell) -> Measurer:
-        sizes = self.study.measure.flops
+    def _recipe(self, name: str, seed: int) -> Recipe:
+        return resolve(self.study, self.file, name, seed)
+
+    def _cell(self, name: str, seed: int) -> CellFolder:
+        draws = seed == self.study.seeds[0]
+        return CellFolder(name, seed, self.folder / "cells" / name / f"seed-{seed}", self.measurer.wanted(draws=draws))
+
+    @cached_property
+    def measurer(self) -> Measurer:
+        """What measures the models, as the first configuration says."""
+        recipe, sizes = self._recipe(next(iter(self.study.configurations)), self.study.seeds[0]), self.study.measure.flops
         return Measurer(
             base=self._base,
-            recipe=cell.recipe,
+            recipe=recipe,
             measures=self.study.measure,
             latency=self.study.latency,
-            sizes=_last_size(cell.recipe) if sizes is None else sizes,
+            sizes=(last_size(recipe),) if sizes is None else sizes,
             teacher=self.folder / "teacher",
-            lock=self.folder / "locks" / "teacher",
+            lock=self._lock("teacher"),
         )
 
-    @property
+    @cached_property
     def _base(self) -> str:
-        model = resolve(self.study, self.file, next(iter(self.study.configurations)), self.study.seeds[0]).model
+        model = self._recipe(next(iter(self.study.configurations)), self.study.seeds[0]).model
         return (base_of(model) if (Path(model) / INDEX).is_file() else None) or model
 
-    @property
-    def _is_demo(self) -> bool:
-        return self._base in demo.SOURCES
-
-    def _do(self, cell: Cell, measurer: Measurer, title: str) -> bool:
+    def _do(self, cell: Cell, title: str) -> bool:
         """Train and measure a cell, unless that was done; returns whether it is not in another process's hands."""
-        with claimed(self.folder / "locks" / f"{cell.name}, {cell.seed}") as mine:
+        with claimed(self._lock(f"{cell.name}, {cell.seed}")) as mine:
             if not mine:
                 return False
-            before = (cell.state(), read_measured(cell.folder))
-            cell.begin()
+            before = (cell.state(), cell.measured())
+            changes = cell.begin()
+            if changes:
+                self.say(f"{title}: had failed, and was changed: {changes}; begins anew")
             try:
-                model = self._train(cell, title)
-                alike = [self._place(cell.name, seed) for seed in self.study.seeds if seed != cell.seed]
-                measurer.measure(Subject(cell.folder, model, alike, draws=cell.seed == self.study.seeds[0]))
+                load = self._train(cell, title)
+                alike = [self._cell(cell.name, seed).folder for seed in self.study.seeds if seed != cell.seed]
+                self.measurer.measure(Subject(cell.folder, cell.model, load, alike, draws=cell.seed == self.study.seeds[0]))
             except Interrupted:
                 raise
             except Exception as error:  # one cell must not end the night for the others
                 self.say(f"{title} failed: {cell.fail(error)}")
             gc.collect()
-            if (cell.state(), read_measured(cell.folder)) != before:
+            if (cell.state(), cell.measured()) != before:
                 self.write()
         return True
 
@@ -223,43 +288,50 @@ class StudyRun:
         if cell.run.result.exists():
             return lambda: loaded(cell.folder)
         self.say(f"{title}: training")
-        with self.progress(cell.title, cell.recipe) as report:
-            result = distill(cell.recipe, cell.folder, resume=True, report=report)
-        self.say(f"{title}: error {result.before.total:.4f} -> {result.after.total:.4f}, {result.seconds:.0f} s; measuring")
+        result = distill(cell.recipe, cell.folder, resume=True)
+        self.say(f"{title}: error {result.before.total:.3g} -> {result.after.total:.3g}, {result.seconds:.0f} s; measuring")
         return lambda: Student(result.student, base_of(cell.folder))
 
-    def _measure_untrained(self, name: str, cells: Sequence[Cell], measurer: Measurer) -> None:
-        cell = next(cell for cell in cells if cell.name == name)
-        with claimed(self.folder / "locks" / f"{name}, untrained") as mine:
+    def _measure_untrained(self, cell: Cell, trained: Sequence[Path]) -> None:
+        with claimed(self._lock(f"{cell.name}, untrained")) as mine:
             if mine:
-                alike = [other.folder for other in cells if other.name == name]
-                subject = Subject(self.folder / "untrained" / name, lambda: make_student(cell.recipe), alike)
+                identity = self.measurer.untrained_identity(cell.recipe)
+                alike = trained if cell.recipe.train != "lora" else ()  # which is in the trained ones only
+                subject = Subject(self.folder / "untrained" / cell.name, identity, lambda: make_student(cell.recipe), alike)
                 try:
-                    measurer.measure(subject)
+                    self.measurer.measure(subject)
                 except (EditCompileError, RuntimeError, OSError) as error:
-                    self.say(f"{name}, untrained: not measured: {error}")
+                    self.say(f"{cell.name}, untrained: not measured: {error}")
 
-    def _rows(self) -> Iterator[Row]:
+    def _rows(self) -> Iterator[ModelRow]:
         rows = [self._row(name) for name in self.study.configurations]
-        yield teacher_row(self.folder / "teacher", rows)
+        yield teacher_row(self.measurer.of_teacher(), rows)
         for row in rows:
             if row.name in self.study.untrained_names:
-                yield _untrained_row(row, self.folder / "untrained" / row.name)
+                yield self._untrained_row(row)
             yield row
 
-    def _row(self, name: str) -> Row:
+    def _row(self, name: str) -> ModelRow:
         cells = []
-        for seed in self.study.seeds:
-            cell = CellFolder(name, seed, self._place(name, seed))
-            failure = cell.failure()
-            place = cell.folder.relative_to(self.folder).as_posix()
-            result = CellResult(seed=seed, folder=place, state=cell.state(), error=failure.error if failure is not None else None)
-            cells.append((result, read_measured(cell.folder)))
+        for cell in (self._cell(name, seed) for seed in self.study.seeds):
+            failure, place = cell.failure(), cell.folder.relative_to(self.folder).as_posix()
+            result = CellResult(seed=cell.seed, folder=place, state=cell.state(), error=failure.error if failure is not None else None)
+            cells.append((result, cell.measured().only(cell.wanted)))
         return row_of(name, "distilled", cells)
+
+    def _untrained_row(self, trained: ModelRow) -> ModelRow:
+        """Make the row of a converted model before training; its error was measured when each cell began."""
+        folder, measurer = self.folder / "untrained" / trained.name, self.measurer
+        identity = measurer.untrained_identity(self._recipe(trained.name, self.study.seeds[0]))
+        measured = read_measured(folder, identity).only(measurer.wanted())
+        row = row_of(trained.name, "untrained", [(CellResult(seed=None, folder=folder.name, state="finished"), measured)])
+        before = {"error.after": trained.numbers["error.before"]} if "error.before" in trained.numbers and row.numbers else {}
+        return row.model_copy(update={"numbers": {**row.numbers, **before}})
 
     def _drawn(self, name: str) -> Drawn | None:
         """Return what the first seed's student drew, or the next one's."""
-        found = (Drawn.read(self._place(name, seed)) for seed in self.study.seeds)
+        cells = (self._cell(name, seed) for seed in self.study.seeds)
+        found = (Drawn.read(cell.folder, cell.model) for cell in cells)
         return next((drawn for drawn in found if drawn is not None), None)
 
 
@@ -268,43 +340,61 @@ class RunComparison:
     """A comparison of finished runs."""
 
     runs: list[Path]
-    folder: Path
-    measures: Measures
+    request: Request
     say: Callable[[str], None]
-    latency: Latency | None = None
 
     def run(self) -> Results:
         """Measure what is missing, beside each run's own files, and write the results."""
         self._check()
-        names = _short_names(self.runs)
+        names, folder = _short_names(self.runs), self.request.folder
+        samples, sizes = self.request.samples, self.request.latency
         recipe = load_recipe(self.runs[0] / "recipe.yaml")
-        base = base_of(self.runs[0]) or recipe.model
-        sizes = self.measures.flops if self.measures.flops is not None else _last_size(recipe)
-        teacher = self.folder / "teacher"
-        measurer = Measurer(base, recipe, self.measures, self.latency, sizes, teacher, self.folder / "locks" / "teacher")
+        measurer = Measurer(
+            base=base_of(self.runs[0]) or recipe.model,
+            recipe=recipe,
+            measures=Measures() if samples is None else Measures(samples=samples),
+            latency=Latency(sizes=tuple(sizes)) if sizes else None,
+            sizes=(last_size(recipe),),
+            teacher=folder / "teacher",
+            lock=folder / "locks" / "teacher",
+        )
         measurer.measure_teacher()
-        rows = []
-        for name, run in zip(names, self.runs, strict=True):
-            self.say(f"{name}: measuring what is missing")
-            try:
-                with claimed(run / ".measuring", wait=True):
-                    measured = measurer.measure(Subject(run, partial(loaded, run)))
-            except OSError as error:
-                raise StudyError(f"{run}: what is measured cannot be written beside the run's own files: {error}") from error
-            rows.append(row_of(name, "distilled", [(CellResult(seed=None, folder=str(run), state="finished"), measured)]))
-            gc.collect()
+        rows = [self._row(name, run, measurer) for name, run in zip(names, self.runs, strict=True)]
         results = Results(
-            command=shlex.join(["edit-compile", "compare", *map(str, self.runs), "-o", str(self.folder)]),
-            model=base,
+            command=self.request.command,
+            model=measurer.base,
             budget="as each run's recipe says",
             seeds=(),
-            samples=self.measures.samples if measurer.is_demo else 0,
+            samples=measurer.measures.samples if measurer.is_demo else 0,
             machine=Machine.this(),
-            rows=(teacher_row(teacher, rows), *rows),
+            rows=(teacher_row(measurer.of_teacher(), rows), *rows),
         )
-        drawn = [("teacher", Drawn.read(teacher)), *((name, Drawn.read(run)) for name, run in zip(names, self.runs, strict=True))]
-        write_results(results, self.folder, drawn, self.measures.gallery)
+        teacher = Drawn.read(measurer.teacher, measurer.teacher_identity)
+        drawn = [(name, Drawn.read(run, identity_of_run(run))) for name, run in zip(names, self.runs, strict=True)]
+        with claimed(folder / "locks" / "results", wait=True):
+            write_results(results, folder, [("teacher", teacher), *drawn], measurer.measures.gallery)
         return results
+
+    def _row(self, name: str, run: Path, measurer: Measurer) -> ModelRow:
+        """Measure what is missing of a run; if that fails, its row says why."""
+        self.say(f"{name}: measuring what is missing")
+        identity, failed = identity_of_run(run), None
+        try:
+            with claimed(run / ".measuring", wait=True):
+                measured = measurer.measure(Subject(run, identity, partial(loaded, run)))
+        except OSError as error:
+            if isinstance(error, EditCompileError):
+                failed = str(error)
+            else:
+                raise StudyError(f"{run}: what is measured cannot be written beside the run's own files: {error}") from error
+        except (EditCompileError, RuntimeError) as error:
+            failed = str(error)
+        if failed is not None:
+            self.say(f"{name} failed: {failed}")
+            measured = read_measured(run, identity)
+        gc.collect()
+        cell = CellResult(seed=None, folder=str(run), state="finished" if failed is None else "failed", error=failed)
+        return row_of(name, "distilled", [(cell, measured.only(measurer.wanted()))])
 
     def _check(self) -> None:
         """Make sure that all are finished runs of one base model.
@@ -338,33 +428,27 @@ def write_results(results: Results, folder: Path, drawn: Sequence[tuple[str, Dra
     captions, images = gallery_columns(drawn, rows)
     if captions:
         save_image(image_grid(captions, images), folder / GALLERY)
+    else:
+        (folder / GALLERY).unlink(missing_ok=True)
     write_text(folder / MARKDOWN, markdown(results, GALLERY if captions else None))
     write_text(folder / RESULTS, results.model_dump_json(indent=2))
 
 
-def teacher_row(folder: Path, rows: Sequence[Row]) -> Row:
+def written(folder: Path) -> list[str]:
+    """List the files that there are of a comparison."""
+    return [name for name in (RESULTS, MARKDOWN, GALLERY) if (folder / name).is_file()]
+
+
+def teacher_row(measured: Measurements, rows: Sequence[ModelRow]) -> ModelRow:
     """Make the teacher's row; its FLOPs were counted with any of the others."""
-    measured = read_measured(folder)
-    row = row_of("teacher", "teacher", [(CellResult(seed=None, folder=folder.name, state="finished"), measured)])
+    cell = CellResult(seed=None, folder="teacher", state="finished")
+    row = row_of("teacher", "teacher", [(cell, measured)])
     counted: dict[str, Any] = {}
     for other in rows:
         for name, spread in other.numbers.items():
             if name.startswith("flops.") and name.endswith(".teacher"):
                 counted.setdefault(name.removesuffix(".teacher"), spread)
     return row.model_copy(update={"numbers": {**row.numbers, **counted}})
-
-
-def _untrained_row(trained: Row, folder: Path) -> Row:
-    """Make the row of a converted model before training; its error was measured when each cell began."""
-    measured: Measured = read_measured(folder)
-    row = row_of(trained.name, "untrained", [(CellResult(seed=None, folder=folder.name, state="finished"), measured)])
-    before = {"error.after": trained.numbers["error.before"]} if "error.before" in trained.numbers and row.numbers else {}
-    return row.model_copy(update={"numbers": {**row.numbers, **before}})
-
-
-def _last_size(recipe: Recipe) -> tuple[tuple[int, ...], ...]:
-    last = phases_of(recipe)[-1]
-    return (tuple(video_size(last.height, last.width, last.frames)),)
 
 
 def _short_names(runs: Sequence[Path]) -> list[str]:

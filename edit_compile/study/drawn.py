@@ -42,23 +42,26 @@ class Drawn:
     images: tuple[np.ndarray, ...]
     features: Tensor | None = None
 
-    def save(self, folder: Path) -> None:
-        """Write it to a folder, at once or not at all."""
+    def save(self, folder: Path, model: str) -> None:
+        """Write it to a folder, with the model's identity, at once or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.from_numpy(np.stack(self.images).clip(0, 1) * 255).round().to(torch.uint8).contiguous()
         tensors = {"images": pixels} | ({} if self.features is None else {"features": self.features})
         with replacing(folder / DRAWN) as temporary:
-            save_file(tensors, temporary, {"captions": json.dumps(self.captions)})
+            save_file(tensors, temporary, {"captions": json.dumps(self.captions), "model": model})
 
     @classmethod
-    def read(cls, folder: Path) -> Drawn | None:
-        """Read what `save` wrote; None if it is not there or damaged."""
+    def read(cls, folder: Path, model: str) -> Drawn | None:
+        """Read what `save` wrote; None if it is not there, damaged, or another model's."""
         try:
             with safe_open(folder / DRAWN, "pt") as file:
-                names = file.keys()
-                tensors, captions = {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["captions"])
+                names, said = file.keys(), file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError):
             return None
+        if said.get("model") != model:
+            return None
+        captions = json.loads(said["captions"])
         return cls(tuple(captions), tuple((tensors["images"].float() / 255).numpy()), tensors.get("features"))
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from edit_compile.distillation.recipe.load import find_recipe, load_recipe, read_yaml
+from edit_compile.distillation.recipe.load import load_recipe, read_yaml
+from edit_compile.distillation.recipe.names import find_recipe
 from edit_compile.distillation.recipe.schema import Recipe
-from edit_compile.distillation.registry import suggestion
-from edit_compile.errors import RecipeError, StudyError
+from edit_compile.errors import RecipeError, StudyError, suggestion
 from edit_compile.study.schema import Study
 
 _SHIPPED = Path(__file__).parents[1] / "recipes" / "studies"
@@ -73,9 +72,9 @@ def resolve(study: Study, path: Path, name: str, seed: int) -> Recipe:
     beside = path.parent / study.recipe
     try:
         base = beside if beside.is_file() else find_recipe(study.recipe)
-        return load_recipe(base, [f"{key}={json.dumps(value)}" for key, value in changes])
+        return load_recipe(base, changes)
     except RecipeError as error:
-        raise StudyError(f"{path}: configuration {name!r}: {str(error).replace('--set ', '')}") from None
+        raise StudyError(f"{path}: configuration {name!r}: {error}") from None
 
 
 def flattened(changes: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

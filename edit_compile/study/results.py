@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from pydantic import Field
 
+from edit_compile.bench.machine import Machine
 from edit_compile.frozen import Frozen
+from edit_compile.report.markdown import markdown_table
 from edit_compile.report.tables import format_si
-from edit_compile.study.measured import Measured
-from edit_compile.version import __version__
+from edit_compile.study.measured import Measurements
 
 Kind = Literal["teacher", "untrained", "distilled"]
 
@@ -26,11 +23,13 @@ class Spread(Frozen):
     median: float
     least: float
     greatest: float
+    count: int
+    """Of seeds."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Summarise the numbers of some seeds."""
-        return cls(median=statistics.median(values), least=min(values), greatest=max(values))
+        return cls(median=statistics.median(values), least=min(values), greatest=max(values), count=len(values))
 
 
 class CellResult(Frozen):
@@ -46,7 +45,7 @@ class CellResult(Frozen):
     """What was measured, as KIND.NAME."""
 
 
-class Row(Frozen):
+class ModelRow(Frozen):
     """A model of the table."""
 
     name: str
@@ -63,35 +62,16 @@ class Row(Frozen):
         """Name the row."""
         return f"{self.name}, untrained" if self.kind == "untrained" else self.name
 
-
-class Machine(Frozen):
-    """What it was measured on, and with."""
-
-    processor: str
-    cores: int
-    threads: int
-    python: str
-    versions: dict[str, str]
-
-    @classmethod
-    def this(cls) -> Machine:
-        """Describe this machine."""
-        from importlib.metadata import version
-
-        names = ("torch", "diffusers", "accelerate", "numpy")
-        return cls(
-            processor=torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-            cores=os.cpu_count() or 1,
-            threads=torch.get_num_threads(),
-            python=platform.python_version(),
-            versions={"edit_compile": __version__, **{name: version(name) for name in names}},
-        )
+    @property
+    def finished(self) -> int:
+        """How many of its cells are finished."""
+        return sum(cell.state == "finished" for cell in self.cells)
 
 
 class Results(Frozen):
     """What `results.json` holds."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     command: str
     model: str
     budget: str
@@ -101,21 +81,24 @@ class Results(Frozen):
     """Held-out captions that each model drew."""
     machine: Machine
     """On which the results were put together; cells may have been done on others."""
-    rows: tuple[Row, ...]
+    rows: tuple[ModelRow, ...]
 
     @property
     def failed(self) -> tuple[CellResult, ...]:
         """The cells that failed."""
         return tuple(cell for row in self.rows for cell in row.cells if cell.state == "failed")
 
+    def _repr_markdown_(self) -> str:
+        return markdown(self, None)
 
-def row_of(name: str, kind: Kind, cells: Sequence[tuple[CellResult, Measured]]) -> Row:
+
+def row_of(name: str, kind: Kind, cells: Sequence[tuple[CellResult, Measurements]]) -> ModelRow:
     """Put the cells of a model together."""
     done = [(cell.model_copy(update={"numbers": measured.numbers()}), measured) for cell, measured in cells]
     names = dict.fromkeys(name for cell, _ in done for name in cell.numbers)
     numbers = {name: Spread.of([cell.numbers[name] for cell, _ in done if name in cell.numbers]) for name in names}
     reasons = {kind: reason for _, measured in done for kind, reason in measured.reasons().items()}
-    return Row(name=name, kind=kind, cells=tuple(cell for cell, _ in done), numbers=numbers, reasons=reasons)
+    return ModelRow(name=name, kind=kind, cells=tuple(cell for cell, _ in done), numbers=numbers, reasons=reasons)
 
 
 class Column(NamedTuple):
@@ -127,8 +110,8 @@ class Column(NamedTuple):
     low: str | None = None
     high: str | None = None
 
-    def text(self, row: Row, *, between: str = " to ") -> tuple[str, str]:
-        """Return a row's number, and its spread if it has one; a dash where it is missing."""
+    def text(self, row: ModelRow, *, between: str = " to ") -> tuple[str, str]:
+        """Return a row's number, and its spread if it has one; a dash where it is missing. Of fewer seeds than the row, it says so."""
         found = row.numbers.get(self.number)
         if found is None:
             return "-", ""
@@ -136,7 +119,8 @@ class Column(NamedTuple):
         if self.low in row.numbers and self.high in row.numbers:
             low, high = row.numbers[self.low].median, row.numbers[self.high].median
         words = [_formatted(value, self.format) for value in (found.median, low, high)]
-        return words[0], f"{words[1]}{between}{words[2]}" if low != high else ""
+        count = f", {found.count} seed{'s' * (found.count > 1)}" if row.kind == "distilled" and found.count != row.finished else ""
+        return words[0] + count, f"{words[1]}{between}{words[2]}" if low != high else ""
 
 
 def _formatted(value: float, how: str) -> str:
@@ -149,21 +133,21 @@ def _formatted(value: float, how: str) -> str:
     return f"{value:{how}}"
 
 
-_SHARES = {"colour_and_place": "colour and place", "all": "all of it"}
+_SHARES = {"all": "all of it"}
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
+def columns(rows: Sequence[ModelRow]) -> list[Column]:
     """List the columns for which any row has a number."""
     found = dict.fromkeys(name for row in rows for name in row.numbers)
     listed = [Column("error before", "error.before", "error"), Column("error", "error.after", "error")]
     further = [name.split(".")[1] for name in found if name.startswith("error.") and name.endswith(".after") and name.count(".") == 2]
     listed += [Column(f"error at {size}", f"error.{size}.after", "error") for size in further]
     shares = [name.partition(".")[2] for name in found if name.startswith("adherence.")]
-    listed += [Column(_SHARES.get(name, name), f"adherence.{name}", ".1%") for name in shares]
-    listed += [Column("Frechet to real", "frechet.real", ".3g"), Column("to teacher's", "frechet.teacher", ".3g")]
+    listed += [Column(_SHARES.get(name, name.replace("_", " ")), f"adherence.{name}", ".1%") for name in shares]
+    listed += [Column("Frechet to real", "frechet.real", ".3g"), Column("Frechet to teacher's", "frechet.teacher", ".3g")]
     sizes = [name.split(".")[1] for name in found if name.startswith("flops.") and name.count(".") == 1]
     for size in sizes:
-        listed += [Column(f"FLOPs at {size}", f"flops.{size}", "si"), Column("of teacher's", f"flops.{size}.ratio", "ratio")]
+        listed += [Column(f"FLOPs at {size}", f"flops.{size}", "si"), Column("of the teacher's", f"flops.{size}.ratio", "ratio")]
     listed += [Column("parameters added", "parameters.added", "si")]
     timed = [name.removesuffix(".ratio") for name in found if name.startswith("latency.") and name.endswith(".ratio")]
     for name in timed:
@@ -173,13 +157,14 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     return [column for column in listed if column.number in found]
 
 
-def seeds_in_words(row: Row) -> str:
+def seeds_in_words(row: ModelRow) -> str:
     """Say how many of a row's cells are finished: `3`, or `2 of 3`."""
-    done = sum(cell.state == "finished" for cell in row.cells)
-    return "" if row.kind != "distilled" else str(done) if done == len(row.cells) else f"{done} of {len(row.cells)}"
+    if row.kind != "distilled":
+        return ""
+    return str(row.finished) if row.finished == len(row.cells) else f"{row.finished} of {len(row.cells)}"
 
 
-def shown(results: Results) -> list[Row]:
+def shown(results: Results) -> list[ModelRow]:
     """Select the rows that have numbers."""
     return [row for row in results.rows if row.numbers]
 
@@ -191,8 +176,12 @@ def notes(results: Results) -> list[str]:
         f"{row.title}{_seed(cell)}" for row in results.rows for cell in row.cells if cell.state in ("unfinished", "not begun", "trained")
     ]
     said += [f"not finished: {', '.join(waiting)}"] if waiting else []
-    reasons = dict.fromkeys(f"{kind}: {reason}" for row in results.rows for kind, reason in row.reasons.items())
-    return [*said, *reasons]
+    reasons: dict[str, list[str]] = {}
+    for row in results.rows:
+        for kind, reason in row.reasons.items():
+            reasons.setdefault(f"{kind}: {reason}", []).append(row.title)
+    students = {row.title for row in shown(results) if row.kind != "teacher"}
+    return [*said, *(line if students <= {*titles} else f"{line} ({', '.join(titles)})" for line, titles in reasons.items())]
 
 
 def _seed(cell: CellResult) -> str:
@@ -201,8 +190,6 @@ def _seed(cell: CellResult) -> str:
 
 def settings_in_words(results: Results) -> list[str]:
     """Say how the numbers came about."""
-    machine = results.machine
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     seeds = (
         f"seeds {', '.join(map(str, results.seeds))}; medians over them, in brackets the least and the greatest" if results.seeds else ""
     )
@@ -210,7 +197,7 @@ def settings_in_words(results: Results) -> list[str]:
     return [
         f"`{results.command}`",
         f"{results.model}; budget: {results.budget}" + "".join(f"; {part}" for part in (seeds, samples) if part),
-        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads; Python {machine.python}, {versions}",
+        str(results.machine),
         "error: sum |student - teacher|² / sum |teacher - mean|² of the predictions, on samples that training never saw",
     ]
 
@@ -222,21 +209,10 @@ def markdown(results: Results, gallery: str | None) -> str:
         gallery: the image to show, relative to the file.
     """
     rows, listed = shown(results), columns(shown(results))
-    head = ["", "seeds", *(column.title for column in listed)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         cells = [column.text(row) for column in listed]
         lines.append([row.title, seeds_in_words(row), *(f"{text} ({spread})" if spread else text for text, spread in cells)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(["", "seeds", *(column.title for column in listed)], lines)
     parts = [f"# {results.model}", table, *settings_in_words(results), *notes(results), *([f"![gallery]({gallery})"] if gallery else [])]
     return "\n\n".join(parts) + "\n"
-
-
-def _processor() -> str:
-    """Name the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

@@ -32,7 +32,7 @@ Size = Annotated[
 Name = Annotated[str, AfterValidator(_named)]
 
 
-class Budget(Frozen):
+class CellBudget(Frozen):
     """What every configuration may spend on training, the layerwise fit included."""
 
     steps: PositiveInt | None = None
@@ -78,10 +78,10 @@ class Study(Frozen):
     change: dict[str, Any] = Field(default_factory=dict, alias="set")
     """Changes of the recipe for all configurations, nested or as dotted keys."""
     configurations: dict[Name, dict[str, Any]] = Field(min_length=1)
-    """By name, the changes of the recipe that make each."""
+    """By name, the changes of the recipe that make each. Paths in them are relative to the working directory."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     """Each configuration is distilled once with each."""
-    budget: Budget | None = None
+    budget: CellBudget | None = None
     """Default: as each recipe says."""
     measure: Measures = Measures()
     """What is measured."""

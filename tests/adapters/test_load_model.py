@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from huggingface_hub import constants, errors
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import edit_compile as ec
 from edit_compile.adapters import hub_access
 from edit_compile.adapters.inputs import example_inputs
-from edit_compile.adapters.load_model import architectures, load_model
+from edit_compile.adapters.load_model import load_model
+from edit_compile.adapters.model_names import architectures
+from edit_compile.adapters.pipelines import origin_of
 
 
 def test_demo_model_has_weights_and_can_be_had_without():
@@ -81,13 +87,6 @@ def test_a_broken_config_is_named(tmp_path):
         load_model(str(tmp_path / "config.json"))
 
 
-def test_a_folder_without_weights_is_named(tmp_path):
-    load_model("demo/mm-dit", structure_only=True).model.save_config(tmp_path)
-    with pytest.raises(ec.ModelNotFoundError, match="the weights cannot be read"):
-        load_model(str(tmp_path))
-    assert not load_model(str(tmp_path), structure_only=True).has_weights
-
-
 def bare(kind):
     """A hub error without the response that its constructor asks for."""
     error = kind.__new__(kind)
@@ -151,3 +150,132 @@ def test_example_inputs_run(name):
     model = load_model(name, structure_only=True).model.to(torch.bfloat16)
     with torch.no_grad():
         assert model(**example_inputs(model)) is not None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    small = {"sample_size": 8, "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "cross_attention_dim": 8}
+    PixArtTransformer2DModel(**small, norm_num_groups=4, caption_channels=8, use_additional_conditions=False).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def weights_of(folder):
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+def refusal(folder):
+    with pytest.raises(ec.ModelNotFoundError) as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(str(folder))
+
+
+def test_the_only_variant_is_loaded(folder):
+    plain = load_model(str(folder)).model
+    weights_of(folder).unlink()
+    plain.half().save_pretrained(folder, variant="fp16")
+    loaded = load_model(str(folder)).model
+    assert loaded.dtype is torch.float32
+    assert all(torch.equal(p.half(), q) for p, q in zip(loaded.parameters(), plain.parameters(), strict=True))
+    next(folder.glob("*.fp16.*")).unlink()
+    plain.save_pretrained(folder, variant="bf16", max_shard_size="4KB")
+    assert len(list(folder.glob("*.bf16-*.safetensors"))) > 1
+    assert load_model(str(folder)).model.dtype is torch.float32
+
+
+def test_no_weights_are_named(folder):
+    weights_of(folder).unlink()
+    assert refusal(folder) == " has no weights (diffusion_pytorch_model.safetensors); its config.json alone gives the structure"
+
+
+def test_weights_that_are_truncated_or_a_pointer_are_named(folder):
+    content = weights_of(folder).read_bytes()
+    weights_of(folder).write_bytes(content[: len(content) // 2])
+    assert "the weights cannot be read: Unable to load weights from checkpoint file" in refusal(folder)
+    weights_of(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    assert "git-lfs" in refusal(folder)
+
+
+def test_weights_that_lack_a_parameter_or_have_another_shape_are_refused(folder):
+    tensors = load_file(weights_of(folder))
+    name = "transformer_blocks.0.attn1.to_k.weight"
+    save_file({**tensors, name: tensors[name][:, :1].clone()}, weights_of(folder), {"format": "pt"})
+    assert f"{name} expected shape" in refusal(folder)
+    del tensors[name]
+    save_file(tensors, weights_of(folder), {"format": "pt"})
+    assert f"1 parameters of PixArtTransformer2DModel are in no file of weights, the first of them {name}" in refusal(folder)
+
+
+def test_a_shard_that_is_missing_is_named(folder):
+    model = load_model(str(folder)).model
+    weights_of(folder).unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    gone = sorted(folder.glob("*-of-*.safetensors"))[1]
+    gone.unlink()
+    assert gone.name in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "has no model class 'DDIMScheduler'"),
+        ({"_class_name": ["Flux"]}, "has no model class ['Flux']"),
+        ({"_class_name": "FluxTransformer2DModel", "num_layers": "many"}, "no FluxTransformer2DModel can be made of it: "),
+        ({"_class_name": "FluxTransformer2DModel", "num_attention_heads": -1}, "no FluxTransformer2DModel can be made of it: "),
+    ],
+)
+def test_a_config_that_makes_no_model_is_named(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ec.ModelNotFoundError) as caught:
+        load_model(str(tmp_path / "config.json"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": -3}, {"in_channels": "four"}, {"_class_name": "ModelMixin"}])
+def test_a_config_beside_weights_is_named_where_it_is_at_fault(folder, change):
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    assert refusal(folder).startswith(f"/config.json: no {config['_class_name']} can be made of it: ")
+
+
+def test_an_index_of_shards_that_holds_something_else_is_refused(folder):
+    weights_of(folder).unlink()
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
+    assert refusal(folder).startswith(": the weights cannot be read: ")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, f"{'a' * 300}/b", "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(ec.ModelNotFoundError, match=r"neither|does not exist"):
+        load_model(name)
+
+
+def test_a_pipelines_index_is_the_pipeline_and_a_file_of_weights_no_folder(folder):
+    (folder / "transformer").mkdir()
+    (folder / "config.json").rename(folder / "transformer" / "config.json")
+    weights_of(folder).rename(weights_of(folder / "transformer"))
+    (folder / "model_index.json").write_text("{}")
+    assert load_model(str(folder / "model_index.json")).pipeline == str(folder)
+    with pytest.raises(ec.ModelNotFoundError, match="is a single file of weights: load it with diffusers' from_single_file"):
+        load_model(str(weights_of(folder / "transformer")))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "denoiser", "expected"),
+    [
+        ("{0}/pipe", "{0}/pipe/transformer", "{0}/pipe"),
+        ("{0}/pipe", "{0}/tuned", "{0}/tuned"),
+        ("{0}/pipe", None, "{0}/pipe"),
+        (None, "{0}/tuned", "{0}/tuned"),
+        ("org/pipe", "org/pipe", "org/pipe"),
+        ("org/pipe", "/cache/models--org--pipe/snapshots/1/transformer", "org/pipe"),
+        ("org/pipe", "org/tuned", "org/tuned"),
+        (None, None, None),
+    ],
+)
+def test_a_pipeline_with_another_denoiser_than_its_own_comes_from_where_that_does(tmp_path, pipeline, denoiser, expected):
+    (tmp_path / "pipe" / "transformer").mkdir(parents=True)
+    made = SimpleNamespace(config={"_name_or_path": pipeline and pipeline.format(tmp_path)}, transformer=nn.Linear(1, 1))
+    made.transformer.config = {"_name_or_path": denoiser and denoiser.format(tmp_path)}
+    assert origin_of(made) == (expected and expected.format(tmp_path))

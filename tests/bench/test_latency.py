@@ -11,7 +11,7 @@ from test_tables import shown
 
 import edit_compile as ec
 import toy
-from edit_compile.bench import SpeedRow, Timing, compare_calls, compare_speed, latency
+from edit_compile.bench import SpeedRow, Timing, compare_calls, compare_speed, latency, turns
 from edit_compile.report.tables import speed_summary, speed_table
 
 
@@ -19,7 +19,7 @@ from edit_compile.report.tables import speed_summary, speed_table
 def clock(monkeypatch):
     """A clock that only the timed calls advance."""
     now = [0.0]
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
 
     def taking(name, seconds, log):
         def call():

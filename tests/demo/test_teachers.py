@@ -8,7 +8,7 @@ import torch
 
 from edit_compile.adapters.load_model import load_model
 from edit_compile.demo import models, shapes
-from edit_compile.demo.prompt_adherence import held_out_scenes, prompt_adherence
+from edit_compile.demo.prompt_adherence import group_adherence, held_out_scenes, prompt_adherence
 
 MOST_BYTES = 8 * 10**6
 
@@ -16,6 +16,8 @@ MOST_BYTES = 8 * 10**6
 KINDS = {
     "mm-dit": diffusers.SD3Transformer2DModel,
     "dit": diffusers.PixArtTransformer2DModel,
+    "mm-dit-64": diffusers.SD3Transformer2DModel,
+    "dit-64": diffusers.PixArtTransformer2DModel,
     "video-dit": diffusers.WanTransformer3DModel,
 }
 
@@ -35,6 +37,15 @@ def test_it_draws_what_the_caption_says(name):
     assert found.objects >= 16
     assert found.colour_and_place >= 0.9
     assert found.shape >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.LARGE_NAMES)
+def test_it_draws_the_groups_that_the_caption_says(name):
+    found = group_adherence(load_model(f"demo/{name}").model, 8, steps=15)
+    assert found.groups >= 16
+    assert found.colour_and_place >= 0.8
+    assert min(found.count, found.size, found.shape, found.texture) >= 0.6
 
 
 def test_another_caption_gives_another_image():

@@ -65,6 +65,7 @@ def call(case: str, grid: Grid) -> dict[str, Tensor]:
     return clip(grid, joint) if video else toy.inputs(2, 2 * grid[0], 2 * grid[1], 5 if joint else None, padded=padded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", ["clear", "local-linear"])
 @pytest.mark.parametrize("case", WHOLE)
 @torch.no_grad()
@@ -77,6 +78,21 @@ def test_a_window_that_holds_the_image_is_the_teachers_attention(case: str, desi
     assert ec.plan_of(student).rewritten
     for grid in grids:
         torch.testing.assert_close(student(**call(case, grid)), model(**call(case, grid)), atol=1e-5, rtol=1e-5)
+
+
+class Masked(toy.Toy):
+    """Has a mask (L, L), with equal rows."""
+
+    def mask(self, text_mask: Tensor, image: Tensor) -> Tensor:
+        row = super().mask(text_mask, image)[0, 0, 0]
+        return row.expand(len(row), -1)
+
+
+@torch.no_grad()
+def test_a_mask_may_have_fewer_than_four_dimensions():
+    model, given = Masked(24, blocks=1, joint=True).eval(), toy.inputs(2, 10, 14, 5, padded=True)
+    student = ec.linearize(model, ec.LinearizeConfig(design="local-linear", radius=20), given)
+    torch.testing.assert_close(student(**given), model(**given), atol=1e-5, rtol=0)
 
 
 def hand(h: int, w: int, others: int) -> int:
@@ -125,12 +141,45 @@ class Wide(Clear):
         self.window = self.window._replace(radius=options.radius + 1)
 
 
-@pytest.mark.parametrize("design", [AllPairs, MaskedPairs, Wide])
-def test_a_mistake_is_found_by_the_audit(design: type[Clear]):
+class ByLinear(Clear):
+    """Computes all scores with the keys as the weights of a linear layer."""
+
+    name = "by-linear"
+
+    def among_image_tokens(self, x: QKV, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        scores = F.linear(x.query[0, 0], x.key[0, 0])[None, None]
+        return F.linear(scores.softmax(-1)[0, 0], x.value[0, 0].mT).expand_as(x.value), scores.logsumexp(-1, keepdim=True)
+
+
+class ByConvolution(Clear):
+    """Computes all scores with the keys as the kernels of a convolution."""
+
+    name = "by-convolution"
+
+    def among_image_tokens(self, x: QKV, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        scores = F.conv1d(x.query[0, :1].mT, x.key[0, 0, :, :, None])
+        return scores.mean() * x.value, scores[:, None].sum(2).unsqueeze(-1)
+
+
+SMALL, LARGE = (10, 14), (18, 26)  # 5 x 7 tokens are within any window of the paper's radius
+
+
+@pytest.mark.parametrize(
+    ("design", "radius", "size"),
+    [
+        (AllPairs, 3, LARGE),
+        (AllPairs, 8, SMALL),
+        (MaskedPairs, 3, LARGE),
+        (Wide, 3, LARGE),
+        (ByLinear, 8, SMALL),
+        (ByConvolution, 3, LARGE),
+    ],
+)
+def test_a_mistake_is_found_by_the_audit(design: type[Clear], radius: int, size: tuple[int, int]):
     register(design)
     try:
         with pytest.raises(ec.AuditError, match=f"the design '{design.name}' is not what it says: .* multiplies [0-9]+ image tokens by"):
-            ec.linearize(toy.Toy(blocks=1), ec.LinearizeConfig(design=design.name, radius=3), toy.inputs(2, 18, 26))
+            ec.linearize(toy.Toy(blocks=1), ec.LinearizeConfig(design=design.name, radius=radius), toy.inputs(2, *size))
     finally:
         unregister(design.name)
 

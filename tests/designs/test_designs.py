@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import edit_compile.designs as registry
 from edit_compile.config import LinearizeConfig, Rule
-from edit_compile.designs import design_names, find_design, register, unregister
+from edit_compile.designs import NO_ATTENTION, design_names, find_design, register, unregister
 from edit_compile.designs.base import QKV, Design, Tokens, Verdict, tokens_of
 from edit_compile.designs.ops.token_spans import to_image, to_tokens
 from edit_compile.errors import ConfigError
@@ -160,16 +160,13 @@ class Brings(Nothing):
         return [(Nothing, Nothing.Options(), None)[: options.number]] * 2
 
 
-def test_a_design_brings_others_to_the_paths_that_it_is_for():
+def test_a_design_brings_others_to_sites_beside_its_own():
     register(Brings)
     try:
-        rules = LinearizeConfig(rules=[Rule("*.a", "brings"), Rule("*", "edit")])
-        assert [(c.paths, c.design.name) for c in rules.choices()] == [
-            ("*.a", "brings"),
-            ("*.a", "nothing"),
-            ("*.a", "nothing"),
-            ("*", "edit"),
-        ]
+        brings, *brought, edit = LinearizeConfig(rules=[Rule("*.a", "brings"), Rule("*", "edit")]).choices()
+        assert (brings.paths, brings.brought_by, edit.brought_by) == ("*.a", None, None)
+        assert [(c.paths, c.design.name, c.brought_by) for c in brought] == [("*", "nothing", brings)] * 2
+        assert len(LinearizeConfig(rules=[Rule("*.a", "brings", companions=False)]).choices()) == 1
         with pytest.raises(ConfigError, match=r"^`companions` of the design 'brings' fails: ValueError: too many values to unpack"):
             LinearizeConfig(design="brings", number=3)
     finally:
@@ -211,6 +208,30 @@ def test_a_design_of_an_installed_package_is_offered_and_loaded_when_it_is_used(
         find_design("broken")
     with pytest.raises(ConfigError, match="is test_designs:site, which is not a Design"):
         find_design("other")
+
+
+class Costless(Nothing):
+    """A design that does not say what it costs."""
+
+    name, flops = "costless", Design.flops
+
+
+def test_a_design_says_what_it_costs():
+    with pytest.raises(ConfigError, match="the design 'costless' says nothing of its cost: give it a `flops`, or `parts`"):
+        register(Costless)
+
+
+def test_flops_alone_stand_for_one_product():
+    counts = type("Counts", (Nothing,), {"flops": classmethod(lambda cls, *_: 10**9)})
+    (part,) = counts.parts(site(), (4, 6), 0, None)
+    assert part.flops == pytest.approx(10**9, rel=2e-3)
+
+
+def test_no_attention_is_known_but_not_offered():
+    assert find_design(NO_ATTENTION).name == NO_ATTENTION
+    assert NO_ATTENTION not in design_names()
+    with pytest.raises(ConfigError, match="exists already"):
+        register(type("Other", (Nothing,), {"name": NO_ATTENTION}))
 
 
 def test_an_unknown_design_suggests_the_nearest():

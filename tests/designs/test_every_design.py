@@ -215,6 +215,7 @@ ABLATION = {  # of EDiT's query, key and value: ConvFusion, compressor, the mode
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ABLATION)
 @pytest.mark.parametrize(("design", "layout"), [case for case in MARKED if case.values[0] in ("edit", "mm-edit")])
 @torch.no_grad()
@@ -278,6 +279,7 @@ def packed_call(*grids: tuple[int, int], text: bool, batch: int = 2) -> Inputs:
     return given | ({"text": packed_model.words(7, batch)} if text else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", design_names())
 @torch.no_grad()
 def test_each_of_several_images_has_its_own_grid(design: str):
@@ -299,6 +301,7 @@ def test_each_of_several_images_has_its_own_grid(design: str):
 # ------------------------------------------------------------------ training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", design_names())
 def test_a_layerwise_fit_and_a_step_of_distillation_move_what_was_inserted(design: str, tmp_path):
     torch.manual_seed(0)

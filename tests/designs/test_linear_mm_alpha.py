@@ -42,9 +42,9 @@ def test_without_compression_it_is_the_formula():
 
 
 def hand(h: int, w: int, others: int) -> int:
-    """ConvFusion: 10 * 24 * 6 multiplications a token; compressors: 9 * 24; 2 heads of 12 x 12 for a key, and of 12 x 13 for a query."""
+    """ConvFusion: 10 * 24 * 6 multiplications a token; compressors: 9 * 24; 2 heads of 12 x 12 for a key and for a query."""
     n, m = h * w, math.ceil(h / 2) * math.ceil(w / 2)
-    return 2 * (n * 10 * 24 * 6 + 2 * m * 9 * 24 + (m + others) * 2 * 144 + (n + others) * 2 * 156)
+    return 2 * (n * 10 * 24 * 6 + 2 * m * 9 * 24 + (m + others) * 2 * 144 + (n + others) * 2 * 144)
 
 
 def test_a_model_is_converted_at_the_cost_counted_by_hand():

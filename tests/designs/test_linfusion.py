@@ -59,9 +59,9 @@ def test_reduced_it_is_the_formula():
 
 
 def hand(h: int, w: int, others: int) -> int:
-    """Two maps of 2 * 24 * 12 multiplications a token, 2 heads of 12 x 12 for each key, and of 12 x 12 + 12 for each query."""
+    """Two maps of 2 * 24 * 12 multiplications a token, 2 heads of 12 x 12 for each key and each query."""
     n = h * w
-    return 2 * (2 * n * (2 * 24 * 12) + (n + others) * 2 * 144 + (n + others) * 2 * 156)
+    return 2 * (2 * n * (2 * 24 * 12) + (n + others) * 2 * 144 * 2)
 
 
 def test_a_model_is_converted_at_the_cost_counted_by_hand():

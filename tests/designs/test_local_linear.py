@@ -63,9 +63,9 @@ def test_it_is_the_formula(radius: int, frames: int, grids: tuple[Grid, ...], be
 
 
 def hand(h: int, w: int, others: int) -> int:
-    """Of CLEAR, with a radius of 2; and, for 2 heads of 12: 12 x 24 for a key, 12 x 25 for a query."""
+    """Of CLEAR, with a radius of 2; and, for 2 heads of 12: 12 x 24 for a key and for a query."""
     pairs = math.ceil(h / 8) * math.ceil(w / 8) * 64 * 100 + h * w * others + others * (h * w + others)
-    return 2 * (2 * 24 * pairs + 2 * h * w * (12 * 24 + 12 * 25))
+    return 2 * (2 * 24 * pairs + 2 * h * w * 12 * 24 * 2)
 
 
 def test_a_model_is_converted_at_the_cost_counted_by_hand():

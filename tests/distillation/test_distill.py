@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from diffusers.optimization import get_scheduler
 
 import edit_compile as ec
 import toy
@@ -54,6 +55,19 @@ def test_it_learns_and_the_folder_holds_the_student(tmp_path):
     with ec.teacher(result.student):
         assert torch.equal(result.student(**inputs), expected)
     assert json.loads((tmp_path / "result.json").read_text())["held_out_error"]["after"]["total"] == result.after.total
+
+
+def test_below_min_tokens_what_conversion_put_there_is_trained_and_measured_all_the_same(tmp_path):
+    model, inputs = toy_distill.student(), toy.inputs(2, 12, 16, toy_distill.TEXT)
+    ec.set_min_tokens(model, 1000)
+    result = run(tmp_path, model)
+    assert result.before.total > result.after.total > 0
+    assert any(value > 0 for name, value in rows(tmp_path)[0].items() if name.startswith("feature/"))
+    for student in (result.student, ec.load(tmp_path, toy_distill.base())):
+        assert ec.plan_of(student).min_tokens == 1000
+        with torch.no_grad():
+            assert torch.equal(student(**inputs), toy_distill.base()(**inputs))
+    assert "below 1,000 image tokens it runs as the original" in (tmp_path / "README.md").read_text()
 
 
 def test_the_error_is_measured_at_further_resolutions(tmp_path):
@@ -135,6 +149,33 @@ def test_learning_rate_rises_then_falls():
     assert learning_rate(0, Stage(resolution=8, steps=1, lr=1.0)) == 1.0
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "polynomial", "cosine_with_restarts", "constant_with_warmup", "constant"])
+def test_schedules_are_those_of_diffusers(name):
+    options = {"cosine_with_restarts": {"lr_cycles": 3}, "polynomial": {"lr_power": 2.0}}.get(name, {})
+    stage = Stage(resolution=8, steps=40, lr=0.5, warmup_steps=0.2, lr_schedule=name, **options)
+    assert stage.warmup == (0 if name == "constant" else 8)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    given = {"num_cycles": 3} if name == "cosine_with_restarts" else {"power": 2.0} if name == "polynomial" else {}
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    theirs, expected = get_scheduler(name, optimizer, num_warmup_steps=8, num_training_steps=40, **given), []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    found = [learning_rate(step, stage) for step in range(40)]
+    assert found[8:] == pytest.approx(expected[8:], abs=1e-6)
+    assert found[:8] == (expected[:8] if name == "constant" else sorted(found[:8]))
+    assert all(found)
+
+
+def test_options_of_other_schedules_are_refused():
+    for options in ({"lr_cycles": 2}, {"lr_power": 2.0, "lr_schedule": "linear"}):
+        with pytest.raises(ValueError, match="has no effect with lr_schedule"):
+            Stage(resolution=8, steps=4, **options)
+    with pytest.raises(ValueError, match="snr_gamma has no effect"):
+        Stage(resolution=8, steps=4, snr_gamma=5)
+
+
 def test_moving_average_is_the_recurrence():
     parameter = torch.nn.Parameter(torch.zeros(3))
     average, expected = MovingAverage({"p": parameter}, 0.5), torch.zeros(3)
@@ -181,9 +222,11 @@ def test_the_command_distills_a_demo_model(demo_recipe, tmp_path):
 
 def test_of_several_processes_one_speaks(demo_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # as in the second process; that there is no first one does not matter here
-    monkeypatch.setattr("edit_compile.distillation.run.distill", lambda *args, report, **options: report({}))
+    reports = []
+    monkeypatch.setattr("edit_compile.distillation.run.distill", lambda *args, report, **options: reports.append(report))
     result = CliRunner().invoke(main, ["distill", str(demo_recipe), "-o", str(tmp_path / "out"), "--push-to-hub", "me/student"])
     assert (result.exit_code, result.output) == (0, "")
+    assert reports == [None]
 
 
 def test_a_dry_run_trains_nothing(demo_recipe, tmp_path):

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import two_processes
+from safetensors.torch import load_file
 
 import edit_compile as ec
 import toy_distill
+from edit_compile.adapters.load_model import load_model
+from edit_compile.api import linearize_for_shards
+from edit_compile.distillation.train import distributed
+from edit_compile.distillation.train.checkpoints import list_checkpoints, load_newest
 from edit_compile.distillation.train.distributed import make_accelerator
+from edit_compile.distillation.train.peers import LOST
+from edit_compile.student.weights import own_weights
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +38,9 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The folders of a run in one process, and of four in two processes."""
-    folder = tmp_path_factory.mktemp("runs")
+@contextmanager
+def two_running(folder, what):
+    """Run `two_processes.py` in two processes; yields them."""
     script = Path(two_processes.__file__)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,14 +50,95 @@ def folder(tmp_path_factory):
     processes = []
     for rank in ("0", "1"):
         environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, script, folder]
+        arguments = [sys.executable, script, folder, what]
         processes.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    two_processes.run(folder / "one")
-    for kind, trained in two_processes.TRAINED.items():
-        two_processes.run(folder / f"one_{kind}", trained=trained)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def both(processes):
+    """Wait until two processes have done what they should."""
     outputs = [process.communicate(timeout=250)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folders of a run in one process, and of four in two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    with two_running(folder, "runs") as processes:
+        two_processes.run(folder / "one")
+        for kind, trained in two_processes.TRAINED.items():
+            two_processes.run(folder / f"one_{kind}", trained=trained)
+        both(processes)
     return folder
+
+
+def test_state_goes_from_two_processes_to_one_and_back_bit_for_bit(tmp_path):
+    with two_running(tmp_path, "state") as processes:
+        both(processes)
+    before, (two,) = load_file(tmp_path / "before.safetensors"), list_checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in sorted(two.iterdir())] == [
+        "state-00000-of-00002.safetensors",
+        "state-00001-of-00002.safetensors",
+        "state.json",
+    ]
+    state = two_processes.restored(tmp_path / "checkpoints")
+    assert state.tensors().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
+    two_processes.save_state(state, tmp_path / "checkpoints", 2).finish()
+    with two_running(tmp_path, "state") as processes:
+        both(processes)
+    after = load_file(tmp_path / "after.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_dead_or_stopped_ends_the_other(tmp_path, number, lost):
+    with two_running(tmp_path, "meet") as processes:
+        wait_until_ready(tmp_path)
+        processes[lost].send_signal(number)
+        left = processes[1 - lost]
+        output = left.communicate(timeout=60)[0]
+    assert left.returncode == LOST == 75, output
+    (line,) = (line for line in output.splitlines() if line.startswith("Error:"))
+    assert re.fullmatch(
+        rf"Error: process {lost} on \S+ gave its last sign of life \d+ s ago: it is dead or hangs; "
+        "the last good checkpoint is 00000007",
+        line,
+    )
+
+
+def test_a_process_that_fails_ends_the_other_with_its_reason(tmp_path):
+    with two_running(tmp_path, "meet") as processes:
+        wait_until_ready(tmp_path)
+        (tmp_path / "fail").touch()
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert re.search(r"^Error: process 1 on \S+ ended: no more data; the last good checkpoint is 00000007$", outputs[0], re.MULTILINE)
+
+
+def wait_until_ready(folder):
+    while not all((folder / f"{rank}.ready").exists() for rank in (0, 1)):
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("damaged", ["gone", "changed"])
+def test_a_checkpoint_without_one_process_part_is_passed_over(tmp_path, caplog, damaged):
+    state = two_processes.state_of(two_processes.uneven_model(seed=0))
+    for total in (1, 2):
+        two_processes.save_state(state, tmp_path, total).finish()
+    file = list_checkpoints(tmp_path)[-1] / "state.safetensors"
+    file.unlink() if damaged == "gone" else file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert load_newest(tmp_path)[0].total == 1
+    assert "00000002 cannot be used" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "kept_whole", "resumed"])
@@ -61,7 +152,7 @@ def test_losses_are_those_of_one_process(folder, kind):
                 assert b[name] == pytest.approx(a[name], rel=2e-4), (a["phase"], a["step"], name)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "kept_whole", "resumed", "fsdp_lora", "fsdp_blocks"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "kept_whole", "resumed", "fsdp_lora", "fsdp_blocks", "fsdp_all"])
 def test_the_student_and_its_error_are_those_of_one_process(folder, kind):
     alone = kind.replace("fsdp_", "one_") if kind.startswith("fsdp_") else "one"
     one, two = (ec.load(folder / name, toy_distill.base()).state_dict() for name in (alone, kind))
@@ -87,6 +178,21 @@ def test_what_cannot_be_distributed_is_refused_before_anything_is_trained(monkey
     monkeypatch.setattr("accelerate.Accelerator", lambda **options: accelerator)
     with pytest.raises(ec.DistillError, match=message):
         make_accelerator(toy_distill.recipe(optimizer={"kind": optimizer}), tmp_path)
+
+
+def test_processes_that_converted_a_model_differently_are_named(monkeypatch):
+    monkeypatch.setattr(distributed, "gathered", lambda own: [*own, "another", *own])
+    with pytest.raises(ec.DistillError, match=r"^process 1 converted the model in another way than process 0: convert it once"):
+        distributed.share_sites(toy_distill.student(), None)
+
+
+def test_what_is_converted_for_shards_stays_in_the_files_that_it_is_mapped_from():
+    loaded = load_model("demo/dit")
+    memory = {parameter.untyped_storage().data_ptr() for parameter in loaded.model.parameters()}
+    student = linearize_for_shards(loaded, ec.LinearizeConfig())
+    own_weights(student, read_only=True)
+    elsewhere = {name for name, parameter in student.named_parameters() if parameter.untyped_storage().data_ptr() not in memory}
+    assert elsewhere == {name for name, _ in student.named_parameters() if ".edit." in name}
 
 
 def test_resuming_shards_is_bit_for_bit(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from functools import cache
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from click.testing import CliRunner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +20,7 @@ from edit_compile.adapters import load_model as models
 from edit_compile.adapters.denoise import denoise
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.bench import peak_memory
+from edit_compile.cli import main
 from edit_compile.distillation import Recipe
 from edit_compile.distillation import dry_run as module
 from edit_compile.distillation.context import Context, NoisyBatch, trained_parameters
@@ -38,7 +41,7 @@ SMALL = {
 @cache
 def student_of(name):
     """A converted model of the architecture, narrow and short, with random weights."""
-    content = json.loads((models._ARCHITECTURES / f"{name}.json").read_text())
+    content = json.loads((models.ARCHITECTURES / f"{name}.json").read_text())
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(content | SMALL[name] | {"num_attention_heads": 2}))
@@ -46,13 +49,13 @@ def student_of(name):
         return ec.linearize(models.load_model(str(path), random_weights=True).model)
 
 
-def tried(name, **options):
+def tried(name, *, devices=1, device=None, **options):
     """The recipe, and its dry run: of a model that was converted before, for conversion takes most of the time."""
     stage = {"resolution": [64, 96], "steps": 7, "global_batch_size": 4, "micro_batch_size": 2}
     recipe = Recipe.model_validate({"model": name, "data": {"kind": "random"}, "stages": [stage]} | options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_student", lambda recipe, structure_only: Student(student_of(name), None))
-        return recipe, module.dry_run(recipe)
+        return recipe, module.dry_run(recipe, devices=devices, device=device)
 
 
 def measured(recipe):
@@ -97,7 +100,7 @@ def test_what_is_kept_by_option():
     assert state(precision="bf16") == 20 * trained + 2 * (parameters - trained + originals)
     assert state(optimizer={"kind": "adamw-8bit"}) == base.state_bytes - 6 * trained
     assert state(ema_decay=None) == base.state_bytes - 4 * trained
-    assert state(train="all") == 4 * (5 * parameters + parameters + 2 * originals)
+    assert state(train="all") == 4 * (5 * parameters + parameters - trained + originals)
     lora = tried("pixart-sigma", train="lora", lora={"rank": 4, "targets": ["*.ff.*", "proj_out"]})[1]
     added = lora.trained - trained
     assert added == sum(4 * (linear.in_features + linear.out_features) for linear in adapted("pixart-sigma"))
@@ -140,8 +143,66 @@ def test_a_resolution_that_the_model_cannot_draw_is_named():
     assert "does not support 64 x 100 px: both sides must be multiples of 16" in found.errors["stage 1"]
 
 
+def test_stages_below_min_tokens_are_told_and_counted_as_they_train():
+    _, before = tried("pixart-sigma")
+    student = copy.deepcopy(student_of("pixart-sigma"))
+    ec.set_min_tokens(student, 30)
+    stages = [{"resolution": [64, 96], "steps": 7, "global_batch_size": 4, "micro_batch_size": 2}, {"resolution": 128, "steps": 1}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_student", lambda recipe, structure_only: Student(student, None))
+        found = module.dry_run(Recipe.model_validate({"model": "a", "data": {"kind": "random"}, "stages": stages}))
+    assert found.phases[0] == before.phases[0]
+    assert found.to_dict()["notes"] == list(found.notes)
+    assert [note.partition(", where")[0] for note in found.notes] == ["stages.0 trains with 24 image tokens"]
+
+
 def test_the_least_time_is_flops_over_speed():
     _, found = tried("sd3.5-medium")
     (phase,) = found.phases
     assert found.least_seconds(phase) == pytest.approx(7 * phase.flops / found.flops_per_second)
     assert found.to_dict()["phases"][0]["least_seconds"] == found.least_seconds(phase)
+
+
+def test_several_devices_share_the_work_and_if_sharded_the_student():
+    _, one = tried("pixart-sigma")
+    _, four = tried("pixart-sigma", devices=2)
+    (alone,), (shared,) = one.phases, four.phases
+    assert shared.flops == alone.flops
+    assert four.least_seconds(shared) == pytest.approx(one.least_seconds(alone) / 2 * one.flops_per_second / four.flops_per_second)
+    assert alone.sharded_bytes == alone.bytes == shared.bytes  # two samples a forward, either way
+    student = student_of("pixart-sigma")
+    trained = trained_parameters(student, "attention")
+    own = 4 * sum(p.numel() for p in student.parameters()) + 16 * sum(p.numel() for p in trained.values())
+    gathered = 4 * max(sum(p.numel() for p in block.parameters()) for block in student.transformer_blocks)
+    originals = 4 * sum(p.numel() for site in converted_sites(student).values() for p in site.edit_teacher.parameters())
+    for compiled, sharded in ((True, own), (False, own + originals)):
+        (shared,) = tried("pixart-sigma", devices=2, compile=compiled)[1].phases
+        assert shared.bytes - shared.sharded_bytes == sharded - sharded // 2 - 2 * gathered
+    with pytest.raises(ec.DistillError, match="global_batch_size 4 is not divisible by 3 processes times micro_batch_size 2"):
+        tried("pixart-sigma", devices=3)
+
+
+def test_a_device_that_is_not_here_counts_by_its_data_sheet():
+    _, found = tried("pixart-sigma", device="H100", precision="bf16")
+    assert found.device.bytes == 80 * 2**30
+    assert found.least_seconds(found.phases[0]) == 7 * found.phases[0].flops / 989e12
+    assert tried("pixart-sigma", device="h100")[1].flops_per_second == 67e12  # float32
+    with pytest.raises(ec.ConfigError, match=r"no device 'h10' is known; did you mean h100\?"):
+        tried("pixart-sigma", device="h10")
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_the_command_shows_devices_and_refuses_them_without_a_dry_run(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    _, found = tried("pixart-sigma", devices=2, device="l4", precision="bf16")
+    monkeypatch.setattr(module, "dry_run", lambda recipe, devices, device: found)
+    shown = CliRunner().invoke(main, ["distill", "pixart-sigma", "--dry-run", "--devices", "2", "--device", "l4"])
+    assert shown.exit_code == 0, shown.output
+    words = shown.stdout.split()
+    assert "at the peak of a step on each of 2 devices" in " ".join(words)
+    assert "l4: 24.0 GiB a device. The least time is at 121 TFLOP/s" in " ".join(words)
+    assert {"phase", "pixels", "steps", "samples", "FLOPs", "memory", "sharded", "least", "usual"} <= set(words)
+    assert "…" not in shown.stdout
+    refused = CliRunner().invoke(main, ["distill", "pixart-sigma", "--devices", "2"])
+    assert refused.exit_code == 2
+    assert "--devices and --device are for --dry-run" in refused.stderr

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,11 +24,16 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
-from edit_compile.distillation.console import line_of, show_progress
+from edit_compile.distillation.console import print_row
 from edit_compile.distillation.output import hub
+from edit_compile.distillation.output import model_card as cards
+from edit_compile.distillation.output.html_report import write_report
+from edit_compile.distillation.output.plot import plot_losses
 from edit_compile.distillation.recipe import load as recipe_file
+from edit_compile.distillation.train.metrics import line_of
 from edit_compile.distillation.train.trackers import chosen_trackers
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 OPTIONS = {
     "stages": [{"resolution": [12, 16], "steps": 4, "global_batch_size": 2}, {"resolution": [16, 16], "steps": 2, "global_batch_size": 2}],
     "samples": {"every": 3, "count": 2, "steps": 3},
@@ -71,8 +81,105 @@ def test_the_card_says_what_was_done(result):
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["samples"]["every"] == 3
 
 
+def test_the_card_names_the_bases_licence_and_no_path_of_this_machine(result, monkeypatch, tmp_path):
+    of_base = {"license": "other", "license_name": "community", "pipeline_tag": "text-to-image"}
+    monkeypatch.setattr(cards, "card_of", lambda name: of_base)
+    recipe = toy_distill.recipe(**OPTIONS, model=str(tmp_path / "secret" / "model"))
+    plan, both = ec.plan_of(result.student), (result.before, result.after)
+    card = ModelCard(cards.model_card(recipe, plan, "someone/base", *both, result.speeds, ()))
+    assert (card.data.base_model, card.data.base_model_relation) == ("someone/base", "finetune")
+    assert {name: card.data.to_dict()[name] for name in of_base} == of_base
+    (found,) = card.data.eval_results
+    assert found.metric_value == pytest.approx(result.after.total, rel=1e-2)
+    assert 'edit_compile.load_pipeline("this folder", base="someone/base")' in card.text
+    assert "secret" not in str(card)
+    assert str(tmp_path) not in cards.model_card(recipe, plan, str(tmp_path), *both, result.speeds, ())
+
+
 def test_the_losses_are_plotted(result):
     assert np.asarray(Image.open(result.folder / "losses.png")).std() > 10
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(result):
+    page = (result.folder / "report.html").read_text()
+    parsed = Page(page)
+    assert [kind for kind in parsed.sources if not kind.startswith("data:image/png;base64,")] == []
+    assert len(parsed.sources) == 4 + 2  # sample grids; losses and speeds
+    assert not {"script", "link", "iframe"} & set(parsed.tags)
+    assert parsed.headings == ["Images", "Losses", "Validation error", "Speed", "Made with", "What was done to the model", "Recipe"]
+    for part in (f"{result.before.total:.3g}", f"{result.after.total:.3g}", "blocks.{0..1}.attn", "12 x 16 px", "global_batch_size: 2"):
+        assert part in parsed.text
+    assert str(result.folder) not in page
+    assert Page(result._repr_html_()).headings == parsed.headings[:5]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_a_browser_shows_the_report(result, tmp_path):
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+    options = [f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png", "--window-size=900,3000"]
+    subprocess.run([CHROMIUM, *quiet, *options, (result.folder / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
+    page = np.asarray(Image.open(tmp_path / "page.png").convert("L"), dtype=float)
+    assert page.shape == (3000, 900)
+    assert (page[:600].std(axis=1) > 1).mean() > 0.3  # text and the sample grid
+    assert (page.std(axis=1) > 1).sum() > 1000
+
+
+class Page(HTMLParser):
+    """The tags of a page, where its images are, its second headings and its text. All that is opened must be closed in order."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.sources, self.headings, self.text, self.open = [], [], [], "", []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open[-1:] == ["h2"]:
+            self.headings.append(data)
+
+
+def test_the_command_makes_the_report_again(result, tmp_path):
+    found = CliRunner().invoke(main, ["report", str(result.folder), "-o", str(tmp_path / "page.html")])
+    assert found.output == f"written to {tmp_path / 'page.html'}\n"
+    assert (tmp_path / "page.html").read_text() == (result.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "holds no finished run: result.json is missing"),
+        ("{", "result.json cannot be read .*: damaged, or of another version"),
+        ('{"held_out_error": {}}', "result.json cannot be read .*KeyError.*: damaged, or of another version"),
+    ],
+)
+def test_a_report_is_of_a_finished_run(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ec.DistillError, match=said):
+        write_report(tmp_path)
+
+
+def test_losses_are_plotted_weighted_and_smoothed(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, *style, **options: lines.append((options.get("label"), x, y)))
+    rows = [{"phase": "stage 0", "total": step, "loss": 3.0, "output": 2.0, "task": 1.0} for step in (10, 20, 30)]
+    stage = {"resolution": [12, 16], "steps": 30, "global_batch_size": 2, "losses": {"output": 1.25, "task": 0.5, "feature": 0}}
+    plot_losses(rows, toy_distill.recipe(stages=[stage], layerwise=None), (0.4, 0.1), tmp_path / "losses.png")
+    smoothed = {label: (x, y) for label, x, y in lines if label is not None}
+    assert smoothed.keys() == {"loss", "output", "task", "validation error"}
+    assert smoothed["output"] == ((10, 20, 30), pytest.approx((2.5, 2.5, 2.5)))
+    assert smoothed["task"] == ((10, 20, 30), pytest.approx((0.5, 0.5, 0.5)))
+    assert smoothed["validation error"] == ((0, 30), (0.4, 0.1))
 
 
 def test_speed_is_measured_at_every_stage(result):
@@ -92,13 +199,13 @@ def test_split_undoes_mixing(prediction):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_are_lines_or_nothing(result, capsys):
+def test_rows_are_lines_where_there_is_no_terminal(result, capsys, monkeypatch):
     row = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[-1])
-    with show_progress(toy_distill.recipe(), quiet=False) as report:
-        report(row)
+    print_row(row)
     assert capsys.readouterr().err.strip() == line_of(row)
-    with show_progress(toy_distill.recipe(), quiet=True) as report:
-        report(row)
+    assert f"loss {row['loss']:.3g}" in line_of(row)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    print_row(row)
     assert capsys.readouterr().err == ""
     assert "1 skipped" in line_of({**row, "skipped": 1})
 
@@ -130,6 +237,10 @@ class Api:
         if self.error:
             raise self.error
         return f"https://hub/{name}"
+
+    def auth_check(self, name, *, write=False):
+        if (name, write) == ("others/student", True):
+            raise OSError("403: no write access")
 
     def upload_folder(self, **options):
         self.calls.append(options)
@@ -173,8 +284,18 @@ def test_uploading(result, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert hub.push_to_hub(result.folder, "me/student") == "https://hub/me/student"
     assert Api.calls[-1]["folder_path"] == result.folder
+    assert 'edit_compile.load("me/student")' in (result.folder / "README.md").read_text()
+    with pytest.raises(ec.DistillError, match=r"others/student cannot be made or written: 403: no write access"):
+        hub.make_repository("others/student")
     monkeypatch.setattr(Api, "error", OSError("no network\nmore"))
-    with pytest.raises(ec.DistillError, match=r"me/student cannot be uploaded: no network; run `hf auth login`; the student is in"):
+    with pytest.raises(ec.DistillError, match=r"me/student cannot be made or written: no network; run `hf auth login`"):
+        hub.push_to_hub(result.folder, "me/student")
+    monkeypatch.setattr(runner, "distill", lambda *args, **kwargs: pytest.fail("trained before the hub was asked"))
+    found = CliRunner().invoke(main, ["distill", "demo-mm-dit", "--push-to-hub", "me/student"])
+    assert (found.exit_code, found.stderr.count("\n")) == (1, 1)
+    monkeypatch.setattr(Api, "error", None)
+    monkeypatch.setattr(Api, "upload_folder", lambda self, **options: json.loads("{"))
+    with pytest.raises(ec.DistillError, match=r"me/student cannot be uploaded: .*; the student is in"):
         hub.push_to_hub(result.folder, "me/student")
 
 
@@ -188,3 +309,27 @@ def test_an_interrupted_command_says_how_to_continue_and_is_no_success(monkeypat
     command = f"edit-compile distill demo-mm-dit --set seed=1 -o '{tmp_path / 'a b'}' --resume"
     assert found.stderr == f"stopped at stage 0, step 3 of 9; saved in x. To continue: {command}\n"
     assert recipe_file.load_recipe("demo-mm-dit", ["seed=1"]).seed == 1
+    found = CliRunner().invoke(main, ["--import", "json", "distill", "demo-mm-dit", "--overwrite"])
+    assert found.stderr.endswith("To continue: edit-compile --import json distill demo-mm-dit --resume\n")
+    monkeypatch.setattr(runner, "distill", interrupted)
+    found = CliRunner().invoke(main, ["distill", "demo-mm-dit"])
+    assert (found.exit_code, found.stderr) == (130, "stopped. To continue: edit-compile distill demo-mm-dit --resume\n")
+    monkeypatch.setattr("edit_compile.distillation.recipe.load.load_recipe", interrupted)
+    found = CliRunner().invoke(main, ["cache", "demo-mm-dit", "-o", "cache"])
+    assert (found.exit_code, found.stderr) == (130, "stopped\n")
+    monkeypatch.setattr("edit_compile.distillation.recipe.load.load_recipe", full)
+    found = CliRunner().invoke(main, ["cache", "demo-mm-dit", "-o", "cache"])
+    assert (found.exit_code, found.stderr) == (1, "error: [Errno 28] No space left on device: 'shard'\n")
+    monkeypatch.undo()
+    monkeypatch.setattr("edit_compile.distillation.ranking.rank.rank", stops)
+    found = CliRunner().invoke(main, ["rank", "demo/dit", "--candidates", "edit, mix-ffn", "--time", "--set", "seed=1"])
+    assert found.exit_code == 130
+    assert found.stderr.endswith("To continue: edit-compile rank demo/dit --candidates 'edit, mix-ffn' --time --set seed=1\n")
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device", "shard")

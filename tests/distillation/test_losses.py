@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 import edit_compile as ec
+import toy
 import toy_distill
-from edit_compile.adapters.noise_schedule import NoiseSchedule
+from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.evaluate.validation import validate
+from edit_compile.distillation.recipe.schema import Stage
 from edit_compile.distillation.train.features import captured, relative_error
 from edit_compile.distillation.train.step import measure_losses
 from edit_compile.student.site import converted_sites
@@ -119,9 +122,10 @@ def test_held_out_samples_are_not_training_samples(context):
 
 
 def test_held_out_error_of_a_teacher_without_trained_weights_is_refused():
-    student = toy_distill.student()
-    torch.nn.init.zeros_(student.out.weight)
-    torch.nn.init.zeros_(student.out.bias)
+    base = toy_distill.base()
+    torch.nn.init.zeros_(base.out.weight)
+    torch.nn.init.zeros_(base.out.bias)
+    student = ec.linearize(base, example_inputs=toy.inputs(text=toy_distill.TEXT))
     with pytest.raises(ec.DistillError, match="the teacher predicts the same value everywhere, or NaN"):
         validate(toy_distill.context(student, Accelerator()), H, W)
 
@@ -131,3 +135,35 @@ def test_held_out_error_of_a_broken_student_is_refused():
     torch.nn.init.constant_(next(iter(converted_sites(student).values())).to_v.weight, torch.nan)
     with pytest.raises(ec.DistillError, match="the student predicts NaN or infinity"):
         validate(toy_distill.context(student, Accelerator()), H, W)
+
+
+@pytest.mark.parametrize("kind", ["sigma-sqrt", "cosmap"])
+def test_weights_of_flows_are_those_of_diffusers(kind):
+    timesteps = torch.tensor([1.0, 250.0, 500.0, 990.0])
+    expected = compute_loss_weighting_for_sd3(kind.replace("-", "_"), timesteps / 1000)
+    torch.testing.assert_close(NoiseSchedule("rectified-flow").loss_weights(kind, timesteps, 5.0), expected)
+    with pytest.raises(ec.DistillError, match=f"loss_weighting: {kind} is for models that predict a flow; this one predicts epsilon"):
+        default_schedule("epsilon").loss_weights(kind, timesteps, 5.0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v-prediction", "rectified-flow"])
+def test_min_snr_weighs_errors_of_the_clean_image(prediction):
+    """Whatever is predicted, the weighted error is min(SNR, 5) times that of x_0."""
+    schedule, timesteps = default_schedule(prediction), torch.tensor([30.0, 200.0, 500.0, 900.0])
+    x, prediction_of, error = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
+    a, s = (level.flatten() for level in schedule._levels(timesteps, x))
+    clean, _ = schedule.predict_x0_and_noise(x, prediction_of, timesteps)
+    other, _ = schedule.predict_x0_and_noise(x, prediction_of + error, timesteps)
+    expected = torch.minimum((a / s).square(), torch.tensor(5.0)) * (other - clean).square().flatten(1).mean(1)
+    found = schedule.loss_weights("min-snr", timesteps, 5.0) * error.square().flatten(1).mean(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stage_weighs_timesteps(context, sample):
+    stage = Stage(resolution=[H, W], steps=1, loss_weighting="min-snr", snr_gamma=2)
+    plain, weighted = (measure_losses(context, context.student, sample, {"task": 1, "output": 0}, each) for each in (None, stage))
+    with torch.no_grad():
+        errors = (context.predict(context.student, sample) - sample.target).square().flatten(1).mean(1)
+    weights = context.schedule.loss_weights("min-snr", sample.timesteps, 2)
+    assert plain.total.item() == pytest.approx(errors.mean().item(), rel=1e-5)
+    assert weighted.total.item() == pytest.approx((errors * weights).mean().item(), rel=1e-5)

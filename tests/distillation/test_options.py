@@ -20,7 +20,7 @@ from edit_compile.distillation.context import trained_parameters
 from edit_compile.distillation.recipe.schema import OptimizerConfig
 from edit_compile.distillation.train import distributed
 from edit_compile.distillation.train.features import captured
-from edit_compile.distillation.train.optimizer import make_optimizers
+from edit_compile.distillation.train.optimizer import check_optimizer, make_optimizers, moment_bytes
 from edit_compile.student.site import converted_sites
 
 STAGES = [{"resolution": size, "steps": 3, "global_batch_size": 2, "lr": 1e-3, "warmup_steps": 0} for size in ([12, 16], [16, 20])]
@@ -158,3 +158,58 @@ def test_an_optimizer_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ec.DistillError, match="pip install bitsandbytes"):
         make_optimizers(toy_distill.student(), {"p": torch.nn.Parameter(torch.zeros(1))}, OptimizerConfig(kind="adamw-8bit"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "slots"),
+    [("sgd", {"momentum": 0.9}, 4), ("nadam", {}, 8), ("adafactor", {}, 0.03), ("torch.optim.RMSprop", {"alpha": 0.9}, 4), ("adam", {}, 8)],
+)
+def test_any_optimizer_trains_and_continues(kind, options, slots):
+    chosen = OptimizerConfig(kind=kind, options=options)
+    check_optimizer(chosen)
+    weights = {name: torch.nn.Parameter(torch.ones(16, 16)) for name in ("a", "b")}
+    first = make_optimizers(toy_distill.student(), weights, chosen)
+
+    def step(optimizers, own):
+        for number, parameter in enumerate(own.values()):
+            parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+        optimizers.step(1e-2)
+
+    step(first, weights)
+    others = {name: torch.nn.Parameter(p.detach().clone()) for name, p in weights.items()}
+    second = make_optimizers(toy_distill.student(), others, chosen)
+    kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in first.slots(weights).items()}
+    second.set_slots(others, kept)
+    step(first, weights)
+    step(second, others)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert not torch.equal(weights["a"], torch.ones(16, 16))
+    assert moment_bytes(toy_distill.student(), weights, chosen) == pytest.approx(slots * 512, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "admaw"}, "did you mean adamw"),
+        ({"kind": "sgd", "betas": (0.8, 0.9)}, "betas is of adamw; with kind: sgd give it as one of the options"),
+        ({"kind": "muon", "options": {"momentum": 0.9}}, "those of Muon are given as muon"),
+        ({"kind": "lbfgs"}, "unknown optimizer"),
+    ],
+)
+def test_impossible_optimizers_are_refused_by_the_recipe(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "sgd", "options": {"momentun": 0.9}}, "SGD does not take momentun; did you mean momentum"),
+        ({"kind": "nowhere.Best"}, "nowhere.Best cannot be imported"),
+        ({"kind": "torch.nn.Linear"}, "torch.nn.Linear is not a torch.optim.Optimizer"),
+        ({"kind": "adam", "options": {"betas": [2, 3]}}, "Adam cannot be used: ValueError: Invalid beta"),
+    ],
+)
+def test_optimizers_that_cannot_be_made_are_named_before_training(options, message):
+    with pytest.raises(ec.DistillError, match=message):
+        check_optimizer(OptimizerConfig(**options))

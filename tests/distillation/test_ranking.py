@@ -17,16 +17,20 @@ import edit_compile as ec
 import toy
 from edit_compile.api import plan_with_forwards
 from edit_compile.cli import main
-from edit_compile.demo.models import NAMES
 from edit_compile.distillation import load_recipe
 from edit_compile.distillation.evaluate.validation import validate
 from edit_compile.distillation.ranking import folder as files
 from edit_compile.distillation.ranking import measure as measuring
 from edit_compile.distillation.ranking import rank as ranking_module
-from edit_compile.distillation.ranking.rank import Ranker, ranking_recipe, recipe_for
+from edit_compile.distillation.ranking import sets as sets_module
+from edit_compile.distillation.ranking import subject
+from edit_compile.distillation.ranking.rank import ranking_recipe, recipe_for
+from edit_compile.distillation.ranking.subject import RankedModel
 from edit_compile.distillation.train import checkpoints
+from edit_compile.files import claimed
 
 STEPS, SIDE = 4, 16
+FILES = ("ranking.json", "ranking.md", "pareto.png", "settings.json", "sets.json", "fits", "chosen")
 COMPETING = ["edit", {"design": "kv-compress", "layer_norm": False}, "keep"]
 
 
@@ -77,7 +81,8 @@ def planned_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking_module, "plan_with_forwards", plan)
+        for module in (subject, sets_module):
+            patch.setattr(module, "plan_with_forwards", plan)
         yield
 
 
@@ -102,7 +107,7 @@ def test_every_site_is_measured_for_every_candidate(ranked):
         assert site.measures[1].options["layer_norm"] is False
         assert all(m.error > 0 and len(m.bins) == 2 for m in site.measures)
     assert ranking.image_tokens == (SIDE // 2) ** 2
-    assert {path.name for path in folder.iterdir()} == {"ranking.json", "ranking.md", "pareto.png", "settings.json", "fits", "chosen"}
+    assert {path.name for path in folder.iterdir()} == set(FILES)
     assert [at.done for at in told if at.what == "edit: layerwise fit"] == list(range(1, STEPS + 1))
     assert ec.Ranking.read(folder) == ranking
     page = (folder / "ranking.md").read_text()
@@ -112,8 +117,7 @@ def test_every_site_is_measured_for_every_candidate(ranked):
 
 
 def context_of(student, model):
-    ranker = Ranker(ranking_recipe(model, recipe(model)), (), None, files.RankingFolder(Path("nowhere")), False, print)
-    return ranker._context(student)
+    return RankedModel(ranking_recipe(model, recipe(model)), (), files.RankingFolder(Path("nowhere"))).context(student)
 
 
 def test_an_error_is_that_of_the_model_with_one_site_converted(ranked, model):
@@ -152,7 +156,7 @@ def test_the_plan_shows_the_ranking(ranked, model):
     _, ranking, _ = ranked
     plan = ec.plan(model, ranking.config("best 1"))
     (converted,) = plan.rewritten
-    assert converted.path == next(iter(ranking.choices.ranks))
+    assert converted.path == next(iter(ranking.choices.best))
     assert "; rank 1 of 3: error " in converted.reason
     kept = [site.reason for site in plan if not site.rewritten and "attn1" in site.path]
     assert all(reason.startswith("outside the budget (best 1): rank ") and reason.endswith("% of the FLOPs") for reason in kept)
@@ -163,7 +167,7 @@ def test_a_finished_ranking_measures_nothing_again(ranked, model, tmp_path, monk
     folder = copied(ranked, tmp_path)
     for name in ("Trainer", "error_sums", "cost"):
         monkeypatch.setattr(measuring, name, None)
-    monkeypatch.setattr("edit_compile.distillation.ranking.rank.validate", None)
+    monkeypatch.setattr(sets_module, "validate", None)
     told = []
     assert rank(model, folder, sites=["flops <= 0.95x"], report=told.append) == ranked[1]
     assert not told
@@ -196,11 +200,12 @@ def stop_at(monkeypatch, module, name, number):
 @pytest.mark.parametrize(
     ("module", "name", "number"),
     [
-        (checkpoints, "save_file", 2),  # in the middle of the first fit
+        (checkpoints, "write_tensors", 2),  # in the middle of the first fit
         (measuring, "save", 1),  # after it
         (measuring, "error_sums", 5),  # among the measurements
-        (os, "replace", 12),  # as some file becomes what it is
-        (ranking_module, "count_costs", 1),
+        (os, "replace", 14),  # as some file becomes what it is
+        (ranking_module, "count_costs", 2),  # before anything is fitted
+        (sets_module, "validate", 2),  # among the sets
         (measuring, "load_newest", 2),  # before the second fit
     ],
     ids=lambda value: str(getattr(value, "__name__", value)).rpartition(".")[2],
@@ -233,13 +238,82 @@ def test_a_signal_stops_between_batches(ranked, model, tmp_path, monkeypatch):
 
 
 def test_time_is_measured_where_it_is_asked_for(ranked, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(ranking_module, "validate", None)  # nothing but time is
+    monkeypatch.setattr(sets_module, "validate", None)  # nothing but time is
     found = rank(model, copied(ranked, tmp_path), time=True)
     assert found.seconds > 0
     assert all(measure.saved_seconds is not None for site in found.sites for measure in site.measures)
     assert [(m.error, m.saved_flops) for s in found.sites for m in s.measures] == [
         (m.error, m.saved_flops) for s in ranked[1].sites for m in s.measures
     ]
+
+
+def test_a_second_size_has_its_own_numbers_and_what_was_measured_is_kept(ranked, model, tmp_path, monkeypatch):
+    folder = copied(ranked, tmp_path)
+    found = rank(model, folder, size=(2 * SIDE, 2 * SIDE), sites=["best 1"])
+    assert found.flops > 2 * ranked[1].flops
+    for check in found.checked:
+        assert check.flops == found.choose(check.sites).flops
+        assert check.predicted == found.choose(check.sites).error
+    assert {check.sites for check in found.checked} == {*found.choices.budgets(4), "best 1"}
+    monkeypatch.setattr(sets_module, "validate", None)
+    assert rank(model, folder, sites=["flops <= 0.95x"]) == ranked[1]
+
+
+def test_times_and_sets_outlive_calls_that_do_not_ask_for_them(ranked, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sets_module, "validate", None)
+    folder = copied(ranked, tmp_path)
+    timed = rank(model, folder, time=True)
+    assert rank(model, folder).seconds == timed.seconds
+    swapped = ec.rank(model, folder, recipe=recipe(model), candidates=COMPETING[1::-1])
+    assert swapped.seconds == timed.seconds
+    assert [check.measured for check in swapped.checked] == [check.measured for check in timed.checked]
+    monkeypatch.setattr(ranking_module, "machine_in_words", lambda: "another")
+    monkeypatch.setattr(measuring, "machine_in_words", lambda: "another")
+    assert rank(model, folder, time=True).seconds != timed.seconds
+
+
+def test_a_fit_of_another_plan_is_not_mixed_with_others(ranked, model, tmp_path):
+    folder = copied(ranked, tmp_path)
+    index = folder / "fits" / "edit" / "edit_compile.json"
+    content = json.loads(index.read_text())
+    next(site for site in content["plan"]["sites"] if site["action"] == "edit")["options"]["reduction"] = 2
+    index.write_text(json.dumps(content))
+    with pytest.raises(ec.DistillError, match=r"fits/edit was fitted with another plan, at transformer_blocks.0.attn1: remove it"):
+        rank(model, folder)
+
+
+def test_the_designs_of_a_recipes_rules_compete(model):
+    rules = [{"paths": "*.0.*", "design": "keep"}, {"design": "edit", "options": {"reduction": 8}}, {"design": "kv-compress"}]
+    found = ranking_module._candidates_of(recipe(model, convert={"rules": [*rules, rules[1]]}))
+    assert [str(candidate) for candidate in found] == ["edit (reduction=8)", "kv-compress"]
+    with pytest.raises(ec.ConfigError, match="the recipe's rules keep all sites"):
+        ranking_module._candidates_of(recipe(model, convert={"rules": [rules[0]]}))
+
+
+@pytest.fixture(scope="module")
+def of_two_kinds(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds") / "r"
+    options = {"recipe": recipe(model), "candidates": ["edit", "mix-ffn"], "sites": ["all"]}
+    return folder, ec.rank(model, folder, **options)
+
+
+@pytest.mark.slow
+def test_designs_of_two_kinds_compete(of_two_kinds, model):
+    """Feed-forward networks are listed only where a design for them is among the candidates; they save nothing, so budgets leave them."""
+    folder, found = of_two_kinds
+    blocks = [f"transformer_blocks.{n}.{part}" for n in range(3) for part in ("attn1", "ff")]
+    assert [site.path for site in found.sites if site.measures] == blocks
+    assert {site.path for site in ec.plan(model, found.config("best 1")).rewritten} == set(list(found.choices.best)[:1])
+    everything = ec.load(folder / "chosen" / "all", base=ec.load_model(model).model)
+    assert {site.path for site in ec.plan_of(everything).rewritten} == set(blocks)
+    (check,) = [check for check in found.checked if check.sites == "all"]
+    assert check.measured == pytest.approx(validate(context_of(everything, model), SIDE, SIDE).total, rel=1e-4)
+
+
+def test_a_second_process_is_refused(ranked, model, tmp_path):
+    folder = copied(ranked, tmp_path)
+    with claimed(folder / ".lock"), pytest.raises(ec.DistillError, match=r"another process ranks in .*: wait for it"):
+        rank(model, folder)
 
 
 # ------------------------------------------------------------------ bad inputs
@@ -252,6 +326,7 @@ def test_time_is_measured_where_it_is_asked_for(ranked, model, tmp_path, monkeyp
         (lambda model: {"steps": 9}, r"layerwise.steps \(4 then, 9 now\)"),
         (lambda model: {"sites": ["flops <= 0.01x"]}, r"sites: flops <= 0.01x: cannot be reached; the least is flops <= 0\.\d+x"),
         (lambda model: {"sites": ["best 7"]}, "only 3 sites save FLOPs"),
+        (lambda model: {"sites": ["time <= 0.9x"]}, "time was not measured"),
         (lambda model: {"sites": ["some"]}, "is none of"),
         (lambda model: {"size": (15, 15)}, "does not support 15 x 15 px"),
     ],
@@ -275,6 +350,14 @@ def test_other_weights_are_not_taken_for_the_same_model(ranked, model, tmp_path)
         ec.rank(str(other), folder, recipe=recipe(model), candidates=COMPETING)
 
 
+def test_what_can_be_known_is_told_before_anything_is_fitted(model, tmp_path):
+    for change in ({"sites": ["flops <= 0.01x"]}, {"sites": ["best 7"]}, {"size": (15, 15)}, {"sites": ["time <= 0.5x"]}):
+        with pytest.raises(ec.EditCompileError):
+            rank(model, tmp_path / "r", **change)
+    assert not list((tmp_path / "r").glob("fits/*/edit_compile.json"))
+    assert not list((tmp_path / "r").glob("fits/*/checkpoints"))
+
+
 @pytest.mark.slow
 def test_a_candidate_that_takes_no_site_is_told_before_anything_is_fitted(model, tmp_path):
     with pytest.raises(ec.ConfigError, match="the candidate mm-edit takes no site of PixArtTransformer2DModel: "):
@@ -291,9 +374,8 @@ def test_damage_is_named(ranked, model, tmp_path):
 
 def test_models_without_a_shipped_recipe_need_one():
     assert {recipe_for(f"demo/{name}") for name in ("dit", "mm-dit")} == {"demo-dit", "demo-mm-dit"}
-    assert "dit" in NAMES
-    with pytest.raises(ec.ConfigError, match=r"no shipped recipe is for arch/none: name one with --recipe"):
-        recipe_for("arch/none")
+    with pytest.raises(ec.ConfigError, match=r"no shipped recipe is for arch/flux-dev: name one with --recipe"):
+        recipe_for("arch/flux-dev")
 
 
 # ------------------------------------------------------------------ recipes and the command line
@@ -316,7 +398,7 @@ def test_distill_takes_a_ranking_or_what_it_has_fitted(ranked, model, tmp_path):
     folder, ranking, _ = ranked
     chosen = {"ranking": str(folder), "sites": "best 1"}
     result = ec.distill(recipe(model, convert=chosen, layerwise=None), tmp_path / "by-ranking")
-    assert [site.path for site in ec.plan_of(result.student).rewritten] == list(ranking.choices.ranks)[:1]
+    assert [site.path for site in ec.plan_of(result.student).rewritten] == list(ranking.choices.best)[:1]
     fitted = ec.distill(recipe(str(folder / "chosen" / "flops-0.95x"), layerwise=None), tmp_path / "from-fit")
     (check,) = [check for check in ranking.checked if check.sites == "flops <= 0.95x"]
     assert fitted.before.total == pytest.approx(check.measured, rel=1e-4)
@@ -334,8 +416,8 @@ def test_the_command_ranks_and_shows_it(ranked, model, tmp_path):
     shown = run(*arguments)
     assert shown.exit_code == 0, shown.stderr
     assert "transformer_blocks.0.attn1" in shown.stdout
-    assert "error measured" in shown.stdout
-    assert json.loads(run(*arguments, "--json").stdout) == json.loads(ranked[1].to_json())
+    assert {"budget", "predicted", "measured"} <= set(shown.stdout.split())
+    assert json.loads(run(*arguments, "--sites", "flops <= 0.95x", "--json").stdout) == json.loads(ranked[1].to_json())
 
 
 @pytest.mark.slow
@@ -356,8 +438,8 @@ def test_inspect_and_convert_take_a_ranking(ranked, model, tmp_path):
         (("inspect", "demo/dit", "--ranking", "nowhere"), "error: nowhere does not exist; `edit-compile rank MODEL -o"),
         (("inspect", "demo/dit", "--ranking", "nowhere", "--design", "edit"), "error: design beside ranking"),
         (("inspect", "demo/dit", "--set", "sites=all"), "error: --set sites=all: this is the option --sites"),
-        (("rank", "arch/none"), "error: no shipped recipe is for arch/none: name one with --recipe"),
-        (("rank", "demo/dit", "--candidates", "{"), "error: --candidates {: not valid YAML"),
+        (("rank", "arch/flux-dev"), "error: no shipped recipe is for arch/flux-dev: name one with --recipe"),
+        (("rank", "demo/dit", "--candidates", "{"), "error: --candidates { is not valid YAML"),
         (("rank", "demo/dit", "--candidates", "edti"), "error: candidates: unknown design 'edti': did you mean 'edit'"),
         (("rank", "demo/dit", "--sites", "flops <= 0.5"), "error: sites: flops <= 0.5: write flops <= 0.5x"),
     ],
@@ -374,5 +456,5 @@ def test_the_commands_errors_are_one_line(arguments, message, tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_demo_model_is_ranked(tmp_path):
     found = ec.rank("demo/dit", tmp_path, steps=3, candidates=["auto"])
-    assert len(found.choices.ranks) == 5
+    assert len(found.choices.best) == 5
     assert found.config("best 2")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from datetime import date
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import edit_compile as ec
-from edit_compile.distillation import load_recipe, shipped_recipes
+from edit_compile.distillation import Recipe, load_recipe, shipped_recipes
 
 MINIMAL = """\
 model: demo/mm-dit
@@ -142,9 +146,45 @@ def test_an_override_makes_sections_that_the_file_lacks(file):
         ("stages.0.steps=many", "--set stages.0.steps=many: stages.0.steps: 'many'"),
         ("sede=1", "--set sede=1: sede: unknown key"),
         ("seed=[", "the value is not valid YAML"),
+        ("seed=!!bool foo", "--set seed=!!bool foo: the value cannot be read: KeyError"),
+        ("convert={1: 2}", "convert: 1 is not the name of an option"),
+        ("convert={ranking: 5}", "convert: ranking: 5 is not the path of a ranking"),
+        ("convert.ranking=", "convert: ranking: None is not the path of a ranking"),
+        (("data", {"kind": "images", "path=x": 1}), "path=x: unknown key"),
+        (("seed", date(2026, 1, 1)), "seed=2026-01-01: seed: Input should be a valid integer"),
     ],
 )
 def test_a_wrong_override_is_named(file, override, message):
     with pytest.raises(ec.RecipeError) as caught:
         load_recipe(file(MINIMAL), [override])
     assert message in str(caught.value)
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    math.inf,
+    "x",
+    [[]],
+    {1: 2},
+    {"a": {}},
+    {None: 1},
+    {"kind": []},
+    {"design": 3},
+    {"ranking": {}},
+    date(2026, 1, 1),
+    b"x",
+)
+
+
+def test_whatever_a_value_is_the_error_is_a_recipes_in_one_line():
+    keys = {"convert", "data", "stages", "stages.0", "optimizer.muon", "timesteps", "lora", "1", "a.b", *Recipe.model_fields}
+    said = []
+    for key, value in itertools.product(sorted(keys), ODD):
+        try:
+            load_recipe("demo-dit", [(key, value)])
+        except ec.RecipeError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert not any("\n" in line for line in said)

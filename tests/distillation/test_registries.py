@@ -15,7 +15,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import DataConfig, Recipe, distill, load_recipe, registry
 from edit_compile.distillation.data import data_kinds, register_data
 from edit_compile.distillation.data.registry import DATA
-from edit_compile.distillation.recipe.load import find_recipe, shipped_recipes
+from edit_compile.distillation.recipe.names import find_recipe, shipped_recipes
 from edit_compile.distillation.train.losses import LOSSES, Comparison, loss_names, register_loss
 
 

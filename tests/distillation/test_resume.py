@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,13 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation.data.prefetch import prefetch
 from edit_compile.distillation.output.run_folder import RunFolder
-from edit_compile.distillation.train.checkpoints import list_checkpoints
+from edit_compile.distillation.train import checkpoints
+from edit_compile.distillation.train.checkpoints import _checksum, list_checkpoints
 from edit_compile.distillation.train.optimizer import Optimizers
 from edit_compile.distillation.train.spike_guard import SpikeGuard
 from edit_compile.distillation.train.train_state import TrainState
+from edit_compile.files import claimed
+from edit_compile.tensor_files import SavedTensors, entries_of, write_tensors
 
 WARM, STAGE, BATCH = 5, 6, 2
 TIMES = ("seconds_per_step", "samples_per_second")
@@ -45,7 +48,7 @@ class DataSource(toy_distill.ToySource):
         return super().batch(request)
 
 
-def run(folder, at=None, resume=False, change=None, **options):
+def run(folder, at=None, resume=False, change=None, overwrite=False, **options):
     phases = {
         "stages": [{"resolution": [12, 16], "steps": STAGE, "global_batch_size": BATCH}],
         "layerwise": {"steps": WARM, "global_batch_size": BATCH},
@@ -55,7 +58,8 @@ def run(folder, at=None, resume=False, change=None, **options):
     source.concurrent = False
     recipe = toy_distill.recipe(**phases | {"save_every": 2, "log_every": 1} | options)
     flow, student = NoiseSchedule("rectified-flow"), toy_distill.student()
-    return distill(recipe, folder, resume=resume, student=student, source=source, denoise=toy_distill.denoise, schedule=flow)
+    common = {"student": student, "source": source, "denoise": toy_distill.denoise, "schedule": flow}
+    return distill(recipe, folder, resume=resume, overwrite=overwrite, **common)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +126,11 @@ def unfinished(folder, at_step=9, **options):
 
 
 def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    small = functools.partial(AdamW8bit, min_8bit_size=256)  # by default tensors as small as the toy's stay in 32 bits
-    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit", small)
+    class Small(AdamW8bit):
+        def __init__(self, *args, **options):
+            super().__init__(*args, min_8bit_size=256, **options)  # by default tensors as small as the toy's stay in 32 bits
+
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit", Small)
     options = {"optimizer": {"kind": "adamw-8bit"}}
     whole = run(tmp_path / "whole", **options)
     state = load_file(list_checkpoints(unfinished(tmp_path / "stopped", **options) / "checkpoints")[-1] / "state.safetensors")
@@ -133,15 +140,44 @@ def test_the_optimizer_in_8_bits_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
 
 
-def test_what_is_restored_goes_to_its_parameters_device():
+def test_what_is_restored_goes_to_its_parameters_device(tmp_path):
     """Fused AdamW counts its steps on the device; a checkpoint has been on the CPU."""
     before, after = (torch.nn.Linear(3, 2, device=device) for device in ("cpu", "meta"))
     saved, restored = (TrainState(dict(m.named_parameters()), Optimizers(torch.optim.AdamW(m.parameters())), None) for m in (before, after))
     before(torch.ones(1, 3)).sum().backward()
     saved.step(1e-3)
-    restored.load(saved.tensors(), saved.numbers())
+    write_tensors(tmp_path / "state", entries_of(saved.tensors(), is_first=True))
+    restored.load(SavedTensors([tmp_path / "state"]), saved.numbers())
     for parameter in after.parameters():
         assert {value.device.type for value in restored.optimizer.optimizers[0].state[parameter].values()} == {"meta"}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, straight, monkeypatch):
+    later, written = threading.Event(), []
+
+    def write(path, entries):
+        written.append(later.wait(20))
+        return write_tensors(path, entries)
+
+    monkeypatch.setattr(checkpoints, "write_tensors", write)
+    at = fails(7)
+    with pytest.raises(ec.DistillError, match="no more data"):
+        run(tmp_path, lambda position: later.set() if position == 3 * BATCH else at(position), save_in_background=True)
+    assert all(written)
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "00000006"
+    assert same(run(tmp_path, resume=True, save_in_background=True), straight)
+
+
+def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run(tmp_path, monkeypatch):
+    def write(path, entries):
+        if "00000004" in str(path):
+            raise OSError("no space left")
+        return write_tensors(path, entries)
+
+    monkeypatch.setattr(checkpoints, "write_tensors", write)
+    with pytest.raises(ec.DistillError, match=r"00000004 cannot be written: no space left; the last good checkpoint is .*00000002"):
+        run(tmp_path, save_in_background=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000002"]
 
 
 def test_checkpoints_are_rotated(tmp_path):
@@ -155,10 +191,14 @@ def test_a_finished_run_leaves_no_checkpoints(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(ec.DistillError, match="has a finished run: there is nothing to resume"):
         run(tmp_path, resume=True)
-    run(tmp_path)
+    with pytest.raises(ec.DistillError, match="has a finished run: replace it with --overwrite"):
+        run(tmp_path)
+    run(tmp_path, overwrite=True)
+    with pytest.raises(ec.DistillError, match="resume continues the run in the folder, overwrite begins another"):
+        run(tmp_path, resume=True, overwrite=True)
 
 
-@pytest.mark.parametrize("damage", ["tensors", "json", "version"])
+@pytest.mark.parametrize("damage", ["tensors", "json", "version", "numbers"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, straight, damage, caplog):
     newest = list_checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
     if damage == "tensors":
@@ -168,10 +208,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, str
         (newest / "state.json").write_text("{")
     else:
         content = json.loads((newest / "state.json").read_text())
-        (newest / "state.json").write_text(json.dumps(content | {"version": 99}))
+        (newest / "state.json").write_text(json.dumps(content | ({"version": 99} if damage == "version" else {"before": {"total": 0.1}})))
     result = run(tmp_path, resume=True)
     assert f"checkpoint {newest} cannot be used" in caplog.text
     assert same(result, straight)
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_good_one(tmp_path):
+    """Resumed from the one before, fewer are kept and later ones are saved: those that are good."""
+    newest = list_checkpoints(unfinished(tmp_path, keep_last=3) / "checkpoints")[-1]
+    (newest / "state.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ec.DistillError, match="no more data"):
+        run(tmp_path, fails(7), resume=True, keep_last=1, save_every=1)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["00000007"]
 
 
 def test_all_damaged_is_an_error(tmp_path):
@@ -183,8 +232,8 @@ def test_all_damaged_is_an_error(tmp_path):
 
 def rewrite(checkpoint, **changes):
     file = checkpoint / "state.json"
-    content = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    content = {name: value for name, value in {**json.loads(file.read_text()), **changes}.items() if value is not None}
+    file.write_text(json.dumps(content | {"checksum": _checksum(content)}))
 
 
 @pytest.mark.parametrize(("maker", "named"), [("0.0.9", "0.0.9"), (None, "before 0.1.0")])
@@ -237,6 +286,41 @@ def test_another_run_is_not_overwritten(tmp_path):
     file.touch()
     with pytest.raises(ec.DistillError, match="is a file"):
         run(file)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["recipe.yaml", "result.json", "edit_compile.json"], r"has a finished run: replace it with --overwrite \(overwrite=\)"),
+        (["edit_compile.json"], "holds a converted model: replace it"),
+        (["notes.txt", ".hidden"], r"is not empty \(notes.txt\): replace it"),
+    ],
+)
+def test_what_a_folder_holds_is_replaced_only_if_that_is_asked_for(tmp_path, files, message):
+    (folder := tmp_path / "run").mkdir()
+    for name in files:
+        (folder / name).write_text("{}")
+    with pytest.raises(ec.DistillError, match=message):
+        RunFolder(folder).check(resume=False, overwrite=False)
+    RunFolder(folder).check(resume=False, overwrite=True)
+    (folder / "samples").mkdir()
+    RunFolder(folder).open(toy_distill.recipe(), resume=False, writes=True)
+    foreign = {"notes.txt", ".hidden"} & set(files)
+    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "metrics.jsonl", *foreign}
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
+    with claimed(tmp_path / "run" / ".lock"), pytest.raises(ec.DistillError, match=r"another process distils into .*run, or did"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_row_of_metrics_costs_that_row_only(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = ['{"total": 1}', "junk", '{"total": 2}', "[]", '{"total": "3"}', '{"total": 9}']
+    folder.metrics.write_text("".join(f"{row}\n" for row in rows))
+    folder._prepare(toy_distill.recipe(), 3)
+    assert [row["total"] for row in folder.rows()] == [1, 2]
 
 
 def test_what_changes_no_result_may_change_on_resuming(tmp_path, straight):
@@ -311,9 +395,3 @@ def test_prefetching_keeps_order_and_errors():
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(found)
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ec.DistillError, match="is a file"):
-        RunFolder(tmp_path / "file").open(toy_distill.recipe(), resume=False, writes=True)

@@ -1,14 +1,17 @@
-"""What each of two processes does in the tests of distributed training: `python two_processes.py FOLDER`."""
+"""What each of two processes does in the tests of distributed training: `python two_processes.py FOLDER WHAT`."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 
 import edit_compile as ec
 import toy
@@ -16,6 +19,15 @@ import toy_distill
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
+from edit_compile.distillation.recipe.schema import OptimizerConfig
+from edit_compile.distillation.train import peers
+from edit_compile.distillation.train.checkpoints import CheckpointMetadata, Saving, load_newest
+from edit_compile.distillation.train.distributed import gather_full
+from edit_compile.distillation.train.optimizer import MovingAverage, make_optimizers
+from edit_compile.distillation.train.peers import watching_peers
+from edit_compile.distillation.train.spike_guard import SpikeGuard
+from edit_compile.distillation.train.train_state import TrainState
+from edit_compile.student.site import converted_sites
 
 OPTIONS = {
     "stages": [
@@ -34,7 +46,11 @@ OPTIONS = {
     "validation": {"samples": 12, "batch_size": 4, "timestep_bins": 2},
     "save_every": 5,
 }
-TRAINED = {"lora": {"train": "lora", "lora": {"rank": 2, "targets": ["blocks.*.ff.*", "out"]}}, "blocks": {"train": "blocks"}}
+TRAINED = {
+    "lora": {"train": "lora", "lora": {"rank": 2, "targets": ["blocks.*.ff.*", "out"]}},
+    "blocks": {"train": "blocks"},
+    "all": {"train": "all"},
+}
 
 
 def run(folder, source=None, trained=(), **options):
@@ -63,6 +79,74 @@ class Fails(toy_distill.ToySource):
         return super().batch(request)
 
 
+def state_of(model):
+    """The state of a model under an optimizer and a moving average; under FSDP with several processes."""
+    if torch.distributed.is_initialized():
+        fully_shard(model)
+    trained = dict(model.named_parameters())
+    return TrainState(trained, make_optimizers(model, trained, OptimizerConfig()), MovingAverage(trained, 0.5))
+
+
+def save_state(state, folder, total, *, in_background=False):
+    metadata = CheckpointMetadata(
+        recipe={}, phase=0, step=total, total=total, averages=1, guard=SpikeGuard(), numbers=state.numbers(), before={}, seconds=0.0
+    )
+    return Saving(folder, metadata, state.tensors(), keep_last=2, in_background=in_background)
+
+
+def restored(folder):
+    """The state of the newest checkpoint, in a model that has never been one of it."""
+    state = state_of(uneven_model(seed=1))
+    found = load_newest(folder)
+    state.load(found[1], found[0].numbers)
+    return state
+
+
+def uneven_model(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 1, bias=False))
+
+
+def full_state(state):
+    return {name: gather_full(value).clone() for name, value in state.tensors().items()}
+
+
+def save_and_restore(folder):
+    """Save after a step of two processes, if nothing is saved yet; otherwise restore what one process saved, and say what it is."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    if (folder / "checkpoints").exists():
+        found, name = full_state(restored(folder / "checkpoints")), "after.safetensors"
+    else:
+        state = state_of(model := uneven_model(seed=0))
+        model(torch.ones(3, 6)).square().sum().backward()
+        state.step(1e-2)
+        found, name = full_state(state), "before.safetensors"
+        saving = save_state(state, folder / "checkpoints", 1, in_background=True)
+        state.step(1e-2)
+        saving.finish()
+        broken = {"x": torch.zeros(1, dtype=torch.complex64)} if rank == 0 else {}
+        with pytest.raises(ec.DistillError, match=r"x is of torch.complex64.* the last good checkpoint is .*00000001"):
+            Saving(folder / "checkpoints", load_newest(folder / "checkpoints")[0].model_copy(update={"total": 2}), broken, 2).finish()
+    if rank == 0:
+        save_file(found, folder / name)
+    torch.distributed.destroy_process_group()
+
+
+def meet(folder):
+    """Meet in a collective operation again and again, until the other process does not come."""
+    peers.BEAT, peers.SILENCE, peers.SILENCE_AFTER_ERROR = 0.3, 6.0, 3.0
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    with watching_peers(lambda: "the last good checkpoint is 00000007"):
+        (folder / f"{rank}.ready").touch()
+        while True:
+            torch.distributed.all_reduce(torch.ones(1))
+            if rank == 1 and (folder / "fail").exists():
+                raise ec.DistillError("no more data")
+            time.sleep(0.05)
+
+
 def main(folder):
     run(folder / "ddp")
 
@@ -75,9 +159,10 @@ def main(folder):
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=reshards)
         return accelerator
 
-    def sharded(student, accelerator):
-        shard(student, accelerator)
-        assert all(hasattr(p, "full_tensor") for p in student.parameters())
+    def sharded(model, *rest):
+        shard(model, *rest)
+        teachers = (site.edit_teacher for site in converted_sites(model).values())
+        assert all(hasattr(p, "full_tensor") for part in (model, *teachers) for p in part.parameters())
 
     runner.make_accelerator, runner.shard = as_with_gpus, sharded
     run(folder / "fsdp")
@@ -92,4 +177,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"runs": main, "state": save_and_restore, "meet": meet}[sys.argv[2]](Path(sys.argv[1]))

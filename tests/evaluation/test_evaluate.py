@@ -20,6 +20,7 @@ from edit_compile.evaluation import metrics as module
 from edit_compile.evaluation.clip import Clip
 from edit_compile.evaluation.images import read, real_images
 from edit_compile.evaluation.metrics import METRICS, FidClip, Metric, chosen_metrics
+from edit_compile.files import claimed
 from edit_compile.report import compare_samples
 from pipelines import clip_tokenizer
 
@@ -151,12 +152,35 @@ def test_more_samples_than_prompts_repeat_them_with_other_noise(folder, tmp_path
     assert [prompt for _, batch in Difference.seen for prompt in batch] == PROMPTS[:1] * 2
 
 
+def test_a_damaged_image_is_named_and_made_again(folder, tmp_path):
+    before = run(folder, tmp_path / "out.json")
+    for damage in (b"damaged", (tmp_path / "out" / "student" / "000000.png").read_bytes()[:60]):
+        (damaged := tmp_path / "out" / "teacher" / "000000.png").write_bytes(damage)
+        with pytest.raises(ec.ConfigError, match=r"000000\.png cannot be read as an image: .*; remove it"):
+            run(folder, tmp_path / "out.json")
+    damaged.unlink()
+    assert run(folder, tmp_path / "out.json") == before
+
+
+def test_a_second_process_is_refused(folder, tmp_path):
+    with claimed(tmp_path / "out" / ".lock"), pytest.raises(ec.ConfigError, match=r"another process evaluates into .*out"):
+        run(folder, tmp_path / "out.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_share_one_clip_model(clip_folder):
+    score, distance = chosen_metrics(["clip-score", "fid-clip"], str(clip_folder))
+    assert score.load_clip() is distance.load_clip()
+
+
 def test_images_made_in_another_way_are_not_mixed(folder, tmp_path):
     run(folder, tmp_path / "out.json", prompts=PROMPTS[:1])
     with pytest.raises(ec.ConfigError, match=r"out has images that were made otherwise: steps \(2 then, 3 now\); choose another file"):
         run(folder, tmp_path / "out.json", prompts=PROMPTS[:1], steps=3)
     with pytest.raises(ec.ConfigError, match="made otherwise: prompts"):
         run(folder, tmp_path / "out.json", prompts=PROMPTS)
+    with pytest.raises(ec.ConfigError, match=r"made otherwise: base \('demo/dit' then, 'elsewhere' now\)"):
+        run(folder, tmp_path / "out.json", prompts=PROMPTS[:1], base="elsewhere")
 
 
 def test_clip_score_and_frechet_distances_are_torchmetrics_own(folder, tmp_path, clip_folder, real):
@@ -249,6 +273,9 @@ def test_wrong_options_are_named(folder, tmp_path, monkeypatch):
         ("blank.txt has no prompts", folder, {"prompts": tmp_path / "blank.txt"}),
         ("out.txt: the result is a .json file", folder, {"output": tmp_path / "out.txt"}),
         (r"unknown options \['stepz'\]", folder, {"stepz": 3}),
+        ("--device foo: ", folder, {"device": "foo"}),
+        ("--device cuda:99: ", folder, {"device": "cuda:99"}),
+        ("--clip .*empty cannot be loaded as a CLIP model", folder, {"metrics": ["fid-clip"], "clip_name": str(tmp_path / "empty")}),
         ("holds no converted model: edit_compile.json is missing", tmp_path, {}),
     ):
         with pytest.raises(ec.EditCompileError, match=reason):

@@ -154,6 +154,7 @@ class TwoForms(Picture):
         super().__init__(lambda: Block(next(blocks)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forms",
     [

@@ -14,6 +14,7 @@ import edit_compile as ec
 import reference
 import toy
 from edit_compile.designs import find_design
+from edit_compile.student.site import converted_sites
 
 CHANNELS, HEADS, TEXT = 24, 2, 6
 
@@ -99,7 +100,8 @@ def test_image_rows_are_the_formula(kind: type[Painter], text_first: bool, padde
     model = toy.shaken(kind(text_first).eval())
     grids = [(3, 5, 7), (4, 4, 2)] if kind is Clip else [(5, 7), (4, 3)]
     example = inputs(grids[0], padded)
-    student = toy.shaken(ec.linearize(model, ec.LinearizeConfig(design="mm-edit", **config), example_inputs=example), seed=1, amount=0.2)
+    student = ec.linearize(model, ec.LinearizeConfig(design="mm-edit", **config), example_inputs=example)
+    toy.shaken(nn.ModuleList(converted_sites(student).values()), seed=1, amount=0.2)
     (plan,) = ec.plan_of(student).sites
     assert (plan.action, plan.reason) == ("mm-edit", "image tokens attend to image tokens and others")
     assert [str(s.kind) for s in plan.key_layout.segments] == (["text", "image"] if text_first else ["image", "text"])

@@ -159,6 +159,7 @@ def outputs(order, change, heads_first=True):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "change"),
     [

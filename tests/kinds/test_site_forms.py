@@ -52,6 +52,7 @@ def of_two_parts(t: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(torch.complex(real, imaginary) * table).flatten(-2).type_as(t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", [as_complex, of_two_parts])
 def test_rotations_by_complex_numbers(turn):
     class Rotates(Block):
@@ -273,6 +274,7 @@ def test_a_site_that_takes_plain_sizes_alone_is_converted_for_those():
         student(**image(2, 8, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [ByLength, Gains])
 def test_lengths_and_constants(block):
     check_converted(Picture(block), "edit")

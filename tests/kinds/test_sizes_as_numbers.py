@@ -152,6 +152,7 @@ def test_numbers_are_found_where_they_cannot_stay_open(frames):
     same_as_stated(student, given(8, 5, 7), *lead, 8, 5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_numbers_under_compile():
     def given(h, w, text):

@@ -13,14 +13,14 @@ from edit_compile.passes.axes.algebra import AxisSegment, axis_size
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.clone_branch import BranchCloner
 from edit_compile.passes.graph_walk import shape_of
-from edit_compile.passes.site_graph import IMAGE, image_place, is_image
+from edit_compile.passes.site_graph import IMAGE_SOURCE, image_place, is_image
 from hand_built import Built, aten
 
 B, H, W, C = 2, 5, 7, 8
 N, T, R = H * W, 11, 4  # tokens of the image, of text, of registers
 SHORT = 3 * 4  # ceil(5/2) * ceil(7/2)
 
-IMAGE_SEGMENT, TEXT_SEGMENT = AxisSegment(N, "h*w", frozenset({IMAGE})), AxisSegment(T, "t", frozenset({"others"}))
+IMAGE_SEGMENT, TEXT_SEGMENT = AxisSegment(N, "h*w", frozenset({IMAGE_SOURCE})), AxisSegment(T, "t", frozenset({"others"}))
 REGISTERS = AxisSegment(R, str(R), frozenset({"others"}))
 KNOWN_TEXT = AxisSegment(T, str(T), frozenset({"others"}))
 LAYOUTS = {

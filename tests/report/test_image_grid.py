@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,6 +42,7 @@ def test_videos_move_in_a_gif_and_lie_side_by_side_elsewhere(tmp_path):
         assert clip.n_frames == 5
         assert strip.width > 2 * 5 * 64
     Samples(("a",), (video(1)[0],), ()).save(tmp_path / "image.gif")
+    assert (np.asarray(Image.open(io.BytesIO(samples._repr_png_()))) == np.asarray(samples.image())).all()
     with Image.open(tmp_path / "image.gif") as image:
         assert getattr(image, "n_frames", 1) == 1
 

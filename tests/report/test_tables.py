@@ -99,7 +99,9 @@ def test_cost_summary_is_json():
     assert found["costs"][1]["ratio"] == pytest.approx(3.6185, abs=1e-4)
     assert found["pays_from"] == 3923
     assert found["impossible"] == {"8192 x 8192": "the positions [end] at 6144 px"}
-    assert found["costs"][0]["sites"] == [{"path": "a", "before": 74_380_000_000_000, "after": 73_890_000_000_000}]
+    flops = {"path": "a", "before": 74_380_000_000_000, "after": 73_890_000_000_000}
+    assert found["costs"][0]["sites"] == [{**flops, "seconds_before": None, "seconds_after": None}]
+    assert found["rates"] is found["predicted_to_pay_from"] is None
 
 
 @pytest.mark.parametrize(

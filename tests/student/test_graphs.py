@@ -59,6 +59,7 @@ def graphs(run: Callable[[int], Any]) -> tuple[int, list[torch.Tensor]]:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"], outputs
 
 
+@pytest.mark.slow
 def test_blocks_compiled_one_by_one(any_pair):
     teacher, student, inputs = any_pair
     blocks, compiled = copy.deepcopy(teacher), ec.compile(copy.deepcopy(student), **OPTIONS)

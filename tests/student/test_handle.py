@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import pickle
 from types import SimpleNamespace
 
@@ -112,12 +113,28 @@ def test_the_class_keeps_its_name_and_the_forward_its_signature(base, student):
     assert torch.equal(student.forward(**toy.inputs(2, 10, 14, 5, 3)), student(**toy.inputs(2, 10, 14, 5, 3)))
 
 
+def spawn(model):
+    multiprocessing.get_context("spawn").Process(target=print, args=(model,)).start()
+
+
 @pytest.mark.parametrize(
-    "write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO()), lambda model: pickle.dumps(model.blocks[0])]
+    "write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO()), lambda model: pickle.dumps(model.blocks[0]), spawn]
 )
 def test_pickling_is_refused_and_says_what_to_do(student, write):
     with pytest.raises(ec.EditCompileError, match=r"cannot be pickled.*edit_compile\.save"):
         write(student)
+
+
+def test_a_state_dict_is_written_and_read_like_any_other(base, student):
+    """Weights that are shared with the original are lazy copies: to read them is not to write to them."""
+    file = io.BytesIO()
+    torch.save(student.state_dict(), file)
+    again, pickled = torch.load(io.BytesIO(file.getvalue())), pickle.loads(pickle.dumps(student.state_dict()))
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(again[name], tensor)
+        assert torch.equal(pickled[name], tensor)
+    with ec.teacher(student):
+        assert torch.equal(call(student), call(base))
 
 
 def test_the_handle_itself_can_be_pickled(student):

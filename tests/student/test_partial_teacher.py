@@ -43,6 +43,7 @@ def mixed(base, student, *paths):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paths", [[FIRST], [SECOND], [FIRST, LAST]])
 def test_it_is_the_model_of_which_only_these_sites_were_converted(base, student, paths):
     expected = mixed(base, student, *paths)

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
@@ -60,6 +61,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_accelerates_offloading_to_meta_leaves_student_and_teacher_as_they_are(student, inputs):
     expected = both(student, inputs)
     cpu_offload(student, execution_device=torch.device("cpu"))
@@ -71,6 +73,16 @@ def test_group_offloading_leaves_student_and_teacher_as_they_are(student, inputs
     expected = both(student, inputs)
     student.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
     assert same(both(student, inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # is deprecated
+def test_torchscript_is_not_converted():
+    inputs = {"input": torch.zeros(2, 2)}
+    for made in (torch.jit.script(nn.Linear(2, 2)), torch.jit.trace(nn.Linear(2, 2), torch.zeros(2, 2))):
+        with pytest.raises(ec.RewriteError, match=r"^\w+ is TorchScript: convert the module that it was made from$"):
+            ec.plan(made, example_inputs=inputs)
+        with pytest.raises(ec.RewriteError, match=r"^0 is TorchScript"):
+            ec.plan(nn.Sequential(made), example_inputs=inputs)
 
 
 def test_an_offloaded_model_is_not_converted_and_not_saved(family, student, tmp_path):
@@ -118,6 +130,18 @@ def test_attention_processors_and_fusing_are_refused_by_name(student, inputs):
         student.fuse_qkv_projections()
     assert set(student.state_dict()) == names
     assert same(both(student, inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_an_attention_backend_chosen_for_a_model_is_put_aside_while_it_is_captured(family):
+    """FlexAttention hides attention from the graph, and takes no masks."""
+    model, inputs, plan = family
+    chosen = copy.deepcopy(model)
+    with attention_backend("native"):  # puts back what is chosen for all models, which the model's method changes too
+        chosen.set_attention_backend("flex")
+        found = ec.plan(chosen, example_inputs=inputs)
+        assert {module.processor._attention_backend for module in chosen.modules() if hasattr(module, "processor")} == {"flex"}
+    assert [(site.path, site.action) for site in found.rewritten] == [(site.path, site.action) for site in plan.rewritten]
 
 
 def test_quantized_linears_are_called(student, inputs):

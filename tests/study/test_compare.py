@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -16,10 +18,14 @@ import data_files
 import edit_compile as ec
 import pipelines
 from edit_compile.cli import main
+from edit_compile.distillation import distill, load_recipe
+from edit_compile.files import claimed
 from edit_compile.study import compare as comparison
-from edit_compile.study.cells import claimed
 from edit_compile.study.compare import compare, read_results
-from edit_compile.study.measured import read_measured
+from edit_compile.study.drawn import Drawn
+from edit_compile.study.measure import Measurer
+from edit_compile.study.measured import Measurement, Measurements, identity_of_run, read_measured
+from edit_compile.study.schema import Measures
 
 SET = {
     "layerwise": {"steps": 4, "global_batch_size": 2},
@@ -71,7 +77,7 @@ def test_results_are_typed_and_complete(done):
     _, folder, _ = done
     results = read_results(folder)
     content = json.loads((folder / "results.json").read_text())
-    assert content["version"] == 1
+    assert content["version"] == 2
     assert [(row.title, row.kind) for row in results.rows] == [
         ("teacher", "teacher"),
         ("eight", "distilled"),
@@ -136,7 +142,7 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(done, monkeypatch):
         return failing(recipe)
 
     monkeypatch.setattr(comparison, "distill", run)
-    monkeypatch.setattr(comparison.Measurer, "_with_drawn_demo", lambda *args: pytest.fail("drawn again"))
+    monkeypatch.setattr(comparison.Measurer, "_with_drawn_demo", lambda *args, **options: pytest.fail("drawn again"))
     assert len(compare(path, output=folder).failed) == 1
     assert tried == [{"reduction": 2}]
     assert contents(folder / "cells" / "eight") == before
@@ -147,7 +153,7 @@ def test_a_changed_configuration_is_refused_unless_it_failed(done, tmp_path, mon
     monkeypatch.setattr(comparison, "distill", failing)
     changed = write(tmp_path, configurations={"eight": {"convert.reduction": 2}})
     with pytest.raises(
-        ec.StudyError, match=r"another recipe \(convert\.options\.reduction: 8 then, 2 now\).*'eight' another name"
+        ec.StudyError, match=r"another recipe: convert\.options\.reduction \(8 then, 2 now\).*'eight' another name"
     ) as caught:
         compare(changed, output=folder)
     assert "\n" not in str(caught.value)
@@ -183,11 +189,66 @@ def test_only_and_what_the_command_line_refuses(done):
     assert "no study" in error("nothing-of-the-kind")
     assert "nothing was compared there" in error(path, "-o", folder / "else", "--table")
     assert "is a file" in error(path, "-o", path)
+    assert "cannot be written: No such file or directory; choose another folder" in error(path, "-o", "/proc/nowhere")
     assert "a run is given twice" in error(folder / "cells/eight/seed-0", folder / "cells/eight/seed-0")
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [(KeyboardInterrupt(), "stopped"), (ec.Interrupted("stopped at step 3"), "stopped at step 3")],
+    ids=["measuring", "training"],
+)
+def test_an_interrupted_comparison_says_how_to_continue(monkeypatch, raised, said):
+    def stops(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(comparison.Request, "run", stops)
+    for options in (("study.yaml", "--only", "two words", "-o", "out"), ("one", "two", "--samples", "500", "--latency", "64", "-o", "out")):
+        command = shlex.join(["edit-compile", "--import", "json", "compare", *options]).replace("--latency 64", "--latency 64x64")
+        found = CliRunner().invoke(main, shlex.split(command)[1:])
+        assert (found.exit_code, found.stderr) == (130, f"{said}. To continue: {command}\n")
+    found = CliRunner().invoke(main, ["compare", "one", "two", "--table", "--samples", "3"])
+    assert (found.exit_code, "have no effect" in found.stderr) == (2, True)
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    path = write(tmp_path, configurations={"a": {}})
+    with pytest.raises(ec.StudyError, match="samples and latency are for runs"):
+        compare(path, samples=3)
+    with pytest.raises(ec.StudyError, match="only: it selects configurations of a study"):
+        compare(tmp_path, tmp_path, only=["a"])
+
+
+def test_what_the_teacher_drew_must_be_readable(tmp_path):
+    """Without it a student would be compared with itself: the best number possible."""
+    recipe = load_recipe("demo-dit")
+    measurer = Measurer("demo/dit", recipe, Measures(samples=2), None, (), tmp_path / "teacher", tmp_path / "lock")
+    measures = {kind: Measurement(settings=settings) for kind, settings in measurer.wanted().items()}
+    measured = Measurements(model=measurer.teacher_identity, measures=measures)
+    assert not measured.lacks(measurer.wanted())
+    Drawn(("a",), (np.zeros((2, 2, 3), np.float32),)).save(tmp_path / "teacher", measured.model)
+    assert not measurer._lacks_drawn(tmp_path / "teacher", measured)
+    (tmp_path / "teacher" / "drawn.safetensors").write_bytes(b"damaged")
+    assert measurer._lacks_drawn(tmp_path / "teacher", measured)
+    with pytest.raises(ec.StudyError, match="what the teacher drew cannot be read; remove the folder"):
+        measurer._with_drawn_demo(tmp_path / "student", measured, None)
+
+
+def test_a_run_that_fails_is_a_row_that_says_why(tmp_path):
+    """A damaged result, and a base model that is gone: neither ends the comparison of the others."""
+    measurer = Measurer("demo/dit", load_recipe("demo-dit"), Measures(), None, (), tmp_path / "teacher", tmp_path / "lock")
+    comparing = comparison.RunComparison([], comparison.Request(()), print)
+    (tmp_path / "result.json").write_text("{}")
+    row = comparing._row("damaged", tmp_path, measurer)
+    assert (row.cells[0].state, row.numbers) == ("failed", {})
+    assert "result.json cannot be read (KeyError: 'held_out_error'): damaged, or of another version" in row.cells[0].error
+    (tmp_path / "result.json").unlink()
+    measurer._of_conversion = lambda: [("parameters", {}, lambda subject, settings: ec.load_model(str(tmp_path / "gone")))]
+    assert "gone does not exist" in comparing._row("gone", tmp_path, measurer).cells[0].error
+
+
 @pytest.mark.slow
-def test_a_cell_goes_on_where_it_was(done, tmp_path):
+def test_a_cell_goes_on_where_it_was(done, tmp_path, monkeypatch):
     """Stopped within a cell, a rerun ends with the student that an undisturbed one has."""
     _, folder, _ = done
     path = write(tmp_path, configurations={"eight": {"convert.reduction": 8}}, untrained=True)
@@ -199,14 +260,14 @@ def test_a_cell_goes_on_where_it_was(done, tmp_path):
         if row["phase"] == "stage 0":
             raise Stopped
 
+    monkeypatch.setattr(comparison, "distill", partial(distill, report=stop))
     with pytest.raises(Stopped):
-        compare(path, output=tmp_path / "out", progress=lambda title, recipe: nullcontext(stop))
+        compare(path, output=tmp_path / "out")
     cell = Path("cells", "eight", "seed-0")
     assert list((tmp_path / "out" / cell / "checkpoints").iterdir())
     phases = []
-    _, untrained, eight = compare(
-        path, output=tmp_path / "out", progress=lambda title, recipe: nullcontext(lambda row: phases.append(row["phase"]))
-    ).rows
+    monkeypatch.setattr(comparison, "distill", partial(distill, report=lambda row: phases.append(row["phase"])))
+    _, untrained, eight = compare(path, output=tmp_path / "out").rows
     assert phases == ["stage 0", "stage 0"]
     errors = [json.loads((place / cell / "result.json").read_text())["held_out_error"] for place in (folder, tmp_path / "out")]
     assert errors[0] == errors[1]
@@ -225,7 +286,7 @@ def test_runs_that_are_there(done, tmp_path):
     results = read_results(tmp_path / "out")
     assert [row.title for row in results.rows] == ["teacher", "first", "second"]
     for run, row in zip((first, second), results.rows[1:], strict=True):
-        assert row.numbers["error.after"].median == read_measured(run).measures["error"].values["after"]
+        assert row.numbers["error.after"].median == read_measured(run, identity_of_run(run)).measures["error"].values["after"]
         assert {"frechet.real", "adherence.shape", "flops.32 x 32"} <= row.numbers.keys()
     assert results.rows[1].numbers == results.rows[2].numbers
     assert size_of(tmp_path / "out" / "gallery.png")[0] > 3 * 160

@@ -21,14 +21,15 @@ def some(captions=("a", "b"), shape=(4, 6, 3), features=None):
 @pytest.mark.parametrize("shape", [(4, 6, 3), (2, 4, 6, 3)], ids=["images", "videos"])
 def test_it_is_read_as_it_was_saved(tmp_path, shape):
     one = some(shape=shape, features=torch.rand(5, 3, dtype=torch.float64))
-    one.save(tmp_path / "new")
-    found = Drawn.read(tmp_path / "new")
+    one.save(tmp_path / "new", "the model")
+    found = Drawn.read(tmp_path / "new", "the model")
     assert found.captions == one.captions
     assert torch.equal(found.features, one.features)
     np.testing.assert_allclose(np.stack(found.images), np.stack(one.images), atol=0.5 / 255 + 1e-6)
-    assert Drawn.read(tmp_path) is None
+    assert Drawn.read(tmp_path, "the model") is None
+    assert Drawn.read(tmp_path / "new", "another") is None
     (tmp_path / "new" / DRAWN).write_bytes(b"damaged")
-    assert Drawn.read(tmp_path / "new") is None
+    assert Drawn.read(tmp_path / "new", "the model") is None
 
 
 def test_the_gallery_has_the_rows_that_all_drew():

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from edit_compile.designs.ops.parts import Part, Product
+
 FeatureMap = Literal["relu", "elu", "learned"]
 
 
@@ -41,6 +43,6 @@ def feature_map(kind: FeatureMap, heads: int, channels: int) -> nn.Module:
     return nn.ReLU() if kind == "relu" else EluPlusOne()
 
 
-def feature_map_flops(kind: FeatureMap, heads: int, channels: int, tokens: int) -> int:
-    """Count 2 H N D^2 of a learned map; the others are pointwise."""
-    return 2 * heads * tokens * channels**2 if kind == "learned" else 0
+def feature_map_parts(kind: FeatureMap, heads: int, channels: int, tokens: int) -> tuple[Part, ...]:
+    """List the products of a learned map, 2 H N D^2 FLOPs; the others are pointwise."""
+    return (Product(tokens, channels, channels, heads),) if kind == "learned" else ()

@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
-from edit_compile.designs.ops.linear_attention import NO_WEIGHT, at_least_float32, attention_with_normaliser, softmax_with_normaliser
+from edit_compile.designs.ops.key_masks import NO_WEIGHT, at_least_float32, key_bias
+from edit_compile.designs.ops.linear_attention import attention_with_normaliser, exact_scores, softmax_with_normaliser
+from edit_compile.torch_internals import FLEX_TILES_FIT_BLOCKS
 
 SIDE = 8  # of a block; the waste of larger ones is in the keys that no query of theirs sees, that of smaller ones in copies
 QUERIES = SIDE * SIDE  # of a block
+MOST_SCORES = 2**25  # that are in memory at a time, unless compiled
 _SMALLEST_FLEX_HEAD = 16
-_FLEX_TILES: Any = {  # of a block at most: the kernel's own choice may be larger
-    "BLOCK_M": QUERIES,
-    "BLOCK_N": QUERIES,
-    "bwd_BLOCK_M1": QUERIES,
-    "bwd_BLOCK_N1": QUERIES,
-    "bwd_BLOCK_M2": QUERIES,
-    "bwd_BLOCK_N2": QUERIES,
-    "FORCE_USE_FLEX_ATTENTION": True,  # not the kernel for few queries, which has other tiles
-}
+_FLEX_PARTS = ("BLOCK_M", "BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
 
 Grid3 = tuple[int, int, int]
 
@@ -46,12 +42,12 @@ class Window(NamedTuple):
 
     @property
     def reach(self) -> Grid3:
-        """By how many frames, rows and columns the farthest tokens are away."""
+        """Say by how many frames, rows and columns the farthest tokens are away."""
         return self.frames - 1, self.radius - 1, self.radius - 1
 
     @property
     def keys(self) -> int:
-        """M, the tokens of a block and its surroundings."""
+        """Count M, the tokens of a block and its surroundings."""
         return math.prod(side + 2 * far for side, far in zip((1, SIDE, SIDE), self.reach, strict=True))
 
     def sees(self, dt: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
@@ -59,15 +55,26 @@ class Window(NamedTuple):
         r, f = self.radius**2, self.frames**2
         return dt**2 * r + (dy**2 + dx**2) * f < r * f
 
+    def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """List the rows in which there is a token that a token sees, (R, 2), as (dt, dy), and to how far left and right of it, (R,)."""
+        frames, rows, _ = self.reach
+        r, f = self.radius**2, self.frames**2
+        found = []
+        for dt, dy in itertools.product(range(-frames, frames + 1), range(-rows, rows + 1)):
+            if (left := (r * (f - dt**2) - 1) // f - dy**2) >= 0:  # of dx^2 at most
+                found.append((dt, dy, math.isqrt(left)))
+        table = torch.tensor(found, device=device)
+        return table[:, :2], table[:, 2]
+
     def on(self, grid: Sequence[int]) -> Window:
         """Return the window on a grid: there is one frame if the grid is (h, w)."""
         return self if len(grid) == 3 else self._replace(frames=1)
 
 
-def block_pairs(grid: Sequence[int], window: Window) -> int:
-    """Count the pairs of a query and a key whose scores are computed in blocks, on a grid (h, w) or (t, h, w)."""
+def block_products(grid: Sequence[int], window: Window) -> tuple[int, int, int]:
+    """Count the blocks, and the queries and keys of each that are multiplied, on a grid (h, w) or (t, h, w)."""
     frames, height, width = _in_frames(grid)
-    return frames * _ceil(height) * _ceil(width) * QUERIES * window.on(grid).keys
+    return frames * _ceil(height) * _ceil(width), QUERIES, window.on(grid).keys
 
 
 def is_block_pair(rows: int, columns: int, grid: Sequence[int], window: Window) -> bool:
@@ -83,7 +90,7 @@ def local_attention(
     Args:
         grid: (h, w) or (t, h, w), row-major, of N positions.
         scale: of the scores.
-        mask: by key, boolean or to add to the scores, broadcastable to (B, H, 1, N).
+        mask: by key, boolean or to add to the scores, (B or 1, H or 1, 1, N).
 
     Returns:
         y, (B, H, N, E), in V's type, and the logarithm of the normaliser, (B, H, N, 1), in float32 or higher, for `merged`. Where a
@@ -96,18 +103,36 @@ def local_attention(
 def attention_in_blocks(
     q_BHND: Tensor, k_BHND: Tensor, v_BHNE: Tensor, grid: Sequence[int], window: Window, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `local_attention` with plain matrix products, of `block_pairs` pairs."""
+    """Compute `local_attention` with plain matrix products, those of `block_products`.
+
+    Not compiled, it goes through the blocks in parts of `MOST_SCORES`, each computed again for its gradient.
+    """
     window, frames = window.on(grid), _in_frames(grid)
     seen_nM, exists_nM = _around_blocks(frames, window.reach, q_BHND.device)
-    scores_BHnSM = _taken(q_BHND * scale, _own(seen_nM, window)) @ _taken(k_BHND, seen_nM).transpose(-1, -2)
-    dtype, counts_nSM = at_least_float32(scores_BHnSM), exists_nM[:, None] & _near(window, q_BHND.device)
-    bias = torch.zeros((), dtype=dtype, device=q_BHND.device)
-    if mask is not None:
-        bias = _taken(_key_bias(q_BHND, mask, dtype), seen_nM).transpose(-1, -2)
-    scores_BHnSM = scores_BHnSM.to(dtype) + torch.where(counts_nSM, bias, float("-inf"))
-    y, normaliser = softmax_with_normaliser(scores_BHnSM, _taken(v_BHNE, seen_nM))
+    own_nS, near_SM = _own(seen_nM, window), _near(window, q_BHND.device)
+    bias_BHN1 = key_bias(mask, at_least_float32(q_BHND)).transpose(-1, -2) if mask is not None else None
+
+    def attend(own_nS: Tensor, seen_nM: Tensor, exists_nM: Tensor) -> tuple[Tensor, Tensor]:
+        scores_BHnSM = exact_scores(_taken(q_BHND, own_nS), _taken(k_BHND, seen_nM), scale)
+        bias = _taken(bias_BHN1, seen_nM).transpose(-1, -2) if bias_BHN1 is not None else scores_BHnSM.new_zeros(())
+        counted_BHnSM = torch.where(exists_nM[:, None] & near_SM, bias, float("-inf"))
+        return softmax_with_normaliser(scores_BHnSM + counted_BHnSM, _taken(v_BHNE, seen_nM))
+
+    each = q_BHND.shape[0] * q_BHND.shape[1] * QUERIES * window.keys
+    y, normaliser = _in_parts(attend, (own_nS, seen_nM, exists_nM), each)
     where_N = _places_in_blocks(frames, q_BHND.device)
     return _from_blocks(y, where_N), _from_blocks(normaliser, where_N)
+
+
+def _in_parts(
+    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], blocks: tuple[Tensor, Tensor, Tensor], scores: int
+) -> tuple[Tensor, Tensor]:
+    """Call a function of blocks (n, ...), each of that many scores, on as many of them at a time as is allowed, and join the results."""
+    if torch.compiler.is_compiling() or len(blocks[0]) * scores <= MOST_SCORES:
+        return attend(*blocks)
+    parts = zip(*(torch.split(x, max(1, MOST_SCORES // scores)) for x in blocks), strict=True)
+    y, normaliser = zip(*(checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts), strict=True)
+    return torch.cat(y, 2), torch.cat(normaliser, 2)
 
 
 def flex_attention_within(
@@ -117,25 +142,33 @@ def flex_attention_within(
     window, frames = window.on(grid), _in_frames(grid)
     own_nS, exists_nS = _around_blocks(frames, (0, 0, 0), q_BHND.device)
     q, k, v = (_taken(x, own_nS).flatten(2, 3) for x in (q_BHND, k_BHND, v_BHNE))
-    bias = None if mask is None else _taken(_key_bias(q_BHND, mask, torch.float32), own_nS).flatten(2)
+    bias = None if mask is None else _taken(key_bias(mask, torch.float32).transpose(-1, -2), own_nS).flatten(2)
     y, normaliser = _flex(q, k, v, bias, scale, _block_mask(own_nS, exists_nS, frames, window))
     where_N = _places_in_blocks(frames, q.device)
     return y.index_select(2, where_N), normaliser.index_select(2, where_N)
 
 
 def weight_within(weights_BHN1: Tensor, grid: Sequence[int], window: Window) -> Tensor:
-    """Sum up the weights of the tokens that each token sees, (B, H, N, 1)."""
-    frames, window = _in_frames(grid), window.on(grid)
-    seen_nM, exists_nM = _around_blocks(frames, window.reach, weights_BHN1.device)
-    counts_nSM = exists_nM[:, None] & _near(window, weights_BHN1.device)
-    within = torch.where(counts_nSM, _taken(weights_BHN1, seen_nM).transpose(-1, -2), 0).sum(-1, keepdim=True)
-    return _from_blocks(within, _places_in_blocks(frames, weights_BHN1.device))
+    """Sum up the weights of the tokens that each token sees, (B, H, N, 1).
+
+    In each row of each frame that it sees, these are next to each other: a difference of two sums from the row's start on.
+    """
+    (frames, height, width), window = _in_frames(grid), window.on(grid)
+    sums: Tensor = torch.nn.functional.pad(torch.unflatten(weights_BHN1.squeeze(-1), 2, (frames * height, width)).cumsum(-1), (1, 0))
+    t, y, x = (torch.arange(size, device=sums.device) for size in (frames, height, width))
+    rows, far = window.rows(sums.device)  # (R, 2) and (R,)
+    t, y = t[:, None, None] + rows[:, 0], y[:, None] + rows[:, 1]
+    exists_tyR = (t >= 0) & (t < frames) & (y >= 0) & (y < height)
+    row_tyR = t.clamp(0, frames - 1) * height + y.clamp(0, height - 1)
+    first, last = ((x[:, None] + side).clamp(0, width) for side in (-far, far + 1))
+    seen = sums[:, :, row_tyR[:, :, None], last] - sums[:, :, row_tyR[:, :, None], first]
+    return torch.where(exists_tyR[:, :, None], seen, 0).sum(-1).flatten(2).unsqueeze(-1)
 
 
 def attention_to_all(q_BHND: Tensor, k_BHPD: Tensor, v_BHPE: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Compute softmax attention to all keys, with the logarithm of its normaliser as `local_attention` has it."""
     if k_BHPD.shape[2] > 0 and _has_flex_kernel(q_BHND, v_BHPE):
-        bias = None if mask is None else _key_bias(k_BHPD, mask, torch.float32).flatten(2)
+        bias = None if mask is None else key_bias(mask, torch.float32).flatten(2)
         return _flex(q_BHND, k_BHPD, v_BHPE, bias, scale, None)
     return attention_with_normaliser(q_BHND, k_BHPD, v_BHPE, mask, scale)
 
@@ -146,8 +179,9 @@ def merged(y: Tensor, normaliser: Tensor, other: Tensor, its_normaliser: Tensor)
     Args:
         normaliser, its_normaliser: the logarithms of the normalisers of `y` and of `other`.
     """
-    share = torch.sigmoid(its_normaliser - normaliser).to(y.dtype)
-    return torch.lerp(y, other, share.expand_as(y)), torch.logaddexp(normaliser, its_normaliser)
+    share = torch.sigmoid(its_normaliser - normaliser).expand_as(y)
+    joined = torch.lerp(y.to(share.dtype), other.to(share.dtype), share).to(y.dtype)
+    return joined, torch.logaddexp(normaliser, its_normaliser)
 
 
 # ------------------------------------------------------------------ blocks
@@ -210,12 +244,6 @@ def _near(window: Window, device: torch.device) -> Tensor:
     return window.sees(frames[None, None, :, None, None], dy, dx).flatten(2).flatten(0, 1)
 
 
-def _key_bias(like: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what a mask by key adds to the scores, as a channel of the keys, (B or 1, H or 1, N, 1)."""
-    bias = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
-    return bias.to(dtype).expand(-1, -1, -1, like.shape[2]).transpose(-1, -2)
-
-
 # ------------------------------------------------------------------ FlexAttention
 
 
@@ -234,11 +262,18 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, se
         def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + added[b, h, j]
 
-    y, beside = flex_attention(
-        q, k, v, score, seen, scale, kernel_options=_FLEX_TILES if seen is not None else None, return_aux=AuxRequest(lse=True)
-    )
+    y, beside = flex_attention(q, k, v, score, seen, scale, kernel_options=_flex_options(q.dtype), return_aux=AuxRequest(lse=True))
     assert beside.lse is not None
     return y, beside.lse.clamp(min=NO_WEIGHT).unsqueeze(-1)
+
+
+def _flex_options(dtype: torch.dtype) -> Any:
+    """Return what is asked of the kernel: not the one for few queries; and where its tiles would be larger than a block, tiles that fit."""
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if FLEX_TILES_FIT_BLOCKS:
+        return options
+    side = QUERIES if dtype != torch.float32 else 16  # of float32, larger ones do not fit the memory of all GPUs
+    return options | dict.fromkeys(_FLEX_PARTS, side)
 
 
 def _block_mask(own_nS: Tensor, exists_nS: Tensor, grid: Grid3, window: Window) -> BlockMask:

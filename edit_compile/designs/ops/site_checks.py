@@ -1,8 +1,9 @@
-"""What several designs read from a site: why they refuse it, who attends to whom, and the FLOPs that follow from that."""
+"""What several designs read from a site: why they refuse it, who attends to whom, and the products that follow from that."""
 
 from __future__ import annotations
 
 from edit_compile.designs.base import Verdict
+from edit_compile.designs.ops.parts import Part, Product, Softmax
 from edit_compile.ir.site import Site
 from edit_compile.ir.tokens import TokenKind
 
@@ -61,11 +62,12 @@ def sequence_lengths(site: Site, image_queries: int, image_keys: int, others: in
     return queries, image_keys + (0 if site.keys.only(TokenKind.IMAGE) else others)
 
 
-def linear_attention_flops(site: Site, queries: int, keys: int) -> int:
-    """Count the FLOPs of `linear_attention`: the summary of the keys, and each query's numerator and denominator."""
-    return 2 * site.heads * site.head_dim * (keys * site.value_dim + queries * site.value_dim + queries)
+def linear_attention_parts(site: Site, queries: int, keys: int) -> tuple[Part, ...]:
+    """List the products of `linear_attention`: the summary of the keys, and its product with each query."""
+    d, e = site.head_dim, site.value_dim
+    return Product(d, e, keys, site.heads), Product(queries, e, d, site.heads)
 
 
-def softmax_attention_flops(site: Site, pairs: int) -> int:
-    """Count the FLOPs of softmax attention over that many pairs of a query and a key."""
-    return 2 * site.heads * (site.head_dim + site.value_dim) * pairs
+def softmax_attention(site: Site, queries: int, keys: int, blocks: int = 1) -> Softmax:
+    """Return softmax attention of all heads, of that many queries to that many keys, in each of several blocks."""
+    return Softmax(queries, keys, site.head_dim, site.value_dim, site.heads * blocks)

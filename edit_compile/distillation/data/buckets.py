@@ -63,11 +63,12 @@ def nearest_shape(size: Shape, shapes: Sequence[Shape]) -> Shape:
 
 
 def fitted(image: Image.Image, shape: Shape) -> Image.Image:
-    """Scale an image until it covers the shape, and crop it to it at the centre."""
+    """Crop an image at the centre to a shape's ratio, and scale it to the shape."""
     height, width = shape
     scale = max(height / image.height, width / image.width)
-    if scale != 1:
-        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    if scale == 1:
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+    right, bottom = (image.width + width / scale) / 2, (image.height + height / scale) / 2
+    box = (max(image.width - right, 0), max(image.height - bottom, 0), min(right, image.width), min(bottom, image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box)

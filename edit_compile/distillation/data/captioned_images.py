@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
+from edit_compile.adapters.encoders import check_encoder
 from edit_compile.distillation.data.buckets import Buckets, Shape, bucket_shapes, nearest_shape
 from edit_compile.distillation.data.cache.encode import ImageProducer, records_from
 from edit_compile.distillation.data.cache.write import Producer
+from edit_compile.distillation.data.decode_image import size_of
 from edit_compile.distillation.data.encoding import Encoder, encode, encoder_for, prepare
 from edit_compile.distillation.data.map_style import MapStyleSource
-from edit_compile.distillation.data.records import BadSample, RecordDataset, size_of
+from edit_compile.distillation.data.records import BadSample, RecordDataset
 from edit_compile.distillation.data.registry import DataConfig
 from edit_compile.distillation.data.source import Batch, DataSource, SourceContext
 
@@ -41,6 +43,10 @@ class CaptionedImages(DataConfig):
         """
         raise NotImplementedError
 
+    def check_model(self, model: nn.Module, base: str | None) -> None:
+        """Accept a model if its images and captions can be encoded."""
+        check_encoder(model, base)
+
     def open(self, context: SourceContext) -> DataSource:
         """Open a source with random access."""
         skipped: dict[str, str] = {}
@@ -52,7 +58,15 @@ class CaptionedImages(DataConfig):
         skipped: dict[str, str] = {}
         records = self.records(skipped)
         encoder = encoder_for(context, self.text_tokens)
-        return ImageProducer(lambda start: records_from(records, start), encoder, self.buckets, batch_size, skipped)
+        return ImageProducer(
+            lambda start: records_from(records, start),
+            encoder,
+            self.buckets,
+            batch_size,
+            records.fingerprint,
+            skipped,
+            number=len(records),
+        )
 
 
 class EncodedImages:
@@ -83,8 +97,11 @@ class EncodedImages:
             raise size
         return size
 
-    def get(self, index: int, shape: Shape, resolution: Shape, *, drop_caption: bool) -> tuple[Tensor, str]:
-        return prepare(self.records.record(index), shape, self.encoder, drop_caption=drop_caption)
+    def fingerprint(self) -> str:
+        return self.records.fingerprint()
+
+    def get(self, index: int, shape: Shape, resolution: Shape, draw: int | None) -> tuple[Tensor, str]:
+        return prepare(self.records.record(index), shape, self.encoder, draw)
 
     def collate(self, samples: Sequence[tuple[Tensor, str]], shape: Shape) -> Batch:
         return encode(self.encoder, samples, shape)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from edit_compile.adapters.encoders import make_encoder
 from edit_compile.distillation.data.buckets import Shape, fitted
-from edit_compile.distillation.data.records import BadSample, Record, image_of
+from edit_compile.distillation.data.decode_image import image_of
+from edit_compile.distillation.data.records import BadSample, Record
 from edit_compile.distillation.data.source import Batch, SourceContext
 
 
@@ -57,18 +58,19 @@ def encoder_for(context: SourceContext, text_tokens: int | None) -> Encoder:
     return make_encoder(context.model, context.base, context.device, context.dtype, text_tokens)
 
 
-def prepare(record: Record, shape: Shape, encoder: Encoder, *, drop_caption: bool = False) -> tuple[Tensor, str]:
-    """Decode and fit a record's image, (3, height, width) in [-1, 1], and give its caption.
+def prepare(record: Record, shape: Shape, encoder: Encoder, draw: int | None) -> tuple[Tensor, str]:
+    """Decode and fit a record's image, (3, height, width) in [-1, 1], and give the caption that `caption_draw` has drawn.
 
     Raises:
-        BadSample: the image cannot be decoded, or the caption cannot be encoded.
+        BadSample: the image cannot be decoded, or a caption cannot be encoded.
     """
     try:
-        encoder.check(record.caption)
+        for caption in record.captions:
+            encoder.check(caption)
     except ValueError as error:
         raise BadSample(f"its caption cannot be encoded: {error}") from error
     pixels_HW3 = torch.from_numpy(np.array(fitted(image_of(record), shape)))
-    return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, "" if drop_caption else record.caption
+    return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, "" if draw is None else record.captions[draw % len(record.captions)]
 
 
 def encode(encoder: Encoder, samples: Sequence[tuple[Tensor, str]], shape: Shape) -> Batch:

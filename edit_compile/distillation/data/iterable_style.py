@@ -11,9 +11,10 @@ from typing import Protocol
 from torch import Tensor
 
 from edit_compile.distillation.data.buckets import Buckets, Shape, bucket_shapes, nearest_shape
+from edit_compile.distillation.data.decode_image import size_of
 from edit_compile.distillation.data.encoding import Encoder, encode, prepare
-from edit_compile.distillation.data.records import BadSample, NamedRecord, Record, log_skip, size_of, summarize
-from edit_compile.distillation.data.seeding import drops_caption
+from edit_compile.distillation.data.records import BadSample, NamedRecord, Record, log_skip, summarize
+from edit_compile.distillation.data.seeding import caption_draw
 from edit_compile.distillation.data.source import Batch, BatchRequest
 from edit_compile.errors import DistillError
 
@@ -30,6 +31,10 @@ class RecordStream(Protocol):
 
     def epoch(self, number: int) -> Iterator[NamedRecord]:
         """Yield all others, in an order that may differ by epoch."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return what changes when the data change, as far as can be known without reading them."""
         ...
 
 
@@ -59,6 +64,9 @@ class IterableSource:
     def decode(self, latents: Tensor) -> Tensor | None:
         return self.encoder.decode(latents)
 
+    def fingerprint(self) -> str:
+        return self.stream.fingerprint()
+
     def _training_batch(self, request: BatchRequest) -> Batch:
         window, number = divmod(request.position // request.size, _WINDOW)
         batches = self._batches(window, request.size)
@@ -80,14 +88,14 @@ class IterableSource:
         shape = nearest_shape(sorted((size for _, size in batch), key=_ratio)[len(batch) // 2], shapes)
         samples = []
         for record, position in zip(chosen, request.positions, strict=True):
-            dropped = drops_caption(self.caption_dropout, self.seed, request.split, position)
-            samples.append(self._first_readable([record, *fallbacks], shape, drop_caption=dropped))
+            draw = caption_draw(self.caption_dropout, self.seed, request.split, position)
+            samples.append(self._first_readable([record, *fallbacks], shape, draw))
         return encode(self.encoder, samples, shape)
 
-    def _first_readable(self, records: Sequence[Sized], shape: Shape, *, drop_caption: bool) -> tuple[Tensor, str]:
+    def _first_readable(self, records: Sequence[Sized], shape: Shape, draw: int | None) -> tuple[Tensor, str]:
         for record, _ in records:
             try:
-                return prepare(record, shape, self.encoder, drop_caption=drop_caption)
+                return prepare(record, shape, self.encoder, draw)
             except BadSample as reason:
                 log_skip(self.skipped, record.name, reason)
         raise self._nothing_left()

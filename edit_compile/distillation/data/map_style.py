@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,8 +12,8 @@ from torch import Tensor
 from edit_compile.distillation.data.bucket_batches import BucketBatchSampler
 from edit_compile.distillation.data.buckets import Shape
 from edit_compile.distillation.data.records import BadSample, log_skip, summarize
-from edit_compile.distillation.data.seeding import drops_caption
-from edit_compile.distillation.data.source import Batch, BatchRequest, Split
+from edit_compile.distillation.data.seeding import caption_draw
+from edit_compile.distillation.data.source import Batch, BatchRequest, DataSummary, Split
 from edit_compile.errors import DistillError
 
 _THREADS = 8
@@ -35,13 +35,17 @@ class SampleDataset(Protocol):
         """
         ...
 
-    def get(self, index: int, shape: Shape, resolution: Shape, *, drop_caption: bool) -> Any:
-        """Read a sample, with the empty caption instead of its own if asked to."""
+    def get(self, index: int, shape: Shape, resolution: Shape, draw: int | None) -> Any:
+        """Read a sample, with the caption that `caption_draw` has drawn."""
         ...
 
     def collate(self, samples: Sequence[Any], shape: Shape) -> Batch: ...
 
     def decode(self, latents: Tensor) -> Tensor | None: ...
+
+    def fingerprint(self) -> str:
+        """Return what changes when samples are added, removed or renamed, or their files change in size."""
+        ...
 
 
 @dataclass
@@ -94,6 +98,26 @@ class MapStyleSource:
     def decode(self, latents: Tensor) -> Tensor | None:
         return self.dataset.decode(latents)
 
+    def summary(self, height: int, width: int) -> DataSummary:
+        shapes, sampler = self._sampler((height, width), "train")
+        held_out = sum(map(len, self._sampler((height, width), "validation")[1].groups))
+        counts = dict(zip(shapes, map(len, sampler.groups), strict=True))
+        return DataSummary(len(self.dataset), held_out, len(self.skipped), counts)
+
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint()
+
+    def held_out_names(self) -> list[str]:
+        return [self.dataset.name(index) for index in sorted(self._held_out_indices)]
+
+    def hold_out(self, names: Collection[str]) -> None:
+        wanted = frozenset(names)
+        found = {index for index in range(len(self.dataset)) if self.dataset.name(index) in wanted}
+        if not found or len(found) == len(self.dataset):
+            raise DistillError(f"{len(found)} of {len(self.dataset)} samples are those that were held out: the data are others now")
+        self._held_out_indices = found
+        self._samplers.clear()
+
     def _sampler(self, resolution: Shape, split: Split) -> tuple[list[Shape], BucketBatchSampler]:
         """Return the shapes of a split's samples, and the sampler over the groups of each shape."""
         if (resolution, split) not in self._samplers:
@@ -123,10 +147,10 @@ class MapStyleSource:
         resolution = (request.height, request.width)
 
         def one(place: int, position: int) -> Any:
-            dropped = drops_caption(self.caption_dropout, self.seed, request.split, position)
+            draw = caption_draw(self.caption_dropout, self.seed, request.split, position)
             for index in sampler.fallbacks(group, place):
                 try:
-                    return self.dataset.get(index, shape, resolution, drop_caption=dropped)
+                    return self.dataset.get(index, shape, resolution, draw)
                 except BadSample as reason:
                     log_skip(self.skipped, self.dataset.name(index), reason)
             return None

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from edit_compile.distillation.data.buckets import Shape
 from edit_compile.files import write_text
 
 CAPTION_KEYS = ("caption", "text", "prompt")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 SKIPPED_FILE = "unreadable.json"
+_MAX_CAPTION = 2**20  # bytes
 log = logging.getLogger(__name__)
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: values that exchange height and width
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,12 @@ class Record:
     Attributes:
         name: what it is called in messages.
         image: a file, its content, or the decoded image.
+        captions: one or more; each draw of the image in training takes one of them, everything else the first.
     """
 
     name: str
     image: Path | bytes | Image.Image
-    caption: str
+    captions: tuple[str, ...]
 
 
 class BadSample(Exception):
@@ -52,6 +52,23 @@ class RecordDataset(Protocol):
     def name(self, index: int) -> str: ...
 
     def record(self, index: int) -> Record: ...
+
+    def fingerprint(self) -> str:
+        """Return what changes when records are added, removed or renamed, or their files change in size."""
+        ...
+
+
+def fingerprint_of(parts: Iterable[object]) -> str:
+    """Hash the text of some parts."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(f"{part}\n".encode("utf-8", "surrogateescape"))
+    return found.hexdigest()
+
+
+def printable(path: str | Path) -> str:
+    """Return a path as text that any file or terminal takes: bytes that are no UTF-8 as `\\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def log_skip(skipped: dict[str, str], name: str, reason: BadSample) -> None:
@@ -76,39 +93,8 @@ def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:
     log.warning("%d sample%s could not be read: see %s", len(skipped), "" if len(skipped) == 1 else "s", path)
 
 
-def size_of(record: Record) -> Shape:
-    """Return the height and width of the upright image, from its header.
-
-    Raises:
-        BadSample: it is not an image.
-    """
-    try:
-        with _opened(record) as image:
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception as error:  # decoders raise all kinds of errors on damaged images
-        raise BadSample(_reason(error)) from error
-
-
-def image_of(record: Record) -> Image.Image:
-    """Decode the image to RGB, turned as its EXIF says, transparent parts on white.
-
-    Raises:
-        BadSample: it cannot be decoded.
-    """
-    try:
-        with _opened(record) as image:
-            upright = ImageOps.exif_transpose(image)
-            if not upright.has_transparency_data:
-                return upright.convert("RGB")
-            layer = upright.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    except Exception as error:
-        raise BadSample(_reason(error)) from error
-
-
-def caption_in(fields: Mapping[str, Any], key: str | None = None) -> str:
-    """Find the caption among a record's fields: under `key`, or under a usual name. Of several captions, take the first.
+def captions_in(fields: Mapping[str, Any], key: str | None = None) -> tuple[str, ...]:
+    """Find the caption, or a list of them, among a record's fields: under `key`, or under a usual name.
 
     Raises:
         BadSample: there is none, or it is not text.
@@ -117,30 +103,37 @@ def caption_in(fields: Mapping[str, Any], key: str | None = None) -> str:
     if not keys or keys[0] not in fields:
         raise BadSample(f"it has no {key or ' or '.join(CAPTION_KEYS)}, but {', '.join(map(str, fields)) or 'nothing'}")
     value = fields[keys[0]]
-    if isinstance(value, list) and value:
-        value = value[0]
-    if not isinstance(value, str) or not value.strip():
-        raise BadSample(f"its {keys[0]} is {'empty' if value in ('', None, []) else f'not text but {value!r:.40}'}")
-    return value.strip()
+    found = value if isinstance(value, list) and value else [value]
+    for text in found:
+        if not isinstance(text, str) or not text.strip():
+            raise BadSample(f"its {keys[0]} is {'empty' if text in ('', None, []) else f'not text but {text!r:.40}'}")
+    return tuple(text.strip() for text in found)
 
 
 def decoded_text(content: bytes) -> str:
     """Decode a caption's file.
 
     Raises:
-        BadSample: it is not UTF-8.
+        BadSample: it is not UTF-8, or too long for a caption.
     """
+    if len(content) > _MAX_CAPTION:
+        raise BadSample(f"its caption has {len(content):,} bytes, more than {_MAX_CAPTION:,}")
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSample(f"its caption is not UTF-8: {error}") from error
 
 
-def _opened(record: Record) -> Image.Image:
-    if isinstance(record.image, Image.Image):
-        return record.image.copy()
-    return Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image)
+def decoded_object(content: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object.
 
-
-def _reason(error: Exception) -> str:
-    return f"its image cannot be read: {str(error).replace(chr(10), ' ') or type(error).__name__}"
+    Raises:
+        BadSample: it is none.
+    """
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"its JSON is not valid: {error}") from error
+    if not isinstance(found, dict):
+        raise BadSample(f"its JSON is not an object but {found!r:.40}")
+    return found

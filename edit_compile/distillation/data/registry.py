@@ -12,8 +12,8 @@ from torch import nn
 
 from edit_compile.distillation.data.cache.write import Producer
 from edit_compile.distillation.data.source import DataSource, SourceContext
-from edit_compile.distillation.registry import Registry, suggestion
-from edit_compile.errors import ConfigError, DistillError
+from edit_compile.distillation.registry import Registry
+from edit_compile.errors import ConfigError, DistillError, suggestion
 from edit_compile.frozen import Frozen
 
 
@@ -36,6 +36,23 @@ class DataConfig(Frozen):
     def pipeline_options(self) -> Mapping[str, Any]:
         """Keyword arguments of the pipeline's call, of data that are its calls of the model."""
         return {}
+
+    def check_model(self, model: nn.Module, base: str | None) -> None:
+        """Accept a model, of which weights may be missing, if data of this kind can be made for it.
+
+        Args:
+            base: as of `SourceContext`.
+
+        Raises:
+            DistillError: no data of this kind fit the model.
+        """
+
+    def check_files(self, model: nn.Module) -> None:
+        """Find out, without the model's weights, what can be known of the files: that they are there, and fit the model.
+
+        Raises:
+            DistillError: they are not, or do not.
+        """
 
     def open(self, context: SourceContext) -> DataSource:
         """Open the source.

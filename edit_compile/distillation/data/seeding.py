@@ -21,9 +21,17 @@ def uniform(*parts: object) -> float:
     return seed_of(*parts) / 2**56
 
 
-def drops_caption(share: float, seed: int, split: str, position: int) -> bool:
-    """Decide whether the sample at a position is trained with the empty caption, as a share of them is."""
-    return split == "train" and uniform(seed, "empty", position) < share
+def caption_draw(drops: float, seed: int, split: str, position: int) -> int | None:
+    """Draw a number that chooses among a sample's captions (modulo how many it has), or None for the empty caption.
+
+    Validation always has the first.
+
+    Args:
+        drops: the share of training samples that get the empty caption.
+    """
+    if split != "train":
+        return 0
+    return None if uniform(seed, "empty", position) < drops else seed_of(seed, "caption", position)
 
 
 def noise_for(positions: Sequence[int], shape: Sequence[int], seed: int, split: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -113,6 +114,64 @@ class DataSource(Protocol):
         """Decode latents (B, C, H, W) to images in [0, 1], (B, 3, height, width); those of videos to (B, 3, frames, height, width).
 
         None if nothing here can decode them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a source has at one resolution.
+
+    Attributes:
+        found, held_out, skipped: samples; those that are trained on are the others.
+        shapes: by shape in pixels, how many are trained on.
+    """
+
+    found: int
+    held_out: int
+    skipped: int
+    shapes: dict[tuple[int, int], int]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{height} x {width}: {count:,}" for (height, width), count in self.shapes.items())
+        trained = f"{sum(self.shapes.values()):,} to train on ({shapes} px)"
+        return f"data: {self.found:,} found, {trained}, {self.held_out:,} held out, {self.skipped:,} skipped"
+
+    def to_dict(self) -> dict[str, Any]:
+        shapes = {f"{height}x{width}": count for (height, width), count in self.shapes.items()}
+        return {"found": self.found, "held_out": self.held_out, "skipped": self.skipped, "shapes": shapes}
+
+
+@runtime_checkable
+class ChangingSource(Protocol):
+    """A source of data that may have changed when a run continues."""
+
+    def fingerprint(self) -> str:
+        """Return what changes when samples are added, removed or renamed, or their files change in size."""
+        ...
+
+
+@runtime_checkable
+class FiniteSource(ChangingSource, Protocol):
+    """A source of a known number of samples."""
+
+    def summary(self, height: int, width: int) -> DataSummary:
+        """Count the samples at a resolution in pixels.
+
+        Raises:
+            DistillError: none of them can be read.
+        """
+        ...
+
+    def held_out_names(self) -> list[str]:
+        """Return the names of the samples that are never trained on."""
+        ...
+
+    def hold_out(self, names: Collection[str]) -> None:
+        """Never train on the samples of these names, instead of those that were chosen.
+
+        Raises:
+            DistillError: no sample has any of these names, or all have.
         """
         ...
 

@@ -14,6 +14,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation.context import Context, NoisyBatch
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.seeding import noise_for
+from edit_compile.progress import each
 from edit_compile.report.image_grid import animated_grid, image_grid, save_image
 
 
@@ -75,7 +76,8 @@ def sample(context: Context, schedule: NoiseSchedule, model: nn.Module, start: N
     """
     x, steps = start.x, context.recipe.samples.steps
     timesteps = schedule.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6) if visited is None else visited.flip(0)
-    for now, then in itertools.pairwise([*timesteps.tolist(), None]):
+    pairs = itertools.pairwise([*timesteps.tolist(), None])
+    for now, then in each(pairs, f"sampling {len(x)} images", len(timesteps)):
         t = torch.full((len(x),), now, device=x.device)
         prediction = context.predict(model, NoisyBatch(x, t, start.conditions, x)).float()
         x0, noise = schedule.predict_x0_and_noise(x, prediction, t)

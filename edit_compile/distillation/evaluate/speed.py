@@ -9,6 +9,7 @@ from edit_compile.bench import compare_calls, size_in_words, video_size
 from edit_compile.distillation.context import Context, NoisyBatch
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.recipe.schedule import phases_of
+from edit_compile.progress import each
 
 _RUNS = 5
 
@@ -33,7 +34,8 @@ def measure_speeds(context: Context) -> tuple[Speed, ...]:
     """Measure at each stage's resolution, compiled if the recipe says so. All processes must take part."""
     found = []
     stages = [phase for phase in phases_of(context.recipe) if phase.losses is not None]
-    for height, width, frames in dict.fromkeys((stage.height, stage.width, stage.frames) for stage in stages):
+    sizes = dict.fromkeys((stage.height, stage.width, stage.frames) for stage in stages)
+    for height, width, frames in each(sizes, "timing teacher and student", len(sizes)):
         batch = context.on_device(context.noisy_batch(BatchRequest(0, 1, range(1), height, width, "validation", frames)))
         teacher, student, *_ = compare_calls(
             partial(_run_teacher, context, batch), partial(context.predict, context.student, batch), runs=_RUNS

@@ -14,6 +14,7 @@ from torch import Tensor
 from edit_compile.distillation.context import Context, NoisyBatch, among
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.errors import DistillError
+from edit_compile.progress import each
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def validate(context: Context, height: int, width: int, frames: int | None = Non
     sums = torch.zeros(len(ranges), 4, dtype=torch.float64)  # on the CPU: not every device has float64
     count, rank = context.accelerator.num_processes, context.accelerator.process_index
     batches = validation_batches(context)
-    for turn in range(rank, -(-len(batches) // count) * count, count):
+    turns = range(rank, -(-len(batches) // count) * count, count)
+    for turn in each(turns, f"measuring the error at {height} x {width} px", len(turns)):
         rows = batches[min(turn, len(batches) - 1)]  # all processes make the same number of forwards, as sharding needs
         bins, batch = samples_of(context, height, width, frames, rows)
         measured = error_sums(*_predictions(context, batch))

@@ -10,7 +10,7 @@ from typing import Literal
 from edit_compile.errors import ConfigError
 
 Quantity = Literal["all", "best", "flops", "time", "error"]
-_FORMS = "all, best N, flops <= 0.5x, time <= 0.7x or error <= 0.01"
+BUDGET_FORMS = "all, best N, flops <= 0.5x, time <= 0.7x or error <= 0.01"
 _NUMBER = r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
 _BOUND = re.compile(rf"(flops|time|error)\s*<=\s*{_NUMBER}\s*(x?)", re.IGNORECASE)
 _BEST = re.compile(r"best\s+(\d+)", re.IGNORECASE)
@@ -46,7 +46,7 @@ def parse_budget(text: object) -> Budget:
         return Budget("best", Fraction(found[1]), f"best {int(found[1])}")
     found = _BOUND.fullmatch(words)
     if found is None:
-        raise ConfigError(f"sites: {words!r} is none of: {_FORMS}")
+        raise ConfigError(f"sites: {words!r} is none of: {BUDGET_FORMS}")
     name, number, unit = found[1].lower(), found[2], found[3].lower()
     if (name == "error") == bool(unit):
         raise ConfigError(f"sites: {words}: {_unit_problem(name, number)}")

@@ -19,7 +19,7 @@ from edit_compile.distillation.ranking.knapsack import Option, cheapest
 from edit_compile.errors import ConfigError
 
 
-class Measured(Protocol):
+class SiteEffect(Protocol):
     """What a choice is made by: see `ranking.Measure`."""
 
     @property
@@ -48,7 +48,7 @@ class Selection:
     """
 
     budget: Budget
-    converted: Mapping[str, Measured]
+    converted: Mapping[str, SiteEffect]
     error: float
     flops: int
     seconds: float | None
@@ -65,12 +65,13 @@ class Choices:
 
     flops: int
     seconds: float | None
-    sites: Mapping[str, Sequence[Measured]]
+    sites: Mapping[str, Sequence[SiteEffect]]
 
     @cached_property
-    def ranks(self) -> dict[str, Measured]:
+    def best(self) -> dict[str, SiteEffect]:
         """The sites that can save FLOPs, each with its best candidate, the best site first: least error for what is saved."""
-        best = {path: min(saving, key=_price) for path, found in self.sites.items() if (saving := [m for m in found if m.saved_flops > 0])}
+        saving = {path: [measure for measure in found if measure.saved_flops > 0] for path, found in self.sites.items()}
+        best = {path: min(found, key=_price) for path, found in saving.items() if found}
         return dict(sorted(best.items(), key=lambda item: _price(item[1])))
 
     def choose(self, budget: Budget) -> Selection:
@@ -85,21 +86,38 @@ class Choices:
             raise ConfigError(f"sites: {budget.text}: leaves every site as it is; {self._least_error()}")
         return self.selection(budget, chosen)
 
-    def selection(self, budget: Budget, chosen: Mapping[str, Measured]) -> Selection:
+    def selection(self, budget: Budget, chosen: Mapping[str, SiteEffect]) -> Selection:
         """Sum up what converting some sites does."""
         converted = {path: chosen[path] for path in self.sites if path in chosen}
         saved = sum(measure.saved_flops for measure in converted.values())
         seconds = None if self.seconds is None else self.seconds - math.fsum(m.saved_seconds or 0.0 for m in converted.values())
         return Selection(budget, converted, math.fsum(m.error for m in converted.values()), self.flops - saved, seconds)
 
-    def describe(self, path: str, measure: Measured | None = None) -> str:
-        """Say how a site ranks, and what it costs and saves: as `measure`, or as its best candidate."""
-        ranks = list(self.ranks)
-        shown = measure or self.ranks.get(path) or min(self.sites[path], key=lambda m: m.error)
+    def describe(self, path: str, measure: SiteEffect | None = None, *, timed: bool = False) -> str:
+        """Say how a site ranks, and what it costs and saves.
+
+        Args:
+            measure: as this; default: as its best candidate.
+            timed: name the time as well.
+        """
+        shown = measure or self.best.get(path) or min(self.sites[path], key=lambda m: m.error)
         error, share = f"error {shown.error:.2g}", f"{100 * abs(shown.saved_flops) / self.flops:.2g}%"
-        if path not in self.ranks:
-            return f"saves no FLOPs: {error}, {share} more FLOPs"
-        return f"rank {ranks.index(path) + 1} of {len(ranks)}: {error} for {share} of the FLOPs"
+        time = ""
+        if timed and shown.saved_seconds is not None:
+            time = f", {1000 * abs(shown.saved_seconds):.2g} ms {'less' if shown.saved_seconds >= 0 else 'more'}"
+        if shown.saved_flops > 0:
+            return f"rank {list(self.best).index(path) + 1} of {len(self.best)}: {error} for {share} of the FLOPs{time}"
+        return f"saves no FLOPs: {error}" + (f", {share} more FLOPs" if shown.saved_flops else "") + time
+
+    def budgets(self, parts: int) -> list[str]:
+        """Spell budgets of FLOPs that can be reached, from a part of what can be saved to all of it."""
+        shares = [1 - Fraction((self.flops - self._least_flops) * number, self.flops * parts) for number in range(1, parts + 1)]
+        return [f"flops <= {math.ceil(share * 1000) / 1000:g}x" for share in shares if math.ceil(share * 1000) < 1000]
+
+    @property
+    def suggested(self) -> str:
+        """A budget to begin with: half of what can be saved."""
+        return next(iter(self.budgets(2)), "all")
 
     # ------------------------------------------------------------------ the budgets
 
@@ -108,17 +126,17 @@ class Choices:
         """The FLOPs with every site converted to what saves most, those that save nothing as they are."""
         return self.flops - sum(max([0, *(m.saved_flops for m in found)]) for found in self.sites.values())
 
-    def _all(self, budget: Budget) -> dict[str, Measured]:
+    def _all(self, budget: Budget) -> dict[str, SiteEffect]:
         least = {path: min(found, key=lambda m: (m.error, -m.saved_flops)) for path, found in self.sites.items() if found}
-        return {**least, **self.ranks}
+        return {**least, **self.best}
 
-    def _best(self, budget: Budget) -> dict[str, Measured]:
-        number, ranked = int(budget.bound), list(self.ranks.items())
+    def _best(self, budget: Budget) -> dict[str, SiteEffect]:
+        number, ranked = int(budget.bound), list(self.best.items())
         if number > len(ranked):
             raise ConfigError(f"sites: {budget.text}: only {len(ranked)} sites save FLOPs")
         return dict(ranked[:number])
 
-    def _cheaper(self, budget: Budget) -> dict[str, Measured]:
+    def _cheaper(self, budget: Budget) -> dict[str, SiteEffect]:
         within = math.floor(budget.bound * self.flops)
         chosen = self._least_damage([[-m.saved_flops for m in found] for found in self.sites.values()], within - self.flops)
         if chosen is None:
@@ -126,7 +144,7 @@ class Choices:
             raise ConfigError(f"sites: {budget.text}: cannot be reached; the least is flops <= {least}x")
         return chosen
 
-    def _faster(self, budget: Budget) -> dict[str, Measured]:
+    def _faster(self, budget: Budget) -> dict[str, SiteEffect]:
         if self.seconds is None:
             raise ConfigError(f"sites: {budget.text}: time was not measured; `edit-compile rank --time` measures it")
         saved = [[Fraction(m.saved_seconds or 0.0) for m in found] for found in self.sites.values()]
@@ -139,13 +157,13 @@ class Choices:
             raise ConfigError(f"sites: {budget.text}: cannot be reached; the least is time <= {_rounded_up(least)}x")
         return chosen
 
-    def _least_damage(self, weights: Sequence[Sequence[int]], capacity: int) -> dict[str, Measured] | None:
+    def _least_damage(self, weights: Sequence[Sequence[int]], capacity: int) -> dict[str, SiteEffect] | None:
         """Choose the least sum of errors with a sum of weights within a capacity; staying as it is weighs nothing."""
         errors = self._errors
         groups = [[Option(0, 0), *map(Option, e, w)] for e, w in zip(errors, weights, strict=True)]
         return self._named(cheapest(groups, capacity))
 
-    def _accurate(self, budget: Budget) -> dict[str, Measured]:
+    def _accurate(self, budget: Budget) -> dict[str, SiteEffect]:
         """Choose the most FLOPs saved with a sum of errors within the bound."""
         groups = [
             [Option(0, 0), *(Option(-m.saved_flops, error) for m, error in zip(found, errors, strict=True))]
@@ -162,13 +180,13 @@ class Choices:
     def _errors(self) -> list[list[int]]:
         return [[int(Fraction(m.error) * self._error_scale) for m in found] for found in self.sites.values()]
 
-    def _named(self, options: list[int] | None) -> dict[str, Measured] | None:
+    def _named(self, options: list[int] | None) -> dict[str, SiteEffect] | None:
         if options is None:
             return None
         return {path: self.sites[path][number - 1] for path, number in zip(self.sites, options, strict=True) if number}
 
     def _least_error(self) -> str:
-        errors = [measure.error for measure in self.ranks.values()]
+        errors = [measure.error for measure in self.best.values()]
         return f"the least error of a site is {min(errors):.2g}" if errors else "none saves FLOPs"
 
     # ------------------------------------------------------------------ for comparison
@@ -189,18 +207,18 @@ class Choices:
         """Convert sites one after the other, each to its best candidate: FLOPs and the sum of errors after each, from none on."""
         points = [(self.flops, 0.0)]
         for path in paths:
-            measure = self.ranks[path]
+            measure = self.best[path]
             points.append((points[-1][0] - measure.saved_flops, points[-1][1] + measure.error))
         return points
 
     def shuffled(self, orders: int = 200) -> list[list[tuple[int, float]]]:
         """Do `in_order` for random orders of the ranked sites, the same at every call."""
-        source, paths = random.Random(0), [path for path in self.sites if path in self.ranks]
+        source, paths = random.Random(0), [path for path in self.sites if path in self.best]
         return [self.in_order(source.sample(paths, len(paths))) for _ in range(orders)]
 
 
-def _price(measure: Measured) -> tuple[Fraction, int]:
-    """The error for each FLOP saved; of two with the same, the one that saves more comes first."""
+def _price(measure: SiteEffect) -> tuple[Fraction, int]:
+    """Sort by the error for each FLOP saved; of two with the same, the one that saves more comes first."""
     return Fraction(measure.error) / measure.saved_flops, -measure.saved_flops
 
 

@@ -16,6 +16,7 @@ from edit_compile.adapters.inputs import inputs_for_size
 from edit_compile.api import teacher
 from edit_compile.bench.conversion_cost import cost
 from edit_compile.bench.latency import compare_calls
+from edit_compile.bench.machine import machine_in_words
 from edit_compile.distillation.context import Context, trained_parameters
 from edit_compile.distillation.evaluate.validation import error_of, error_sums, samples_of, validation_batches
 from edit_compile.distillation.ranking.folder import CandidateFolder, Costs, ErrorSums, Times
@@ -31,7 +32,7 @@ _RUNS, _WARMUP = 15, 3  # timed calls
 
 
 @dataclass(frozen=True)
-class Progress:
+class RankingProgress:
     """How far a part of a ranking is.
 
     Attributes:
@@ -46,7 +47,7 @@ class Progress:
     loss: float | None = None
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[RankingProgress], None]
 
 
 def fit(context: Context, phase: Phase, folder: CandidateFolder, base: str, interrupt: Interrupt, report: Report, name: str) -> None:
@@ -58,7 +59,7 @@ def fit(context: Context, phase: Phase, folder: CandidateFolder, base: str, inte
     """
 
     def tell(row: Mapping[str, Any]) -> None:
-        report(Progress(f"{name}: layerwise fit", row["step"], row["steps"], row.get("loss")))
+        report(RankingProgress(f"{name}: layerwise fit", row["step"], row["steps"], row.get("loss")))
 
     with only_trainable(context.student, set(trained_parameters(context.student, context.recipe.train))):
         trainer = Trainer(context, folder.checkpoints, tell, interrupt, {}, lambda total: None, [phase])
@@ -78,7 +79,7 @@ def measure_errors(
     """
     batches, known = validation_batches(context), folder.errors()
     nothing = [[0.0] * 4] * context.recipe.validation.timestep_bins
-    sums = {path: torch.tensor(known.sums.get(path, nothing), dtype=torch.float64) for path in paths}
+    sums = {path: torch.tensor(known.sums[path] if known.batches else nothing, dtype=torch.float64) for path in paths}
     for done in range(known.batches, len(batches)):
         if interrupt.requested:
             raise Interrupted(f"stopped measuring {name} after {done} of {len(batches)} batches")
@@ -88,8 +89,8 @@ def measure_errors(
         for path in paths:
             with teacher(context.student, students=[path]) as model:
                 sums[path].index_add_(0, bins, error_sums(context.predict(model, batch), expected))
-        folder.write(ErrorSums(batches=done + 1, sums={path: _rows(found) for path, found in sums.items()}))
-        report(Progress(f"{name}: one site at a time", done + 1, len(batches)))
+        folder.write(ErrorSums(fit=known.fit, batches=done + 1, sums={path: _rows(found) for path, found in sums.items()}))
+        report(RankingProgress(f"{name}: one site at a time", done + 1, len(batches)))
 
 
 def _rows(sums: Tensor) -> tuple[tuple[float, float, float, float], ...]:
@@ -124,9 +125,8 @@ def count_costs(student: nn.Module, size: Extent, paths: Sequence[str], pipeline
     return Costs(image_tokens=found.image, text_tokens=found.text, total=found.before, saved=saved)
 
 
-@torch.no_grad()
-def measure_times(student: nn.Module, size: Extent, paths: Sequence[str]) -> Times:
-    """Time the model as it is, and every site against its teacher by alternating calls, with what the site gets in a forward.
+def inputs_at(student: nn.Module, size: Extent) -> dict[str, Any]:
+    """Make random inputs of one forward at a size in pixels, as keyword arguments.
 
     Raises:
         GridError: the model does not support the size.
@@ -135,7 +135,18 @@ def measure_times(student: nn.Module, size: Extent, paths: Sequence[str]) -> Tim
     *frames, height, width = size
     weight = next(p for p in student.parameters() if p.is_floating_point())
     options: dict[str, Any] = {"frames": frames[0] if frames else None, "device": weight.device, "dtype": weight.dtype}
-    inputs = inputs_for_size(student, height, width, **options).inputs
+    return inputs_for_size(student, height, width, **options).inputs
+
+
+@torch.no_grad()
+def measure_times(student: nn.Module, size: Extent, paths: Sequence[str]) -> Times:
+    """Time the model as it is, and every site against its teacher by alternating calls, with what the site gets in a forward.
+
+    Raises:
+        GridError: the model does not support the size.
+        NoExampleInputsError: no adapter knows the model.
+    """
+    inputs = inputs_at(student, size)
     saved: dict[str, float] = {}
 
     def compare(path: str, site: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -154,4 +165,4 @@ def measure_times(student: nn.Module, size: Extent, paths: Sequence[str]) -> Tim
         for handle in handles:
             handle.remove()
     total, *_ = compare_calls(as_it_is, as_it_is, runs=_RUNS, warmup=_WARMUP)
-    return Times(total=total.median, saved=saved)
+    return Times(machine=machine_in_words(), total=total.median, saved=saved)

@@ -9,6 +9,7 @@ from typing import Any
 
 from edit_compile.distillation.ranking.ranking import Ranking
 from edit_compile.distillation.ranking.tables import title
+from edit_compile.files import replacing
 
 _STEPS: dict[str, Any] = {"drawstyle": "steps-pre", "marker": "."}  # a set serves all budgets down to the FLOPs it leaves
 Points = Sequence[tuple[float, float]]
@@ -19,7 +20,7 @@ def plot_ranking(ranking: Ranking, path: Path) -> None:
     from matplotlib.figure import Figure
 
     choices = ranking.choices
-    ranks = list(choices.ranks)
+    ranks = list(choices.best)
     in_model = [site.path for site in ranking.sites if site.path in ranks]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -42,7 +43,8 @@ def plot_ranking(ranking: Ranking, path: Path) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.set_yscale("log")
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _shares(points: Points, ranking: Ranking) -> list[tuple[float, float]]:

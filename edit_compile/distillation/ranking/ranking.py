@@ -16,9 +16,10 @@ from edit_compile.distillation.ranking.budget import parse_budget
 from edit_compile.distillation.ranking.choose import Choices, Selection
 from edit_compile.errors import ConfigError, EditCompileError
 from edit_compile.frozen import Frozen, first_problem
-from edit_compile.version import __version__
+from edit_compile.ir.plan import SiteKind
+from edit_compile.version import __version__, made_by_another
 
-FORMAT = 1
+FORMAT = 2
 _Finite = Field(allow_inf_nan=False)
 
 
@@ -75,6 +76,7 @@ class RankedSite(Frozen):
     """One site."""
 
     path: str
+    kind: SiteKind = "attention"
     measures: tuple[Measure, ...] = ()
     """By candidate; none for a candidate that does not take the site."""
     reason: str = ""
@@ -118,7 +120,7 @@ class Ranking(Frozen):
     samples: PositiveInt
     """That errors were measured on."""
     sites: tuple[RankedSite, ...] = Field(min_length=1)
-    """In order of execution."""
+    """In order of execution; where there are several kinds, in the order of the model's modules."""
     checked: tuple[CheckedSet, ...] = ()
 
     @model_validator(mode="after")
@@ -152,8 +154,7 @@ class Ranking(Frozen):
         if not isinstance(content, dict):
             raise ConfigError(f"{path} is not a ranking: it is a {type(content).__name__}")
         if content.get("version", FORMAT) != FORMAT:
-            maker = content.get("package_version", "before 0.1.0")
-            raise ConfigError(f"{path} was made by version {maker} of edit_compile, this is version {__version__}; rank the model again")
+            raise ConfigError(f"{path} was {made_by_another(content.get('package_version'))}; rank the model again")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -168,7 +169,9 @@ class Ranking(Frozen):
         """Choose the sites to convert, and the candidate for each.
 
         Args:
-            sites: `all`, `best N`, `flops <= 0.5x`, `time <= 0.7x` or `error <= 0.01`.
+            sites: `flops <= 0.5x`, `time <= 0.7x` or `error <= 0.01` choose exactly, assuming that errors add: the least sum of errors,
+                or the most FLOPs saved. `best N` takes the first N of the ranking, and `all` all sites, each with the candidate that
+                has the least error for each FLOP saved; one that saves none, with the least error.
 
         Raises:
             ConfigError: `sites` is none of these, cannot be reached, or leaves every site as it is.
@@ -185,16 +188,23 @@ class Ranking(Frozen):
 
     def config_of(self, selection: Selection) -> LinearizeConfig:
         """Make the configuration that converts the sites of a selection."""
-        return LinearizeConfig(rules=tuple(self._rule(site, selection) for site in self.sites))
+        return LinearizeConfig(rules=tuple(self.rules_of(selection).values()))
+
+    def rules_of(self, selection: Selection) -> dict[str, Rule]:
+        """Make the rules that convert the sites of a selection, by path."""
+        converted = {site.kind for site in self.sites if site.path in selection.converted}
+        # A plan lists sites of another kind than attention only if a rule converts some.
+        listed = (site for site in self.sites if site.kind == "attention" or site.kind in converted)
+        return {site.path: self._rule(site, selection) for site in listed}
 
     def _rule(self, site: RankedSite, selection: Selection) -> Rule:
         measure, glob = selection.converted.get(site.path), escape(site.path)
         if not site.measures:
             return Rule(glob, KEEP, reason=site.reason)
-        rank = self.choices.describe(site.path, measure)
+        said = self.choices.describe(site.path, measure, timed=selection.budget.quantity == "time")
         if measure is None:
-            return Rule(glob, KEEP, reason=f"outside the budget ({selection.budget.text}): {rank}")
-        return Rule(glob, measure.design, measure.options, reason=rank)
+            return Rule(glob, KEEP, reason=f"outside the budget ({selection.budget.text}): {said}")
+        return Rule(glob, measure.design, measure.options, reason=said, companions=False)  # those were not ranked
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
@@ -210,7 +220,7 @@ def parse_candidates(given: Any) -> tuple[DesignCandidate, ...]:
     found: list[DesignCandidate] = []
     for entry in entries:
         fields = {"design": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, dict) else None
-        if fields is None or not isinstance(fields.get("design"), str):
+        if fields is None or not isinstance(fields.get("design"), str) or not all(isinstance(name, str) for name in fields):
             raise ConfigError(f"candidates: {entry!r} is neither a design's name nor a mapping like {{design: NAME, option: value}}")
         name = fields.pop("design")
         if name == KEEP and not fields:
@@ -226,8 +236,8 @@ def parse_candidates(given: Any) -> tuple[DesignCandidate, ...]:
 
 def _options(design: str, fields: dict[str, Any]) -> dict[str, Any]:
     nested = fields.pop("options", {})
-    if not isinstance(nested, dict):
-        raise ConfigError(f"candidates: {design}: its options are a mapping, not {nested!r}")
+    if not isinstance(nested, dict) or not all(isinstance(name, str) for name in nested):
+        raise ConfigError(f"candidates: {design}: its options are a mapping from names, not {nested!r}")
     options = {**nested, **fields}
     try:
         if design == AUTO:
@@ -251,6 +261,8 @@ def resolve_ranking(given: dict[str, Any]) -> LinearizeConfig:
         if budget.quantity == "all":
             return LinearizeConfig(**rest)
         raise ConfigError(f"sites: {budget.text}: needs a ranking, which `edit-compile rank MODEL` makes; give its file as ranking")
+    if not isinstance(given["ranking"], str | Path):
+        raise ConfigError(f"ranking: {given['ranking']!r} is not the path of a ranking")
     if rest:
         raise ConfigError(f"{next(iter(rest))} beside ranking: the ranking decides on designs and sites; rank the model with it instead")
     return Ranking.read(given["ranking"]).config(given.get("sites", "all"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edit_compile.bench import size_in_words
 from edit_compile.distillation.ranking.ranking import Measure, Ranking
+from edit_compile.report.markdown import markdown_table
 from edit_compile.report.tables import format_si
 
 
@@ -33,14 +33,14 @@ def title(ranking: Ranking) -> str:
 
 def sites_table(ranking: Ranking) -> TextTable:
     """List the sites, the best first: for each candidate the error with this site alone converted, and the share of FLOPs it saves."""
-    ranks = list(ranking.choices.ranks)
+    ranks = list(ranking.choices.best)
     measured = {site.path: site.measures for site in ranking.sites if site.measures}
     order = [*ranks, *(path for path in measured if path not in ranks)]
     names = [str(candidate) for candidate in ranking.candidates]
     rows = []
     for number, path in enumerate(order):
         by_candidate = {measure.candidate: measure for measure in measured[path]}
-        cells = [_cell(by_candidate.get(n), ranking, best=ranking.choices.ranks.get(path)) for n in range(len(names))]
+        cells = [_cell(by_candidate.get(n), ranking, best=ranking.choices.best.get(path)) for n in range(len(names))]
         rows.append((str(number + 1) if path in ranks else "-", path, *cells))
     return TextTable(("rank", "site", *names), tuple(rows), (0,))
 
@@ -61,7 +61,7 @@ def sets_table(ranking: Ranking) -> TextTable:
         (
             check.sites,
             f"{len(check.converted)} of {sites}",
-            *_share(check.flops, ranking),
+            f"{check.flops / ranking.flops:.3f}x",
             f"{check.predicted:.3g}",
             f"{check.measured:.3g}",
         )
@@ -70,13 +70,9 @@ def sets_table(ranking: Ranking) -> TextTable:
     return TextTable(("budget", "sites", "FLOPs", "error predicted", "error measured"), tuple(rows), (1, 2, 3, 4))
 
 
-def _share(flops: int, ranking: Ranking) -> tuple[str]:
-    return (f"{flops / ranking.flops:.3f}x",)
-
-
 def orders_table(ranking: Ranking) -> TextTable:
     """Compare the best sets with the first, the last and random sites, by the sums of their errors, at the same number of sites."""
-    ranks = list(ranking.choices.ranks)
+    ranks = list(ranking.choices.best)
     in_model = [site.path for site in ranking.sites if site.path in ranks]
     columns = [ranking.choices.in_order(paths) for paths in (ranks, in_model, in_model[::-1])]
     shuffled = ranking.choices.shuffled()
@@ -106,19 +102,17 @@ def markdown(ranking: Ranking) -> str:
         "Each cell is the relative error of the model's output with this site alone converted, after a layerwise fit of "
         f"{ranking.recipe['layerwise']['steps']} steps, on {ranking.samples} samples that the fit never saw, and the share of the "
         "model's FLOPs that this saves. Sites are ranked by error for what is saved; * marks a site's best candidate.",
-        _table(sites_table(ranking)),
+        _markdown(sites_table(ranking)),
         *untaken(ranking),
         "## Sets\n\nPredicted is the sum of the errors of a set's sites; measured is the error with all of them converted, as fitted, "
         "before any training end to end.",
-        _table(sets_table(ranking)),
+        _markdown(sets_table(ranking)),
         "## Other orders\n\nSums of errors with the first n sites of each order converted. ![error against FLOPs](pareto.png)",
-        _table(orders_table(ranking)),
-        "## Use\n\n```yaml\nconvert: {ranking: this folder/ranking.json, sites: flops <= 0.8x}\n```",
+        _markdown(orders_table(ranking)),
+        f"## Use\n\n```yaml\nconvert: {{ranking: this folder/ranking.json, sites: {ranking.choices.suggested}}}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(table: TextTable) -> str:
-    rule = ["---:" if number in table.right else "---" for number in range(len(table.head))]
-    rows: Sequence[Sequence[str]] = (table.head, rule, *table.rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _markdown(table: TextTable) -> str:
+    return markdown_table(table.head, table.rows, table.right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,39 +11,20 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from edit_compile.distillation.data.registry import DATA, DataConfig
+from edit_compile.distillation.recipe.names import find_recipe
 from edit_compile.distillation.recipe.schema import Recipe
-from edit_compile.distillation.registry import suggestion
-from edit_compile.errors import RecipeError
+from edit_compile.errors import RecipeError, suggestion
+from edit_compile.yaml_text import parse_with_node, parse_yaml, read_text
 
-_SHIPPED = Path(__file__).parents[2] / "recipes"
 Key = tuple[str | int, ...]
 
 
-def shipped_recipes() -> tuple[str, ...]:
-    """List the names of the recipes in the package."""
-    return tuple(sorted(path.stem for path in _SHIPPED.glob("*.yaml")))
-
-
-def find_recipe(name: str | Path) -> Path:
-    """Find the file of a recipe, given its path or a shipped one's name.
-
-    Raises:
-        RecipeError: there is neither; lists the shipped ones, the most similar first.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    if str(name) in shipped_recipes():
-        return _SHIPPED / f"{name}.yaml"
-    raise RecipeError(f"no recipe {str(name)!r}: neither a file nor one of the shipped ones; {suggestion(str(name), shipped_recipes())}")
-
-
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Sequence[str | tuple[str, Any]] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
         name: a YAML file, or a shipped recipe's name.
-        overrides: `KEY=VALUE`, for example `stages.0.steps=500`; values are YAML.
+        overrides: `KEY=VALUE`, for example `stages.0.steps=500`, whose values are YAML; or pairs of a key and its value.
 
     Raises:
         RecipeError: it cannot be read; names the key, and the line if the file has one for it.
@@ -50,9 +32,9 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     content, lines = read_yaml(path)
     for override in overrides:
-        key, value = _split(override)
-        _set(content, key, value, override)
-        lines = {at: where for at, where in lines.items() if at[: len(key)] != key} | {key: f"--set {override}"}
+        key, value, said = _split(override)
+        _set(content, key, value, said)
+        lines = {at: where for at, where in lines.items() if at[: len(key)] != key} | {key: said}
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -69,13 +51,9 @@ def read_yaml(path: Path, what: str = "recipe") -> tuple[dict[str, Any], dict[Ke
         RecipeError: it cannot be read, is no mapping, or gives a key twice.
     """
     try:
-        text = path.read_text()
-        node = yaml.compose(text, yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except (OSError, ValueError) as error:  # what is not UTF-8, and dates that do not exist, are ValueErrors
-        raise RecipeError(f"{path} cannot be read: {error}") from None
+        content, node = parse_with_node(read_text(path))
+    except ValueError as error:
+        raise RecipeError(f"{path} {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} is not a {what}: it must be a mapping of keys to values")
     lines: dict[Key, str] = {}
@@ -99,25 +77,33 @@ def _lines(node: Any, prefix: Key) -> Iterator[tuple[Key, int]]:
             yield from _lines(value, (*prefix, index))
 
 
-def _split(override: str) -> tuple[Key, Any]:
-    name, equals, value = override.partition("=")
+def _split(override: str | tuple[str, Any]) -> tuple[Key, Any, str]:
+    """Return the key of an override, its value, and where it is from, in words."""
+    if isinstance(override, tuple):
+        name, value = override
+        return _parts(name), copy.deepcopy(value), f"{name}={value}"  # later ones may set something inside it
+    name, equals, text = override.partition("=")
     if not equals or not name:
         raise RecipeError(f"--set {override!r}: write KEY=VALUE, for example stages.0.steps=500")
     try:
-        return tuple(int(part) if part.isdigit() else part for part in name.split(".")), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        return _parts(name), parse_yaml(text), f"--set {override}"
+    except ValueError as error:
+        raise RecipeError(f"--set {override}: the value {error}") from None
 
 
-def _set(content: Any, key: Key, value: Any, override: str) -> None:
+def _parts(name: str) -> Key:
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
+def _set(content: Any, key: Key, value: Any, said: str) -> None:
     """Set a value deep inside; missing mappings on the way are created, elements of lists are not."""
     for depth, part in enumerate(key):
         last = depth == len(key) - 1
         if isinstance(content, list):
             if not isinstance(part, int) or part >= len(content):
-                raise RecipeError(f"--set {override}: {_name(key[:depth])} has elements 0 to {len(content) - 1}, not {part!r}")
+                raise RecipeError(f"{said}: {_name(key[:depth])} has elements 0 to {len(content) - 1}, not {part!r}")
         elif not isinstance(content, dict):
-            raise RecipeError(f"--set {override}: {_name(key[:depth])} is a value, {_name(key)} cannot be inside it")
+            raise RecipeError(f"{said}: {_name(key[:depth])} is a value, {_name(key)} cannot be inside it")
         if last:
             content[part] = value
         else:

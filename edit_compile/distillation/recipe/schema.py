@@ -12,8 +12,9 @@ from edit_compile.config import LinearizeConfig
 from edit_compile.distillation.data import AnyData
 from edit_compile.distillation.data.sources.shapes import ShapesData
 from edit_compile.distillation.ranking.ranking import resolve_ranking
-from edit_compile.distillation.registry import suggestion
 from edit_compile.distillation.train.losses import DEFAULT_WEIGHTS, LOSSES, loss_names
+from edit_compile.distillation.train.optimizer_class import OURS, known_kind
+from edit_compile.errors import suggestion
 from edit_compile.frozen import Frozen
 
 FREE: dict[str, Any] = {"resume": "free"}  # marks a field that may differ when a run is resumed: the result does not depend on it
@@ -29,6 +30,8 @@ Resolution = Annotated[
 
 
 def _of_ranking(value: Any) -> Any:
+    if isinstance(value, dict) and (strange := [key for key in value if not isinstance(key, str)]):
+        raise ValueError(f"{strange[0]!r} is not the name of an option")
     return resolve_ranking(value) if isinstance(value, dict) and ("ranking" in value or "sites" in value) else value
 
 
@@ -45,6 +48,7 @@ def _with_defaults(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 LossName = Annotated[str, AfterValidator(_known_loss)]
 LossWeights = Annotated[dict[LossName, NonNegativeFloat], AfterValidator(_with_defaults)]
 
@@ -64,10 +68,29 @@ class TrainingPhase(Frozen):
     """Samples per forward of one process; gradients are accumulated over the rest of the batch. Default: no accumulation."""
     lr: PositiveFloat = 1e-4
     """The highest learning rate."""
-    warmup_steps: NonNegativeInt = 50
-    """Steps over which the learning rate rises to `lr`; after them it falls along a cosine."""
+    lr_schedule: Literal["cosine", "linear", "polynomial", "cosine_with_restarts", "constant_with_warmup", "constant"] = "cosine"
+    """How the learning rate goes on after the warmup: by the name of diffusers' `get_scheduler`. "constant" has no warmup."""
+    lr_cycles: PositiveInt | None = None
+    """Of cosine_with_restarts: how many cosines follow each other. Default: 1."""
+    lr_power: PositiveFloat | None = None
+    """Of polynomial: the exponent. Default: 1."""
+    warmup_steps: NonNegativeInt | Annotated[float, Field(gt=0, lt=1)] = 50
+    """Steps over which the learning rate rises to `lr`; between 0 and 1, as a share of the phase's steps."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """What the learning rate falls to, as a share of `lr`."""
+
+    @property
+    def warmup(self) -> int:
+        """The number of steps of the warmup, fewer than all."""
+        wanted = round(self.warmup_steps * self.steps) if isinstance(self.warmup_steps, float) else self.warmup_steps
+        return 0 if self.lr_schedule == "constant" else min(wanted, self.steps - 1)
+
+    @model_validator(mode="after")
+    def _schedule_has_these_options(self) -> Self:
+        for option, schedule in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            if getattr(self, option) is not None and self.lr_schedule != schedule:
+                raise ValueError(f"{option} has no effect with lr_schedule: {self.lr_schedule}; it is of {schedule}")
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -86,6 +109,17 @@ class Stage(TrainingPhase):
     losses: LossWeights = DEFAULT_WEIGHTS
     """The weights of the losses, by name; 0 switches one off. task: the prediction against what the teacher was trained to predict
     (default 0); output: against the teacher's prediction (1); feature: every converted site's output against its teacher's (0.5)."""
+    loss_weighting: Literal["none", "min-snr", "sigma-sqrt", "cosmap"] = "none"
+    """How much timesteps weigh in the losses task and output: alike; by Min-SNR (arXiv 2303.09556), so that errors of the clean image
+    count min(SNR, `snr_gamma`); or, of flows, as `compute_loss_weighting_for_sd3` of diffusers does: 1 / sigma^2, or cosmap."""
+    snr_gamma: PositiveFloat | None = None
+    """Of min-snr. Default: 5."""
+
+    @model_validator(mode="after")
+    def _gamma_has_an_effect(self) -> Self:
+        if self.snr_gamma is not None and self.loss_weighting != "min-snr":
+            raise ValueError(f"snr_gamma has no effect with loss_weighting: {self.loss_weighting}; it is of min-snr")
+        return self
 
 
 class LayerwiseFit(TrainingPhase):
@@ -116,9 +150,12 @@ class MuonOptions(Frozen):
 class OptimizerConfig(Frozen):
     """The optimizer's options. Those of AdamW hold for what Muon leaves to it, too."""
 
-    kind: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
-    """"adamw-8bit" keeps its moments in 8 bits and needs bitsandbytes; "muon" updates the matrices of Linears inside the repeated
-    blocks by torch.optim.Muon, and all else by AdamW."""
+    kind: Annotated[str, AfterValidator(known_kind)] = "adamw"
+    """"adamw", or another of torch.optim by its name in lower case: "adafactor", "nadam", "sgd". "adamw-8bit" keeps its moments in
+    8 bits and needs bitsandbytes, as do its others: "lion-8bit", "paged-adamw-8bit". "muon" updates the matrices of Linears inside
+    the repeated blocks by torch.optim.Muon, and all else by AdamW. "package.Class" is any other torch.optim.Optimizer."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the optimizer, such as `{momentum: 0.9, weight_decay: 0.01}` of sgd; but for those below, which are AdamW's."""
     muon: MuonOptions | None = None
     """Muon's options; only with `kind: muon`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
@@ -132,6 +169,15 @@ class OptimizerConfig(Frozen):
     def _muon_is_chosen(self) -> Self:
         if self.muon is not None and self.kind != "muon":
             raise ValueError(f"muon: its options have no effect with kind: {self.kind}; set kind: muon, or leave them out")
+        if self.options and self.kind == "muon":
+            raise ValueError("options: those of Muon are given as muon")
+        if "lr" in self.options:
+            raise ValueError("options: lr would have no effect: it is given in each phase")
+        for name in ("betas", "weight_decay", "eps"):
+            if self.kind not in OURS and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of adamw; with kind: {self.kind} give it as one of the options")
+            if self.kind in OURS and name in self.options:
+                raise ValueError(f"options: {name} of {self.kind} is given beside options, not in them")
         return self
 
 
@@ -247,12 +293,15 @@ class Recipe(Frozen):
     """Steps between checkpoints."""
     keep_last: PositiveInt = Field(default=2, json_schema_extra=FREE)
     """How many checkpoints are kept."""
+    save_in_background: bool = Field(default=False, json_schema_extra=FREE)
+    """Whether training goes on while a checkpoint is written; a copy of what is saved is then held in the CPU's memory."""
     samples: SampleGrids = SampleGrids()
     """Images by teacher and student, side by side."""
     log_every: PositiveInt = Field(default=10, json_schema_extra=FREE)
     """Steps between rows of `metrics.jsonl`."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = Field(default=None, json_schema_extra=FREE)
-    """Accelerate's trackers; null for TensorBoard, [] for none."""
+    trackers: tuple[TrackerName, ...] | None = Field(default=None, json_schema_extra=FREE)
+    """Accelerate's trackers: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio. null for TensorBoard, [] for
+    none."""
     seed: NonNegativeInt = 0
     """Of everything that is random."""
 
@@ -292,9 +341,11 @@ def flatten(content: Any) -> dict[str, Any]:
     return dict(_leaves(content, ""))
 
 
-def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """List the dotted keys, sorted, that two flattened recipes do not agree on."""
-    return sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+def changes_in_words(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say which keys two flattened recipes do not agree on: `seed (0 then, 1 now), lr (1 then, 2 now) and 3 more`; "" if they agree."""
+    keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    said = ", ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in keys[:3])
+    return said + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _leaves(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,30 +1,38 @@
-"""What a run resumes from: folders of one JSON and one safetensors file, each complete or not there at all.
+"""What a run resumes from: folders of one JSON and safetensors files, each complete or not there at all.
 
-A checkpoint is written beside its place, flushed to disk, and moved there whole. The last few are kept. Nothing is pickled.
+Each process writes a file of the shards it has, and any number of processes read their shards from all of the files. A checkpoint is
+written beside its place, flushed to disk, and moved there whole when all have written. The last few are kept. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edit_compile.distillation.processes import gathered, in_all, process
 from edit_compile.distillation.train.spike_guard import SpikeGuard
 from edit_compile.errors import DistillError
 from edit_compile.files import flush, sha256
 from edit_compile.frozen import Frozen, first_problem
-from edit_compile.version import __version__
+from edit_compile.tensor_files import Entry, SavedTensors, entries_of, write_tensors
+from edit_compile.version import __version__, made_by_another
 
-FORMAT = 2
-_JSON, _TENSORS, _TEMPORARY = "state.json", "state.safetensors", "unfinished-"
+FORMAT = 4
+_JSON, _TEMPORARY = "state.json", "unfinished-"
+_FAILURES = (OSError, ValueError, RecursionError, SafetensorError)
 log = logging.getLogger(__name__)
 
 
@@ -49,41 +57,103 @@ class CheckpointMetadata(Frozen):
     """The validation error before training."""
     seconds: float
     """Of training."""
-    sha256: str = ""
-    """Of the tensors' file."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """The SHA-256 of each file of tensors, by name."""
+    checksum: str = ""
+    """Of all else that stands here."""
 
 
-Checkpoint = tuple[CheckpointMetadata, dict[str, Tensor]]
+Checkpoint = tuple[CheckpointMetadata, SavedTensors]
 
 
-def save_checkpoint(folder: Path, metadata: CheckpointMetadata, tensors: dict[str, Tensor], keep_last: int) -> Path:
-    """Add a checkpoint to a folder of them, and remove all but the last `keep_last`.
+class Saving:
+    """A checkpoint on its way to the disk. All processes must begin it, and finish it; each writes its shards.
 
-    Raises:
-        DistillError: it cannot be written; names the last that was.
+    Attributes:
+        place: where the checkpoint will be.
     """
-    place = checkpoint_path(folder, metadata.total)
-    if place in list_checkpoints(folder) and _is_complete(place):
-        return place  # a run that was resumed comes by again, with the same bits
-    temporary = folder / f"{_TEMPORARY}{metadata.total:08d}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / _TENSORS)
-        metadata = metadata.model_copy(update={"sha256": sha256(temporary / _TENSORS)})
-        (temporary / _JSON).write_text(metadata.model_dump_json(indent=2))
-        for path in (temporary / _TENSORS, temporary / _JSON, temporary):
-            flush(path)
-        if place.exists():
-            shutil.rmtree(place)
-        os.replace(temporary, place)
-        flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise DistillError(f"checkpoint {place} cannot be written: {error}; {describe_last(folder)}") from error
-    for old in list_checkpoints(folder)[:-keep_last]:
+
+    def __init__(
+        self, folder: Path, metadata: CheckpointMetadata, tensors: dict[str, Tensor], keep_last: int, *, in_background: bool = False
+    ) -> None:
+        """
+        Args:
+            folder: of checkpoints.
+            keep_last: how many checkpoints stay once this one is there.
+            in_background: write copies of the tensors while the caller goes on; else `finish` writes.
+
+        Raises:
+            DistillError: it cannot be written, by whichever process; names the last that was.
+        """
+        self.place, self._temporary = checkpoint_path(folder, metadata.total), folder / f"{_TEMPORARY}{metadata.total:08d}"
+        self._metadata, self._keep_last = metadata, keep_last
+        rank, count = process()
+        with self._named_failures():
+            in_all(lambda: _begin(self._temporary) if rank == 0 else None, _FAILURES)
+        entries = entries_of(tensors, is_first=rank == 0)
+        self._writing: Future[dict[str, str]] | None = None
+        if in_background:
+            entries = {name: entry.copied() for name, entry in entries.items()}
+        self._write = functools.partial(_write_shards, self._temporary, entries, rank, count)
+        if in_background:
+            thread = ThreadPoolExecutor(1, "checkpoint")
+            self._writing = thread.submit(self._write)
+            thread.shutdown(wait=False)
+
+    def written(self) -> bool:
+        """Tell whether this process's part in the background is done, or has failed."""
+        return self._writing is not None and self._writing.done()
+
+    def finish(self) -> None:
+        """Move the checkpoint to its place when all have written, and remove all but the last few.
+
+        Raises:
+            DistillError: as the constructor.
+        """
+        is_first = process()[0] == 0
+        with self._named_failures():
+            written = in_all(self._writing.result if self._writing is not None else self._write, _FAILURES)
+            files = {name: digest for part in written for name, digest in part.items()}
+            finished = self._metadata.model_copy(update={"files": files})
+            in_all(lambda: _finish(self._temporary, self.place, finished, self._keep_last) if is_first else None, _FAILURES)
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except _FAILURES as error:
+            if process()[0] == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise DistillError(f"checkpoint {self.place} cannot be written: {error}; {describe_last(self.place.parent)}") from error
+
+
+def _begin(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _write_shards(temporary: Path, entries: dict[str, Entry], rank: int, count: int) -> dict[str, str]:
+    """Write what this process has to write; returns the hash of its file by name, or nothing."""
+    if not entries:
+        return {}
+    path = temporary / ("state.safetensors" if count == 1 else f"state-{rank:05d}-of-{count:05d}.safetensors")
+    digest = write_tensors(path, entries)
+    flush(path)
+    return {path.name: digest}
+
+
+def _finish(temporary: Path, place: Path, metadata: CheckpointMetadata, keep_last: int) -> None:
+    """Write the JSON, move a checkpoint to its place, and remove those that are too many."""
+    content = json.loads(metadata.model_dump_json())
+    (temporary / _JSON).write_text(json.dumps(content | {"checksum": _checksum(content)}, indent=2))
+    for path in (temporary / _JSON, temporary):
+        flush(path)
+    if place.exists():
+        shutil.rmtree(place)
+    os.replace(temporary, place)
+    flush(place.parent)
+    for old in list_checkpoints(place.parent)[:-keep_last]:
         _remove(old)
-    return place
 
 
 def checkpoint_path(folder: Path, total: int) -> Path:
@@ -103,43 +173,60 @@ def describe_last(folder: Path) -> str:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """Read the newest usable checkpoint; others are logged and passed over. None if there is no checkpoint.
+    """Open the newest usable checkpoint; others are logged and passed over. None if there is no checkpoint.
+
+    All processes must call this, and get the same: each verifies some of the files.
 
     Raises:
         DistillError: there are some, but none can be used.
     """
     reasons = []
-    for path in reversed(list_checkpoints(folder)):
+    found: list[Path] = gathered([list_checkpoints(folder)])[0]
+    for path in reversed(found):
+        opened: list[Checkpoint] = []
         try:
-            return _read(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            log.warning("checkpoint %s cannot be used: %s; trying the one before", path, error)
+            in_all(functools.partial(_open, path, opened), _FAILURES)
+            return opened[0]
+        except _FAILURES as error:
+            if process()[0] == 0:
+                log.warning("checkpoint %s cannot be used: %s; trying the one before", path, error)
             reasons.append(f"{path.name}: {error}")
     if reasons:
         raise DistillError(f"no checkpoint in {folder} can be used: {reasons[0]}; remove the folder to start again")
     return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        _read(checkpoint)
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return True
-
-
-def _read(path: Path) -> Checkpoint:
+def _open(path: Path, opened: list[Checkpoint]) -> None:
+    """Check a checkpoint's JSON and this process's share of its files, and add it to a list."""
     content = json.loads((path / _JSON).read_text())
     if isinstance(content, dict) and content.get("version", FORMAT) != FORMAT:
-        maker = content.get("package_version", "before 0.1.0")
-        raise ValueError(f"it was made by version {maker} of edit_compile, this is version {__version__}")
+        raise ValueError(f"it was {made_by_another(content.get('package_version'))}")
     try:
         metadata = CheckpointMetadata.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{_JSON}: {first_problem(error)}") from None
-    if sha256(path / _TENSORS) != metadata.sha256:
-        raise ValueError(f"{_TENSORS} does not have the hash that {_JSON} gives")
-    return metadata, load_file(path / _TENSORS)
+    if metadata.checksum != _checksum(content):
+        raise ValueError(f"{_JSON} does not have the checksum that it gives: it was changed")
+    rank, count = process()
+    if any(Path(name).name != name for name in metadata.files):
+        raise ValueError(f"{_JSON} names files outside the checkpoint")
+    for name in sorted(metadata.files)[rank::count]:
+        if sha256(path / name) != metadata.files[name]:
+            raise ValueError(f"{name} does not have the hash that {_JSON} gives")
+    opened.append((metadata, SavedTensors(path / name for name in metadata.files)))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Hash what a checkpoint's JSON says, whatever fields a release has."""
+    said = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def remove_after(folder: Path, total: int) -> None:
+    """Remove the checkpoints after a number of steps: a run that resumes from there could not use them, and would keep them."""
+    for path in list_checkpoints(folder):
+        if path > checkpoint_path(folder, total):
+            _remove(path)
 
 
 def _remove(checkpoint: Path) -> None:

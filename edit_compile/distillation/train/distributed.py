@@ -8,10 +8,10 @@ its gradients by itself.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Iterable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from edit_compile.api import REGIONAL, repeated_blocks
 from edit_compile.api import compile as compile_blocks
+from edit_compile.distillation.processes import PATIENCE, gathered
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.train.trackers import chosen_trackers
-from edit_compile.errors import DistillError
+from edit_compile.errors import DistillError, some_of
+from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.site import converted_sites
-from edit_compile.torch_internals import is_sharded
+from edit_compile.tensor_files import SavedTensors
+from edit_compile.torch_internals import is_sharded, place_of_shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_PATIENCE = timedelta(hours=2)  # of processes for the first one, which writes checkpoints and encodes alone
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -44,7 +45,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
 
     # A block that drops its text rows leaves the parameters of their projections without gradient.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    group = InitProcessGroupKwargs(timeout=_PATIENCE)
+    group = InitProcessGroupKwargs(timeout=PATIENCE)
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
     accelerator = Accelerator(kwargs_handlers=[ddp, group], log_with=chosen_trackers(recipe.trackers) or None, project_config=places)
     # `accelerate launch --use_fsdp` sets it, and transformers then loads encoders in the first process alone.
@@ -77,24 +78,42 @@ def _check_kind(accelerator: Accelerator, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def share_sites(student: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the first one's sites: conversion initialises at random what it adds."""
+    """Give every process what the first one's sites have besides the original's weights: conversion initialises it at random.
+
+    Raises:
+        DistillError: the processes have converted the model in different ways, as they may if some of them had too little time for it.
+    """
     from accelerate.utils import broadcast
 
+    shapes = repr([(name, tuple(tensor.shape)) for name, tensor in student.state_dict().items()])
+    found = gathered([hashlib.sha256(shapes.encode()).hexdigest()])
+    if different := [rank for rank, each in enumerate(found) if each != found[0]]:
+        raise DistillError(
+            f"{some_of(f'process {rank}' for rank in different)} converted the model in another way than process 0: convert it once, by "
+            "edit-compile convert, and give that as the recipe's model"
+        )
     for site in converted_sites(student).values():
-        for tensor in itertools.chain(site.parameters(), site.buffers()):
+        added = site.get_submodule(ADDED)
+        for tensor in itertools.chain(added.parameters(), added.buffers()):
             tensor.copy_(broadcast(tensor.to(accelerator.device)))
 
 
-def set_precision(student: nn.Module, trained: Iterable[str], precision: str) -> None:
-    """Convert, under "bf16", weights and buffers to bfloat16, except those that are trained, which are kept in float32."""
+def set_precision(model: nn.Module, trained: Iterable[str], precision: str, path: str = "") -> None:
+    """Convert, under "bf16", weights and buffers to bfloat16, except those that are trained, which are kept in float32.
+
+    Args:
+        trained: names of parameters.
+        path: of the part of the model that is converted, except what is sharded; default: the whole.
+    """
     if precision != "bf16":
         return
-    names = set(trained)
-    for site in converted_sites(student).values():
-        site.edit_teacher.to(torch.bfloat16)
-    for name, tensor in itertools.chain(student.named_parameters(), student.named_buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if name in names else torch.bfloat16)
+    part, prefix, names = model.get_submodule(path), f"{path}." if path else "", set(trained)
+    for site in converted_sites(part).values():
+        if not any(map(is_sharded, site.edit_teacher.parameters())):
+            site.edit_teacher.to(torch.bfloat16)
+    for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
+        if tensor.is_floating_point() and not is_sharded(tensor):
+            tensor.data = tensor.data.to(torch.float32 if prefix + name in names else torch.bfloat16)
 
 
 def wrap(student: nn.Module, teacher: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
@@ -113,19 +132,33 @@ def shards(accelerator: Accelerator) -> bool:
     return bool(accelerator.num_processes > 1 and accelerator.distributed_type.value == "FSDP")
 
 
-def shard(student: nn.Module, accelerator: Accelerator) -> None:
-    """Shard with FSDP2, in place: a group for each repeated block, and one for the rest; each group is moved to the device in turn.
+def shard(model: nn.Module, trained: Iterable[str], recipe: Recipe, accelerator: Accelerator) -> None:
+    """Shard with FSDP2, in place: a group for each repeated block, for each site's teacher, and one for the rest.
 
-    Which parameters require gradients must be settled before. Teachers are not sharded and stay where they are.
+    Each group in turn is converted to the recipe's precision and moved to the device, where only this process's shards of it stay. Weights
+    that are mapped from files are read here, and no process ever has all of them in its memory.
+
+    Which parameters require gradients must be settled before. Where blocks are compiled teachers are not sharded: FSDP gathers weights
+    outside compiled code, and their calls are inside.
+
+    Args:
+        trained: names of parameters, which stay in float32.
     """
     from torch.distributed.fsdp import fully_shard
 
     plugin = accelerator.state.fsdp_plugin
     given = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    for path in repeated_blocks(student):
-        fully_shard(student.get_submodule(path), **options)
-    fully_shard(student, **options)
+    for path in (*repeated_blocks(model), ""):
+        set_precision(model, trained, recipe.precision, path)
+        part = model.get_submodule(path)
+        for teacher in (site.edit_teacher for site in converted_sites(part).values()):
+            sharded = [is_sharded(parameter) for parameter in teacher.parameters()]
+            if recipe.compile or not sharded:
+                teacher.to(accelerator.device)
+            elif not any(sharded):
+                fully_shard(teacher, **options | {"reshard_after_forward": True})
+        fully_shard(part, **options)
 
 
 def reshard(student: nn.Module) -> None:
@@ -150,14 +183,6 @@ def recompute_blocks(student: nn.Module, *, compiled: bool = False) -> None:
         block.forward = functools.partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False)
 
 
-def gathered(items: list[Any]) -> list[Any]:
-    """Gather the items of all processes. All must call it."""
-    from accelerate.utils import gather_object
-
-    found: list[Any] = gather_object(items)
-    return found
-
-
 def gather_full(tensor: Tensor) -> Tensor:
     """Gather a tensor from its shards. All processes must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -180,11 +205,12 @@ def mean_in_shards(gradient: Tensor, parameter: Tensor) -> Tensor:
     return summed.redistribute(placements=parameter.placements).to(parameter.device)  # type: ignore[attr-defined]
 
 
-def distribute_like(value: Tensor, other: Tensor) -> Tensor:
-    """Put a full tensor on another's device, in shards like its."""
-    value = value.to(other.device)
-    if not is_sharded(other) or value.shape != other.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
+def read_like(saved: SavedTensors, name: str, other: Tensor) -> Tensor:
+    """Read a tensor to another's device; if it is of the shape of one that is sharded, this process's shard alone, as a shard like it."""
+    if not is_sharded(other) or saved.shape(name) != tuple(other.shape):
+        return saved.read(name).to(other.device)
+    from torch.distributed.tensor import DTensor
 
-    return distribute_tensor(value, other.device_mesh, other.placements)  # type: ignore[attr-defined]
+    local = saved.read(name, *place_of_shard(other)[:2]).to(other.device)
+    mesh, placements = other.device_mesh, other.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=other.shape, stride=other.stride())

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from edit_compile.stop_signals import is_passed_on, second_ends_the_process
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+log = logging.getLogger(__name__)
 
 
 class Interrupt:
-    """Whether a signal has asked to stop."""
+    """Whether a signal has asked to stop, and since when, on the monotonic clock."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.since = False, 0.0
 
 
 @contextmanager
@@ -29,9 +35,14 @@ def interruptible() -> Iterator[Interrupt]:
     before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        interrupt.requested = True
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if interrupt.requested:
+            if not second_ends_the_process() and not is_passed_on(time.monotonic() - interrupt.since):
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+            return
+        interrupt.requested, interrupt.since = True, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":  # of several processes, which all got it
+            log.warning("stopping as soon as what is needed to continue is saved; a second signal stops at once")
 
     for number in before:
         signal.signal(number, ask)

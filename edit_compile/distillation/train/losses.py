@@ -26,6 +26,7 @@ class Comparison:
         timesteps: (B,), in [0, 1000).
         features: the tensors that each converted site put out, by the site's path.
         teacher, teacher_features: the same of the teacher, without gradient; None and empty unless some loss needs it.
+        weights: (B,), of the samples in squared errors, by their timesteps; None: all weigh the same.
     """
 
     prediction: Tensor
@@ -34,6 +35,13 @@ class Comparison:
     features: Features
     teacher: Tensor | None
     teacher_features: Features
+    weights: Tensor | None = None
+
+    def squared_error(self, expected: Tensor) -> Tensor:
+        """Compute the mean squared error of the prediction, each sample by its weight."""
+        if self.weights is None:
+            return F.mse_loss(self.prediction, expected)
+        return ((self.prediction - expected).square().flatten(1).mean(1) * self.weights).mean()
 
     @property
     def target(self) -> Tensor:
@@ -119,13 +127,13 @@ def loss_names() -> tuple[str, ...]:
 @register_loss("task", needs_teacher=False, needs_target=True)
 def task(comparison: Comparison) -> Tensor:
     """Compute the mean squared error of the prediction against what the teacher was trained to predict."""
-    return F.mse_loss(comparison.prediction, comparison.target)
+    return comparison.squared_error(comparison.target)
 
 
 @register_loss("output", default_weight=1.0)
 def output(comparison: Comparison) -> Tensor:
     """Compute the mean squared error of the prediction against the teacher's."""
-    return F.mse_loss(comparison.prediction, comparison.teacher_prediction)
+    return comparison.squared_error(comparison.teacher_prediction)
 
 
 @register_loss("feature", default_weight=0.5)

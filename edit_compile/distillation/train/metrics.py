@@ -9,7 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edit_compile.distillation.train.losses import loss_names
+
 MetricsRow = dict[str, Any]
+
+
+def line_of(row: MetricsRow) -> str:
+    """Format a row of metrics."""
+    return f"{row['phase']}  step {row['step']}/{row['steps']}  {losses_of(row)}"
+
+
+def losses_of(row: MetricsRow) -> str:
+    """Format the losses and the speed of a row."""
+    losses = [f"{name} {row[name]:.3g}" for name in ("loss", *loss_names()) if name in row]
+    skipped = [f"{row['skipped']} skipped"] if row["skipped"] else []
+    return "  ".join([*losses, *skipped, f"lr {row['lr']:.1e}", f"{row['samples_per_second']:.3g} samples/s"])
 
 
 class Average:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,17 +13,26 @@ from torch import Tensor, nn
 from edit_compile.api import repeated_blocks
 from edit_compile.distillation.recipe.schema import LayerwiseFit, MuonOptions, OptimizerConfig, Stage
 from edit_compile.distillation.train.distributed import to_local
+from edit_compile.distillation.train.optimizer_class import OURS, arguments_for, find_optimizer, state_bytes_per_weight
 from edit_compile.errors import DistillError
 from edit_compile.torch_internals import lerp_all_
 
 
 def learning_rate(step: int, phase: Stage | LayerwiseFit) -> float:
-    """Compute the rate of a step, counted from 0: a linear warmup to `lr`, then half a cosine down to `min_lr_ratio` of it."""
-    warmup = min(phase.warmup_steps, phase.steps - 1)
+    """Compute the rate of a step, counted from 0: a linear warmup to `lr`, then along the schedule down to `min_lr_ratio` of it."""
+    warmup = phase.warmup
     if step < warmup:
         return phase.lr * (step + 1) / (warmup + 1)
-    passed = (step - warmup) / (phase.steps - warmup)
-    return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * (0.5 + 0.5 * math.cos(math.pi * passed)))
+    return phase.lr * (phase.min_lr_ratio + (1 - phase.min_lr_ratio) * _left_of_rate(phase, (step - warmup) / (phase.steps - warmup)))
+
+
+def _left_of_rate(phase: Stage | LayerwiseFit, passed: float) -> float:
+    """Compute what the schedules of diffusers' `get_scheduler` leave of the rate when a share of the steps after the warmup has passed."""
+    if phase.lr_schedule in ("constant", "constant_with_warmup"):
+        return 1.0
+    if phase.lr_schedule in ("linear", "polynomial"):
+        return float((1 - passed) ** (phase.lr_power or 1.0))
+    return 0.5 + 0.5 * math.cos(math.pi * (passed * (phase.lr_cycles or 1) % 1.0))
 
 
 class Optimizers:
@@ -73,14 +81,12 @@ def make_optimizers(student: nn.Module, parameters: Mapping[str, nn.Parameter], 
     """Make the optimizer of a student's trained parameters; the learning rate is given at every step.
 
     Raises:
-        DistillError: the 8-bit one is asked for and bitsandbytes is not installed, or Muon, and there is nothing for it.
+        DistillError: it is not installed, does not take one of its options, or is Muon, and there is nothing for it.
     """
+    if options.kind != "muon":
+        found = find_optimizer(options.kind)
+        return Optimizers(found(list(parameters.values()), **_arguments(found, options)))
     common: dict[str, Any] = {"lr": 0.0, "weight_decay": options.weight_decay}
-    adamw: dict[str, Any] = {**common, "betas": options.betas, "eps": options.eps}
-    if options.kind == "adamw":
-        return Optimizers(torch.optim.AdamW(list(parameters.values()), fused=True, **adamw))
-    if options.kind == "adamw-8bit":
-        return Optimizers(_eight_bit()(list(parameters.values()), **adamw))
     matrices, chosen = muon_matrices(student, parameters), options.muon or MuonOptions()
     muon = torch.optim.Muon(
         list(matrices.values()),
@@ -91,15 +97,26 @@ def make_optimizers(student: nn.Module, parameters: Mapping[str, nn.Parameter], 
         **common,
     )
     rest = [p for name, p in parameters.items() if name not in matrices]
-    others = [torch.optim.AdamW(rest, fused=True, **adamw)] if rest else []
+    others = [torch.optim.AdamW(rest, fused=True, betas=options.betas, eps=options.eps, **common)] if rest else []
     return Optimizers(muon, *others, ratios=(chosen.lr_ratio, *[1.0] * len(others)))
 
 
-def _eight_bit() -> Any:
-    try:
-        return importlib.import_module("bitsandbytes.optim").AdamW8bit
-    except ImportError:
-        raise DistillError("optimizer.kind: adamw-8bit needs bitsandbytes: pip install bitsandbytes") from None
+def _arguments(found: type[torch.optim.Optimizer], options: OptimizerConfig) -> dict[str, Any]:
+    """Return what an optimizer is made with: AdamW, in 8 bits too, with its own keys; others with what the recipe's `options` say alone."""
+    ours = {"betas": options.betas, "weight_decay": options.weight_decay, "eps": options.eps} if options.kind in OURS else {}
+    fused = {"fused": True} if options.kind == "adamw" else {}
+    return {"lr": 0.0, **fused, **ours, **arguments_for(found, options.options)}
+
+
+def check_optimizer(options: OptimizerConfig) -> None:
+    """Find out whether an optimizer can be made and can make a step.
+
+    Raises:
+        DistillError: as `make_optimizers`; or it cannot.
+    """
+    if options.kind != "muon":
+        found = find_optimizer(options.kind)
+        state_bytes_per_weight(found, _arguments(found, options))
 
 
 def muon_matrices(student: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -122,9 +139,14 @@ def moment_bytes(student: nn.Module, parameters: Mapping[str, nn.Parameter], opt
     Raises:
         DistillError: as `make_optimizers`.
     """
-    each = 2 if options.kind == "adamw-8bit" else 8  # two moments
+    each = 8.0  # two moments
+    if options.kind not in OURS:
+        found = find_optimizer(options.kind)
+        each = state_bytes_per_weight(found, _arguments(found, options))
+    elif options.kind == "adamw-8bit":
+        each = 2.0
     matrices = muon_matrices(student, parameters).values() if options.kind == "muon" else ()
-    return each * sum(p.numel() for p in parameters.values()) - 4 * sum(p.numel() for p in matrices)  # Muon has one
+    return round(each * sum(p.numel() for p in parameters.values())) - 4 * sum(p.numel() for p in matrices)  # Muon has one
 
 
 class MovingAverage:

@@ -9,7 +9,7 @@ from typing import Any
 from edit_compile.distillation.recipe.schema import Recipe, flatten
 from edit_compile.errors import DistillError
 
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+_PACKAGES = {"comet_ml": "comet-ml"}  # where a package has another name than its module
 
 
 def chosen_trackers(names: Sequence[str] | None) -> list[str]:
@@ -21,8 +21,8 @@ def chosen_trackers(names: Sequence[str] | None) -> list[str]:
     if names is None:
         return ["tensorboard"]
     for name in names:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise DistillError(f"trackers: {name} is not installed: pip install {_PACKAGES[name]}")
+        if importlib.util.find_spec(name) is None:
+            raise DistillError(f"trackers: {name} is not installed: pip install {_PACKAGES.get(name, name)}")
     return list(names)
 
 

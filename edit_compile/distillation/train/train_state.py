@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.distillation.train.distributed import distribute_like, gather_full
+from edit_compile.distillation.train.distributed import read_like
 from edit_compile.distillation.train.optimizer import MovingAverage, Optimizers
+from edit_compile.errors import DistillError
+from edit_compile.tensor_files import SavedTensors
 
 MODEL, AVERAGE, OPTIMIZER = "model:", "average:", "optimizer:"
 
@@ -23,31 +25,36 @@ class TrainState:
     optimizer: Optimizers
     average: MovingAverage | None
 
-    def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """Gather all tensors on the CPU. All processes must call this; those that do not keep the tensors get none."""
+    def tensors(self) -> dict[str, Tensor]:
+        """List all tensors, as they are and where they are."""
         found: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in self.trained.items()}
         if self.average is not None:
             found |= {AVERAGE + name: value for name, value in self.average.average.items()}
         slots = self.optimizer.slots(self.trained)
-        found |= {OPTIMIZER + name: value for name, value in slots.items() if isinstance(value, Tensor)}
-        gathered = ((name, gather_full(value)) for name, value in found.items())
-        return _unshared({name: value.cpu().contiguous() for name, value in gathered if keep})
+        return found | {OPTIMIZER + name: value for name, value in slots.items() if isinstance(value, Tensor)}
 
     def numbers(self) -> dict[str, int | float]:
         """Return what the optimizer keeps besides tensors."""
         return {name: value for name, value in self.optimizer.slots(self.trained).items() if not isinstance(value, Tensor)}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float]) -> None:
-        """Set what `tensors` and `numbers` returned."""
-        slots: dict[str, Any] = dict(numbers)
-        for key, value in tensors.items():
-            kind, _, name = key.partition(":")
-            if kind + ":" == OPTIMIZER:
-                slots[name] = distribute_like(value, self.trained[name.rpartition("/")[0]])
+    def load(self, saved: SavedTensors, numbers: Mapping[str, int | float]) -> None:
+        """Set what `tensors` and `numbers` returned, in however many processes that was; each reads what it needs.
+
+        Raises:
+            DistillError: it is not this phase's.
+        """
+        slots, targets = dict[str, Any](numbers), self.tensors()
+        for key in saved.names():
+            is_slot = key.startswith(OPTIMIZER)
+            slot = key.removeprefix(OPTIMIZER)
+            like = self.trained.get(slot.rpartition("/")[0]) if is_slot else targets.get(key)
+            if like is None or (not is_slot and saved.shape(key) != tuple(like.shape)):
+                raise DistillError(f"the checkpoint is not of this run: it has {key} of shape {saved.shape(key)}")
+            if is_slot:
+                slots[slot] = read_like(saved, key, like)
             else:
-                target = self.trained[name] if kind + ":" == MODEL else self.average.average[name]  # type: ignore[union-attr]
-                target.copy_(distribute_like(value, target))
+                like.copy_(read_like(saved, key, like))
         self.optimizer.set_slots(self.trained, slots)
 
     def step(self, rate: float) -> None:
@@ -59,14 +66,3 @@ class TrainState:
         self.optimizer.step(rate)
         if self.average is not None:
             self.average.update()
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clone tensors that share memory, which safetensors refuses: 8-bit optimizers have one table for many parameters."""
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        if place in seen:
-            tensors[name] = tensor.clone()
-        seen.add(place)
-    return tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,20 @@ from edit_compile.distillation.context import Context, NoisyBatch, trained_param
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.prefetch import prefetch
 from edit_compile.distillation.data.seeding import seed_of
+from edit_compile.distillation.processes import gathered
 from edit_compile.distillation.recipe.schedule import Phase, phases_of
-from edit_compile.distillation.train.checkpoints import Checkpoint, CheckpointMetadata, checkpoint_path, describe_last, save_checkpoint
-from edit_compile.distillation.train.distributed import gather_full, gathered, reshard, wrap
+from edit_compile.distillation.recipe.schema import Stage
+from edit_compile.distillation.train.checkpoints import Checkpoint, CheckpointMetadata, Saving, checkpoint_path, describe_last
+from edit_compile.distillation.train.distributed import gather_full, reshard, wrap
 from edit_compile.distillation.train.interrupt import Interrupt
-from edit_compile.distillation.train.metrics import Average, MetricsRow
+from edit_compile.distillation.train.metrics import Average, MetricsRow, losses_of
 from edit_compile.distillation.train.optimizer import MovingAverage, learning_rate, make_optimizers
 from edit_compile.distillation.train.spike_guard import SpikeGuard
 from edit_compile.distillation.train.step import layerwise_gradients, stage_gradients
 from edit_compile.distillation.train.train_context import own_random_state
 from edit_compile.distillation.train.train_state import TrainState
 from edit_compile.errors import DistillError, Interrupted
+from edit_compile.progress import Work, working
 from edit_compile.student.site import converted_sites
 
 
@@ -39,12 +42,14 @@ class Progress:
         began: when training would have begun without interruptions, on the monotonic clock.
         guard: of the current phase.
         interval: the metrics since the last row.
+        work: what is told of the current phase.
     """
 
     total: int = 0
     began: float = field(default_factory=time.monotonic)
     guard: SpikeGuard = field(default_factory=SpikeGuard)
     interval: Average = field(default_factory=Average)
+    work: Work = field(default_factory=lambda: Work("training"))
 
     @property
     def seconds(self) -> float:
@@ -79,6 +84,7 @@ class Trainer:
     model: nn.Module | None = field(default=None, init=False)
     average: MovingAverage | None = field(default=None, init=False)
     seconds: float = field(default=0.0, init=False)
+    _saving: Saving | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.phases = self.phases or phases_of(self.context.recipe)
@@ -95,14 +101,20 @@ class Trainer:
         if checkpoint is not None:
             metadata = checkpoint[0]
             first, self.progress = metadata.phase, Progress(metadata.total, time.monotonic() - metadata.seconds)
-        with ExitStack() as stack:
-            stack.enter_context(own_random_state(context.accelerator.device))
-            reshard(context.student)
-            for number in range(first, len(phases)):
-                if self.model is None and phases[number].losses is not None:
-                    self._begin_stages(stack)
-                self._run_phase(number, phases[number], checkpoint)
-                checkpoint = None
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(own_random_state(context.accelerator.device))
+                reshard(context.student)
+                for number in range(first, len(phases)):
+                    if self.model is None and phases[number].losses is not None:
+                        self._begin_stages(stack)
+                    self._run_phase(number, phases[number], checkpoint)
+                    checkpoint = None
+        except Exception:
+            if context.accelerator.num_processes == 1:  # others might not take part
+                with suppress(DistillError):
+                    self._finish_saving()
+            raise
         self.seconds = self.progress.seconds
         if self.average is not None:
             self.average.copy_to_parameters()
@@ -124,17 +136,19 @@ class Trainer:
         slices = context.local_batch_slices(options.global_batch_size, options.micro_batch_size)
         batches = _batches(context, phase, slices, range(done, options.steps))
         self.progress.interval = Average()
-        for step in range(done, options.steps):
-            torch.manual_seed(seed_of(context.recipe.seed, "step", number, step, context.accelerator.process_index))
-            stop = self._take_step(phase, step, state, self._gradients(phase, state, batches, len(slices)))
-            self.progress.total += 1
-            self._after_step(number, phase, step + 1, state, stop)
+        several = f" ({number + 1} of {len(self.phases)})" if len(self.phases) > 1 else ""
+        with working(f"{phase.name}{several}", options.steps, done) as self.progress.work:
+            for step in range(done, options.steps):
+                torch.manual_seed(seed_of(context.recipe.seed, "step", number, step, context.accelerator.process_index))
+                stop = self._take_step(phase, step, state, self._gradients(phase, state, batches, len(slices)))
+                self.progress.total += 1
+                self.progress.work.advance()
+                self._after_step(number, phase, step + 1, state, stop)
 
     def _restore(self, state: TrainState, checkpoint: Checkpoint) -> int:
         """Set a phase's state to what was saved in it; returns how many of its steps are done."""
-        metadata, tensors = checkpoint
-        state.load(tensors, metadata.numbers)
-        tensors.clear()  # callers still refer to them
+        metadata, saved = checkpoint
+        state.load(saved, metadata.numbers)
         self.progress.guard = metadata.guard
         if self.average is not None:
             self.average.updates = metadata.averages
@@ -143,14 +157,17 @@ class Trainer:
     def _gradients(self, phase: Phase, state: TrainState, batches: Iterator[NoisyBatch], forwards: int) -> dict[str, Tensor]:
         if phase.losses is None or self.model is None:
             return layerwise_gradients(self.context, state.trained, batches, forwards)
-        return stage_gradients(self.context, self.model, batches, forwards, phase.losses)
+        stage = phase.options if isinstance(phase.options, Stage) else None
+        return stage_gradients(self.context, self.model, batches, forwards, phase.losses, stage)
 
     def _take_step(self, phase: Phase, step: int, state: TrainState, losses: dict[str, Tensor]) -> bool:
         """Update the weights, unless the step must be skipped; returns whether to stop after it."""
         recipe, progress, norm = self.context.recipe, self.progress, self._clip(phase, state)
-        stop = torch.full_like(norm, self.interrupt.requested, dtype=torch.float32)
-        health = self.context.accelerator.reduce(torch.stack([losses["loss"].float(), norm.float(), stop]), "mean")
-        loss, mean_norm, stopping = health.tolist()
+        flags = [self.interrupt.requested, self._saving is not None and self._saving.written()]
+        health = torch.stack([losses["loss"].float(), norm.float(), *norm.new_tensor(flags, dtype=torch.float32)])
+        loss, mean_norm, stopping, written = self.context.accelerator.reduce(health, "mean").tolist()
+        if written == 1:  # in all processes
+            self._finish_saving()
         progress.guard, reason = progress.guard.after(loss, mean_norm, recipe.spike_factor)
         if reason is None:
             state.step(learning_rate(step, phase.options))
@@ -159,6 +176,7 @@ class Trainer:
             progress.interval.skipped += 1
         state.optimizer.zero_grad()
         if progress.guard.consecutive_skips > recipe.max_skipped_steps:
+            self._finish_saving()
             raise DistillError(
                 f"{phase.name}, step {step + 1}: {reason}; the previous {recipe.max_skipped_steps} steps were skipped too; "
                 f"{describe_last(self.checkpoints)}. A lower lr or max_grad_norm may help"
@@ -176,7 +194,8 @@ class Trainer:
     def _after_step(self, number: int, phase: Phase, step: int, state: TrainState, stop: bool) -> None:
         """Log, write a sample grid and save, when it is time to."""
         recipe, total = self.context.recipe, self.progress.total
-        saves = stop or total % recipe.save_every == 0 or total == sum(each.options.steps for each in self.phases)
+        ends = stop or total == sum(each.options.steps for each in self.phases)
+        saves = ends or total % recipe.save_every == 0
         if saves or step == phase.options.steps or step % recipe.log_every == 0:
             self._log(phase, step)
         if recipe.samples.every is not None and total % recipe.samples.every == 0:
@@ -184,16 +203,19 @@ class Trainer:
                 self.write_grid(total)
             reshard(self.context.student)
         if saves:
-            place = self._save(number, step, state)
+            self._begin_saving(number, step, state)
+            if ends or not recipe.save_in_background:
+                self._finish_saving()
             if stop:
+                place = checkpoint_path(self.checkpoints, total)
                 raise Interrupted(f"stopped at {phase.name}, step {step} of {phase.options.steps}; saved in {place}")
 
-    def _save(self, phase: int, step: int, state: TrainState) -> Path:
-        """Save a checkpoint. All processes take part, the main one writes."""
-        accelerator, progress = self.context.accelerator, self.progress
-        tensors = state.tensors(keep=accelerator.is_main_process)
+    def _begin_saving(self, phase: int, step: int, state: TrainState) -> None:
+        """Begin to save a checkpoint, once the one before is done. All processes take part."""
+        self._finish_saving()
+        progress, recipe = self.progress, self.context.recipe
         metadata = CheckpointMetadata(
-            recipe=self.context.recipe.model_dump(mode="json"),
+            recipe=recipe.model_dump(mode="json"),
             phase=phase,
             step=step,
             total=progress.total,
@@ -203,10 +225,13 @@ class Trainer:
             before=self.before,
             seconds=progress.seconds,
         )
-        if accelerator.is_main_process:
-            save_checkpoint(self.checkpoints, metadata, tensors, self.context.recipe.keep_last)
-        accelerator.wait_for_everyone()
-        return checkpoint_path(self.checkpoints, progress.total)
+        self._saving = Saving(self.checkpoints, metadata, state.tensors(), recipe.keep_last, in_background=recipe.save_in_background)
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being saved, if one is."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.finish()
 
     def _log(self, phase: Phase, step: int) -> None:
         accelerator, interval, self.progress.interval = self.context.accelerator, self.progress.interval, Average()
@@ -216,8 +241,10 @@ class Trainer:
         means = interval.means(lambda values: accelerator.reduce(values, "mean"))
         speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * options.global_batch_size / seconds}
         unreadable = len(set(gathered(list(self.context.source.skipped))))
+        row = {**place, **taken, **means, **speed, "unreadable": unreadable}
+        self.progress.work.note = losses_of(row)
         if accelerator.is_main_process:
-            self.report({**place, **taken, **means, **speed, "unreadable": unreadable})
+            self.report(row)
 
 
 def _batches(context: Context, phase: Phase, slices: list[range], steps: range) -> Iterator[NoisyBatch]:

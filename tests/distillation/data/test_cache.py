@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 import torch
 
 import data_files
 import edit_compile as ec
+from edit_compile.distillation import processes
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.buckets import Buckets
+from edit_compile.distillation.data.cache import write
 from edit_compile.distillation.data.cache.encode import ImageProducer, records_from
 from edit_compile.distillation.data.cache.format import INDEX, UNFINISHED, read_index
 from edit_compile.distillation.data.cache.write import write_cache
@@ -37,10 +42,11 @@ def folder(tmp_path):
     return data_files.folder_of(tmp_path / "images", SIZES)
 
 
-def make(images, cache, *, progress=lambda written, skipped: None, made_from=None, samples=None):
+def make(images, cache, *, progress=lambda written, skipped: None, made_from=None, samples=None, random_access=True):
     unreadable = {}
     dataset = ImageFolder(images, None, unreadable)
-    producer = ImageProducer(lambda start: records_from(dataset, start), data_files.Letters(), BUCKETS, 2, unreadable)
+    producer = ImageProducer(lambda start: records_from(dataset, start), data_files.Letters(), BUCKETS, 2, dataset.fingerprint, unreadable)
+    producer.random_access = random_access
     head = {"model": "PixArtTransformer2DModel", "made_from": made_from or {"data": "folder"}, "resolutions": RESOLUTIONS}
     return write_cache(cache, producer, head, shard_size=4, samples=samples, progress=progress)
 
@@ -52,6 +58,34 @@ def source(cache, **options):
 
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def in_processes(monkeypatch, count, act):
+    """Run something in threads that take themselves for processes; returns what each gives."""
+    rank, told, meeting = ContextVar("rank"), [None] * count, Barrier(count, timeout=60)
+
+    def gathered(items):
+        told[rank.get()] = items
+        meeting.wait()
+        found = [item for items in told for item in items]
+        meeting.wait()
+        return found
+
+    def as_process(number):
+        rank.set(number)
+        try:
+            return act()
+        except BaseException:
+            meeting.abort()
+            raise
+
+    for module in (processes, write):
+        monkeypatch.setattr(module, "process", lambda: (rank.get(), count))
+        monkeypatch.setattr(module, "gathered", gathered)
+    with ThreadPoolExecutor(count) as threads:
+        running = [threads.submit(copy_context().run, as_process, number) for number in range(count)]
+    monkeypatch.undo()
+    return [each.result() for each in running]
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
@@ -95,11 +129,40 @@ def test_a_killed_encoding_resumes_and_ends_the_same(folder, tmp_path):
         read_index(tmp_path / "killed")
     with (tmp_path / "killed" / UNFINISHED).open("a") as file:
         file.write('{"file": "shard-0000')  # a line that the kill tore
-    (tmp_path / "killed" / ".shard-00002.safetensors.tmp").write_bytes(b"half")
+    left = tmp_path / "killed" / ".shard-00002.safetensors.0123abcd.tmp"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))  # younger ones may be another process's
     written = []
     assert make(folder, tmp_path / "killed", progress=lambda *numbers: written.append(numbers)) == expected
     assert written == [(12, 0)]
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("random_access", [True, False])
+@pytest.mark.parametrize("samples", [None, 7, 8])
+def test_several_processes_make_what_one_makes(folder, tmp_path, monkeypatch, count, random_access, samples):
+    expected, written = make(folder, tmp_path / "one", samples=samples), []
+    options = {"samples": samples, "random_access": random_access, "progress": lambda *numbers: written.append(numbers[0])}
+    assert in_processes(monkeypatch, count, lambda: make(folder, tmp_path / "many", **options)) == [expected] * count
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert written == sorted(set(written))
+
+
+def test_one_process_continues_what_two_began_and_three_finish(folder, tmp_path, monkeypatch):
+    expected = make(folder, tmp_path / "one")
+
+    def killed(written, skipped):
+        raise Killed
+
+    with pytest.raises((Killed, BrokenBarrierError)):
+        in_processes(monkeypatch, 2, lambda: make(folder, tmp_path / "many", progress=killed))
+    lines = (tmp_path / "many" / UNFINISHED).read_text().splitlines(keepends=True)
+    (tmp_path / "many" / UNFINISHED).write_text("".join(lines[:2]))
+    with pytest.raises(Killed):
+        make(folder, tmp_path / "many", progress=killed)
+    assert in_processes(monkeypatch, 3, lambda: make(folder, tmp_path / "many")) == [expected] * 3
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 def test_a_shard_that_is_gone_is_made_again(folder, tmp_path):
@@ -208,7 +271,7 @@ def test_a_full_disk_is_reported_and_the_rest_stays(folder, tmp_path, monkeypatc
         (lambda cache: (cache / INDEX).unlink(), "index.json is missing"),
         (lambda cache: (cache / INDEX).write_text("{"), "index.json cannot be read"),
         (lambda cache: (cache / INDEX).write_text('{"version": 9}'), "was made by version before 0.1.0 of edit_compile"),
-        (lambda cache: (cache / INDEX).write_text('{"version": 2}'), "index.json: model: Field required"),
+        (lambda cache: (cache / INDEX).write_text('{"version": 3}'), "index.json: model: Field required"),
         (lambda cache: flip(cache / "empty.safetensors", -1), "empty.safetensors.* does not have the checksum"),
     ],
 )

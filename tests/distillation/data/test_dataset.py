@@ -10,9 +10,9 @@ import edit_compile as ec
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.buckets import Buckets
 from edit_compile.distillation.data.captioned_images import EncodedImages
+from edit_compile.distillation.data.decode_image import image_of
 from edit_compile.distillation.data.iterable_style import IterableSource
 from edit_compile.distillation.data.map_style import MapStyleSource
-from edit_compile.distillation.data.records import image_of
 from edit_compile.distillation.data.sources.dataset import DatasetData, HubStream
 
 datasets = pytest.importorskip("datasets")
@@ -56,7 +56,7 @@ def numbers_of(batch):
 def test_rows_are_images_with_captions(parquet):
     rows = data_of(parquet).records({})
     assert len(rows) == PER_SHARD * SHARDS
-    assert rows.record(50).caption == "image 50"
+    assert rows.record(50).captions == ("image 50",)
     assert image_of(rows.record(50)).tobytes() == data_files.image(50, *SIZES[2]).tobytes()
     batch = MapStyleSource(EncodedImages(rows, data_files.Letters(), None), 0).batch(BatchRequest(0, 4, range(4), 16, 16))
     assert batch.latents.shape == (4, 3, 8, 8)
@@ -67,14 +67,14 @@ def test_imagefolder_of_datasets(tmp_path):
     lines = [data_files.as_json(file_name=f"00{i}.png", text=f"image {i}").decode() for i in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     rows = DatasetData(kind="dataset", path="imagefolder", data_dir=str(folder)).records({})
-    assert sorted(rows.record(i).caption for i in range(3)) == ["image 0", "image 1", "image 2"]
+    assert sorted(rows.record(i).captions[0] for i in range(3)) == ["image 0", "image 1", "image 2"]
 
 
 def test_webdataset_of_datasets_as_a_stream(tmp_path):
     members = [(f"{n}.{end}", content) for n in range(3) for end, content in (("png", data_files.png(n)), ("txt", f"image {n}".encode()))]
     data_files.tar_of(tmp_path / "a.tar", members)
     data = DatasetData(kind="dataset", path="webdataset", data_files=str(tmp_path / "a.tar"), streaming=True)
-    assert [record.caption for _, record in HubStream(data, 0, 0).records(0)] == ["image 0", "image 1", "image 2"]
+    assert [record.captions[0] for _, record in HubStream(data, 0, 0).records(0)] == ["image 0", "image 1", "image 2"]
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
@@ -106,7 +106,7 @@ def test_a_streams_epoch_has_all_but_the_held_out(parquet):
 
 def test_records_of_a_stream_can_be_resumed(parquet):
     stream = HubStream(data_of(parquet, streaming=True), 0, 0)
-    assert [record.caption for _, record in stream.records(70)] == [f"image {n}" for n in range(70, 120)]
+    assert [record.captions[0] for _, record in stream.records(70)] == [f"image {n}" for n in range(70, 120)]
 
 
 def test_a_shard_that_cannot_be_read_is_named(parquet, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 import data_files
+import edit_compile as ec
 import pipelines
 import toy_distill
 from edit_compile.adapters.noise_schedule import NoiseSchedule
@@ -18,6 +20,9 @@ from edit_compile.cli import main
 from edit_compile.demo import models
 from edit_compile.distillation import Recipe, distill, load_recipe
 from edit_compile.distillation.data import BatchRequest, open_source
+from edit_compile.distillation.data.captioned_images import EncodedImages
+from edit_compile.distillation.data.map_style import MapStyleSource
+from edit_compile.distillation.data.sources.images import ImageFolder
 from edit_compile.distillation.make_cache import make_cache
 
 DEMO = {
@@ -121,3 +126,51 @@ def test_what_was_skipped_is_counted_and_named_at_the_end(tmp_path, caplog):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {row["unreadable"] for row in rows} == {1}
     assert f"1 sample could not be read: see {tmp_path / 'unreadable.json'}" in caplog.text
+
+
+def test_the_command_says_what_is_in_the_data(recipe, tmp_path):
+    changes = ["stages.0.steps=1", "stages.1.steps=1", "validation={samples: 4, batch_size: 4, timestep_bins: 1}"]
+    options = [part for change in changes for part in ("--set", change)]
+    result = CliRunner().invoke(main, ["distill", str(recipe), "-o", str(tmp_path / "run"), *options])
+    assert result.exit_code == 0, result.output
+    assert "data: 6 found, 5 to train on (32 x 32: 5 px), 1 held out, 0 skipped" in result.stderr
+    assert "on 4 samples of 1 held-out images" in result.stdout
+
+
+class Pixels(data_files.Letters):
+    """An encoder for the toy model, which takes pixels."""
+
+    def encode_captions(self, captions):
+        return {"text": torch.zeros(len(captions), toy_distill.TEXT, 6)}
+
+    def encode_images(self, images):
+        return images
+
+    def decode(self, latents):
+        return latents / 2 + 0.5
+
+
+def test_a_run_goes_on_with_changed_data_only_if_told_to(tmp_path):
+    folder = data_files.folder_of(tmp_path / "images", [(12, 16)] * 9)
+    content = {"data": {"kind": "images", "path": str(folder), "held_out": 2, "buckets": None}, "save_every": 1, "log_every": 1}
+    content |= {"stages": [{"resolution": [12, 16], "steps": 3, "global_batch_size": 2}], "layerwise": None}
+    recipe = toy_distill.recipe(**content, validation={"samples": 2, "batch_size": 2, "timestep_bins": 1})
+
+    def continued(report=None, **options):
+        encoded = EncodedImages(ImageFolder(folder, None, {}), Pixels(), None)
+        options |= {"source": MapStyleSource(encoded, 0, 2), "denoise": toy_distill.denoise, "schedule": NoiseSchedule("rectified-flow")}
+        return distill(recipe, tmp_path / "run", student=toy_distill.student(), report=report, **options)
+
+    def stop(row):
+        if row["total"] == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(ec.Interrupted):
+        continued(stop)
+    held_out = json.loads((tmp_path / "run" / "data.json").read_text())["held_out"]
+    data_files.folder_of(folder / "added", [(12, 16)])
+    with pytest.raises(ec.DistillError, match=r"run: the data have changed since the run began .* --accept-changed-data"):
+        continued(resume=True)
+    result = continued(resume=True, accept_changed_data=True)
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["held_out"] == held_out
+    assert (result.data.found, result.data.held_out) == (10, 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -129,6 +131,27 @@ def test_captions_from_metadata(tmp_path):
     assert "No such file" in data.skipped[str(folder / "gone.png")]
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_captions_from_tables(tmp_path, ending):
+    folder = data_files.folder_of(tmp_path, SIZES[:4], captions=False)
+    rows = [{"file_name": f"00{i}.png", "text": f"image {i}", "score": "1"} for i in range(3)]
+    if ending == "csv":
+        lines = ["file_name,text,score", *(f'{row["file_name"]},"{row["text"]}",1' for row in rows), ",nothing,"]
+        (folder / "metadata.csv").write_text("\n".join(lines))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows, {"file_name": None, "text": "x"}]), folder / "metadata.parquet")
+    skipped = {}
+    found = ImageFolder(folder, None, skipped)
+    assert [found.record(number).captions for number in range(3)] == [(f"image {i}",) for i in range(3)]
+    assert len(found) == 4
+    assert list(skipped) == [f"{folder}/metadata.{ending}:{5 if ending == 'csv' else 4}"]
+    before = found.fingerprint()
+    (folder / f"metadata.{ending}").write_bytes(b"\xff")
+    skipped = {}
+    assert ImageFolder(folder, None, skipped).fingerprint() != before
+    assert skipped[f"{folder}/metadata.{ending}"].startswith("it cannot be read: ")
+
+
 @pytest.mark.parametrize("sizes", [[], [(24, 24)]])
 def test_too_few_images_are_refused(tmp_path, sizes):
     folder = data_files.folder_of(tmp_path / "few", sizes)
@@ -139,3 +162,112 @@ def test_too_few_images_are_refused(tmp_path, sizes):
 def test_no_folder_is_named(tmp_path):
     with pytest.raises(ec.DistillError, match=r"data.path: .*nowhere does not exist"):
         source(tmp_path / "nowhere")
+
+
+def test_hidden_files_links_and_other_kinds_are_left_out_and_named(tmp_path):
+    folder = data_files.folder_of(tmp_path / "images", SIZES[:4])
+    data_files.folder_of(folder / ".ipynb_checkpoints", SIZES[:2])
+    data_files.folder_of(folder / "deep" / "deeper", SIZES[:1])
+    (folder / ".hidden.png").write_bytes(data_files.png(1))
+    (folder / "photo.heic").write_bytes(b"whatever")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "linked").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "README.md").write_text("not an image")
+    skipped = {}
+    dataset = ImageFolder(folder, None, skipped)
+    names = [str(file.relative_to(folder)) for file in dataset.files]
+    assert names == ["000.png", "001.png", "002.png", "003.png", "deep/deeper/000.png"]
+    assert {name.removeprefix(f"{folder}/"): reason for name, reason in skipped.items()} == {
+        ".ipynb_checkpoints": "it is hidden; 2 images in it",
+        ".hidden.png": "it is hidden",
+        "photo.heic": "images of kind .heic are not read: save it as another kind",
+        "gone.png": "it is a link to nowhere",
+        "linked": "it is a link to a folder, which is not followed",
+        "pipe.png": "it is not a regular file",
+    }
+
+
+def test_each_draw_of_an_image_has_one_of_its_captions(tmp_path):
+    folder = data_files.folder_of(tmp_path, SIZES[:4], captions=False)
+    lines = [{"file_name": f"00{i}.png", "text": [f"image {i}", f"image {i + 10}"]} for i in range(3)]
+    lines += [{"file_name": "./003.png", "text": f"image {i}"} for i in (3, 13, 23)]  # three lines of one image
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = source(folder, held_out=1, caption_dropout=0)
+    assert data.dataset.name(len(data.dataset) - 1) == str(folder / "003.png")
+    seen = [n for step in range(40) for n in caption_numbers(data.batch(BatchRequest(4 * step, 4, range(4), 16, 16)))]
+    (held_out,) = set(range(4)) - {n % 10 for n in seen}
+    counts = {n: seen.count(n) for n in set(seen)}
+    assert set(counts) == {n for n in (0, 10, 1, 11, 2, 12, 3, 13, 23) if n % 10 != held_out}
+    assert max(counts.values()) < 4 * min(counts.values())
+    validated = data.batch(BatchRequest(0, 4, range(4), 16, 16, "validation")).captions
+    assert validated == (f"image {held_out}",) * 4
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"file_name": 3}', '{"file_name": null, "text": "x"}', "[1]", "3", '{"text": "x"}'])
+def test_lines_of_metadata_that_say_nothing_are_named(tmp_path, line):
+    folder = data_files.folder_of(tmp_path, SIZES[:2])
+    (folder / "metadata.jsonl").write_text(f"\n{line}\n")
+    skipped = {}
+    assert len(ImageFolder(folder, None, skipped)) == 2
+    assert list(skipped) == [f"{folder}/metadata.jsonl:2"]
+
+
+def test_metadata_that_names_a_device_is_not_read(tmp_path):
+    folder = data_files.folder_of(tmp_path, SIZES[:3])
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "/dev/zero", "text": "zeros"}))
+    data = source(folder, held_out=1)
+    data.batch(SQUARE)
+    assert data.skipped["/dev/zero"] == "it is not a regular file"
+
+
+def test_names_that_are_no_utf8_are_printable(tmp_path):
+    folder = data_files.folder_of(tmp_path / "images", SIZES[:3])
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(data_files.png(1))
+    dataset = ImageFolder(folder, None, {})
+    assert dataset.name(3) == f"{folder}/\\xff.png"
+    assert dataset.fingerprint()
+
+
+def test_a_summary_counts_everything(folder):
+    (folder / "004.png").write_bytes(b"not an image")
+    data = source(folder, Buckets(multiple=4), held_out=5)
+    found = data.summary(16, 16)
+    assert (found.found, found.held_out, found.skipped) == (20, 5, 1)
+    assert sum(found.shapes.values()) == 14
+    assert str(found).startswith("data: 20 found, 14 to train on (12 x 20: ")
+
+
+def test_a_fingerprint_changes_with_names_and_sizes_alone(folder, tmp_path):
+    def now():
+        return ImageFolder(folder, None, {}).fingerprint()
+
+    before = now()
+    os.utime(folder / "003.png")
+    assert now() == before
+    (folder / "003.txt").write_text("image 33")
+    added = now()
+    assert added != before
+    (folder / "003.txt").write_text("image 3")
+    assert now() == before
+    (folder / "020.png").write_bytes(data_files.png(20))
+    assert now() not in (before, added)
+    (folder / "020.png").unlink()
+    assert now() == before
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert ImageFolder(moved, None, {}).fingerprint() == before
+
+
+def test_what_was_held_out_stays_so_when_images_are_added(folder):
+    before = source(folder, held_out=5)
+    names = before.held_out_names()
+    for number in range(20, 30):
+        (folder / f"a{number}.png").write_bytes(data_files.png(number))
+        (folder / f"a{number}.txt").write_text(f"image {number}")
+    data = source(folder, held_out=5, caption_dropout=0)
+    data.hold_out(names)
+    trained = {n for step in range(60) for n in caption_numbers(data.batch(BatchRequest(4 * step, 4, range(4), 16, 16)))}
+    assert trained == set(range(30)) - {int(name[-7:-4]) for name in names}
+    with pytest.raises(ec.DistillError, match="0 of 30 samples are those that were held out"):
+        data.hold_out(["gone"])

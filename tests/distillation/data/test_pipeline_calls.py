@@ -76,6 +76,7 @@ def test_batches_are_joined_or_refused(folder):
         merged([a, {**a, "n": 4}])
 
 
+@pytest.mark.slow
 def test_distil_from_the_command_line(folder, tmp_path):
     recipe = {
         "model": str(folder),

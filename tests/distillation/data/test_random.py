@@ -23,7 +23,7 @@ NAMES = {"sd3.5-medium": {"dual_attention_layers": [], "caption_projection_dim":
 
 def config_of(name, folder):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads((models._ARCHITECTURES / f"{name}.json").read_text()) | SMALL | NAMES[name]))
+    path.write_text(json.dumps(json.loads((models.ARCHITECTURES / f"{name}.json").read_text()) | SMALL | NAMES[name]))
     return str(path)
 
 
@@ -60,10 +60,12 @@ def test_weights_are_random_by_the_seed(tmp_path):
 
 def test_a_structure_is_distilled_on_random_data_only(tmp_path):
     stage = {"resolution": [32, 48], "steps": 1, "global_batch_size": 1}
-    common = {"model": config_of("flux-dev", tmp_path), "stages": [stage], "validation": {"samples": 1, "timestep_bins": 1}, "trackers": []}
+    common = {"stages": [stage], "validation": {"samples": 1, "timestep_bins": 1}, "trackers": []}
+    models.load_model("demo/dit").model.save_config(tmp_path)
     with pytest.raises(ec.DistillError, match=r"without weights to distill; data: \{kind: random\} tries speed and memory"):
-        distill(Recipe.model_validate(common), tmp_path / "out")
-    result = distill(Recipe.model_validate(common | {"data": {"kind": "random"}}), tmp_path / "out")
+        distill(Recipe.model_validate(common | {"model": str(tmp_path / "config.json")}), tmp_path / "out")
+    random = {"model": config_of("flux-dev", tmp_path), "data": {"kind": "random"}}
+    result = distill(Recipe.model_validate(common | random), tmp_path / "out")
     assert result.speeds[0].student > 0
     assert not (tmp_path / "out" / "samples").exists()
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
+import tarfile
+
 import pytest
 
 import data_files
 import edit_compile as ec
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.captioned_images import EncodedImages
+from edit_compile.distillation.data.decode_image import image_of
 from edit_compile.distillation.data.map_style import MapStyleSource
-from edit_compile.distillation.data.records import BadSample, image_of
+from edit_compile.distillation.data.records import BadSample
 from edit_compile.distillation.data.sources.webdataset import TarShards
 
 
@@ -30,7 +35,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("pattern", ["*.tar", "{000..002}.tar"])
 def test_images_and_captions_of_all_shards(shards, pattern):
     dataset = TarShards(str(shards / pattern), None, {})
-    assert [dataset.record(i).caption for i in range(len(dataset))] == [f"image {i}" for i in range(12)]
+    assert [dataset.record(i).captions[0] for i in range(len(dataset))] == [f"image {i}" for i in range(12)]
     assert all(image_of(dataset.record(i)).tobytes() == data_files.image(i).tobytes() for i in range(12))
     assert dataset.name(5) == f"{shards / '001.tar'}:005"
 
@@ -38,7 +43,7 @@ def test_images_and_captions_of_all_shards(shards, pattern):
 @pytest.mark.parametrize("caption", [None, "json", "json.prompt"])
 def test_captions_in_json(tmp_path, caption):
     data_files.tar_of(tmp_path / "a.tar", members(range(2), "json"))
-    assert TarShards(str(tmp_path / "a.tar"), caption, {}).record(1).caption == "image 1"
+    assert TarShards(str(tmp_path / "a.tar"), caption, {}).record(1).captions == ("image 1",)
 
 
 def test_members_of_one_name_in_two_folders_are_two_samples(tmp_path):
@@ -50,8 +55,8 @@ def test_members_of_one_name_in_two_folders_are_two_samples(tmp_path):
     ("content", "caption", "message"),
     [
         ([("1.png", data_files.png(1))], None, "it has no json, but png"),
-        ([("1.png", data_files.png(1)), ("1.json", b"{")], None, "its json is not valid JSON"),
-        ([("1.png", data_files.png(1)), ("1.json", b"[1]")], None, "it has no caption or text or prompt, but json"),
+        ([("1.png", data_files.png(1)), ("1.json", b"{")], None, "its JSON is not valid"),
+        ([("1.png", data_files.png(1)), ("1.json", b"[1]")], None, r"its JSON is not an object but \[1\]"),
         ([("1.png", data_files.png(1)), ("1.json", b'{"caption": 3}')], None, "its caption is not text but 3"),
         ([("1.png", data_files.png(1)), ("1.txt", b"\xff")], None, "not UTF-8"),
         ([("1.png", data_files.png(1)), ("1.txt", b"a")], "cap", "it has no cap, but png, txt"),
@@ -82,3 +87,82 @@ def test_no_shards_and_no_images_are_errors(tmp_path):
     data_files.tar_of(tmp_path / "a.tar", [("1.txt", b"x")])
     with pytest.raises(ec.DistillError, match="there are no images in"):
         TarShards(str(tmp_path / "a.tar"), None, {})
+
+
+def captions_of(path):
+    skipped = {}
+    dataset = TarShards(str(path), None, skipped)
+    return {dataset.samples[i].key: dataset.record(i).captions[0] for i in range(len(dataset))}, skipped
+
+
+def test_names_with_dots_are_samples_of_their_own_or_parts(tmp_path):
+    files = [("v1.0/photo.final.png", data_files.png(1)), ("v1.0/photo.final.txt", b"image 1")]
+    files += [("2.png", data_files.png(2)), ("2.depth.png", data_files.png(3)), ("2.txt", b"image 2")]
+    files += [("4.rgb.png", data_files.png(4)), ("4.txt", b"image 4")]
+    found, skipped = captions_of(data_files.tar_of(tmp_path / "a.tar", files))
+    assert found == {"v1.0/photo.final": "image 1", "2": "image 2"}
+    assert skipped == {f"{tmp_path}/a.tar:4": "it has rgb.png, txt, but no image of a kind that is read"}
+
+
+def test_links_within_a_shard_are_what_they_lead_to(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind, target in [
+            ("pool/x.png", None, data_files.png(1)),
+            ("a/1.png", tarfile.SYMTYPE, "../pool/x.png"),
+            ("a/1.txt", None, b"image 1"),
+            ("a/2.png", tarfile.LNKTYPE, "pool/x.png"),
+            ("a/2.txt", None, b"image 2"),
+            ("a/3.png", tarfile.SYMTYPE, "/etc/passwd"),
+            ("a/3.txt", None, b"image 3"),
+            ("a/._4.png", None, b"resource fork"),
+            ("a/5.png", tarfile.CHRTYPE, ""),
+        ]:
+            info = tarfile.TarInfo(name)
+            if kind is None:
+                info.size = len(target)
+                tar.addfile(info, io.BytesIO(target))
+            else:
+                info.type, info.linkname = kind, target
+                tar.addfile(info)
+    skipped = {}
+    dataset = TarShards(str(tmp_path / "a.tar"), None, skipped)
+    assert [sample.key for sample in dataset.samples] == ["pool/x", "a/1", "a/2"]
+    assert [dataset.record(i).captions for i in (1, 2)] == [("image 1",), ("image 2",)]
+    assert image_of(dataset.record(1)).tobytes() == data_files.image(1).tobytes()
+    reasons = {name.removeprefix(f"{tmp_path}/a.tar:"): reason for name, reason in skipped.items()}
+    assert reasons == {
+        "a/3.png": "it is a link to /etc/passwd, which is no file of the shard",
+        "a/3": "it has txt, but no image of a kind that is read",
+        "a/._4.png": "it is hidden, or not a regular file",
+        "a/5.png": "it is hidden, or not a regular file",
+    }
+
+
+@pytest.mark.parametrize("size", [10**9, 10**15, 8**11 - 1])
+def test_a_member_that_claims_more_than_there_is_costs_itself_alone(tmp_path, size):
+    header = tarfile.TarInfo("99.png")
+    header.size = size
+    whole = data_files.tar_of(tmp_path / "a.tar", [*members(range(3)), ("99.txt", b"image 99")]).read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    (tmp_path / "a.tar").write_bytes(whole + header.tobuf(tarfile.GNU_FORMAT) + b"x" * 512)
+    skipped = {}
+    dataset = TarShards(str(tmp_path / "a.tar"), None, skipped)
+    assert [dataset.record(i).captions[0] for i in range(3)] == ["image 0", "image 1", "image 2"]
+    with pytest.raises(BadSample, match=r"its png (is cut off|has [\d,]+ bytes, more than)"):
+        dataset.record(3)
+
+
+def test_shards_that_are_no_files_are_named(tmp_path):
+    data_files.tar_of(tmp_path / "a.tar", members(range(2)))
+    os.mkfifo(tmp_path / "b.tar")
+    (tmp_path / "c.tar").mkdir()
+    skipped = {}
+    assert len(TarShards(str(tmp_path / "*.tar"), None, skipped)) == 2
+    assert skipped == {str(tmp_path / f"{name}.tar"): "it cannot be read: it is not a regular file" for name in "bc"}
+
+
+def test_names_that_are_no_utf8_are_printable(tmp_path):
+    data_files.tar_of(tmp_path / "a.tar", [(os.fsdecode(b"\xff.png"), data_files.png(1)), (os.fsdecode(b"\xff.txt"), b"image 1")])
+    dataset = TarShards(str(tmp_path / "a.tar"), None, {})
+    assert dataset.name(0) == f"{tmp_path}/a.tar:\\xff"
+    assert dataset.fingerprint()

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from edit_compile.distillation.data.buckets import Buckets, Shape, bucket_shapes, nearest_shape
 from edit_compile.distillation.data.cache.write import Encoded
+from edit_compile.distillation.data.decode_image import size_of
 from edit_compile.distillation.data.encoding import Encoder, prepare
-from edit_compile.distillation.data.records import BadSample, NamedRecord, Record, RecordDataset, size_of
+from edit_compile.distillation.data.records import BadSample, NamedRecord, Record, RecordDataset
+from edit_compile.progress import each
 
 
 def encode_captions(encoder: Encoder, captions: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
@@ -46,29 +48,35 @@ class ImageProducer:
 
     Attributes:
         records: yields the records from a number on.
+        fingerprint: of the records, as of `RecordDataset`.
         skipped: what could not be read before any record was asked for, by name, with the reason.
+        random_access: whether `records` may begin anywhere at no cost.
+        number: of records; None if that is not known.
     """
 
     records: Callable[[int], Iterator[NamedRecord]]
     encoder: Encoder
     buckets: Buckets | None
     batch_size: int
+    fingerprint: Callable[[], str]
     skipped: dict[str, str] = field(default_factory=dict)
+    random_access: bool = True
+    number: int | None = None
 
     def encode(self, records: Sequence[NamedRecord], resolutions: Sequence[Shape]) -> tuple[list[Encoded], dict[str, str]]:
         skipped: dict[str, str] = {}
-        ready: list[tuple[str, str, dict[Shape, tuple[Shape, Tensor]]]] = []
-        for name, record in records:
+        ready: list[tuple[str, tuple[str, ...], dict[Shape, tuple[Shape, Tensor]]]] = []
+        for name, record in each(records, "reading images", len(records)):
             try:
                 if isinstance(record, BadSample):
                     raise record
-                ready.append((name, record.caption, self._images(record, resolutions)))
+                ready.append((name, record.captions, self._images(record, resolutions)))
             except BadSample as reason:
                 skipped[name] = str(reason)
         for resolution in resolutions:
             self._to_latents(resolution, [images for _, _, images in ready])
-        captions = encode_captions(self.encoder, [caption for _, caption, _ in ready], self.batch_size)
-        return [Encoded(name, text, own, latents) for (name, text, latents), own in zip(ready, captions, strict=True)], skipped
+        encoded = iter(encode_captions(self.encoder, [text for _, texts, _ in ready for text in texts], self.batch_size))
+        return [Encoded(name, tuple((text, next(encoded)) for text in texts), latents) for name, texts, latents in ready], skipped
 
     def empty_caption(self) -> dict[str, Tensor]:
         return self.encoder.encode_captions([""])
@@ -77,7 +85,7 @@ class ImageProducer:
         found, size = {}, size_of(record)
         for resolution in resolutions:
             shape = nearest_shape(size, bucket_shapes(*resolution, self.encoder.granularity, self.buckets))
-            found[resolution] = shape, prepare(record, shape, self.encoder)[0]
+            found[resolution] = shape, prepare(record, shape, self.encoder, 0)[0]
         return found
 
     def _to_latents(self, resolution: Shape, images: Sequence[dict[Shape, tuple[Shape, Tensor]]]) -> None:

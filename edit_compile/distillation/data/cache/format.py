@@ -1,7 +1,7 @@
 """A cache on disk: shards of safetensors, and one JSON index with the checksum of everything in them.
 
     index.json                   what it was made from, the shards, their samples with shapes and checksums, what was skipped
-    shard-00000.safetensors      "7/captions/NAME": a tensor of sample 7's caption; "7/images/512x512/latents"
+    shard-00000.safetensors      "7/captions/0/NAME": a tensor of sample 7's first caption; "7/images/512x512/latents"
     empty.safetensors            the tensors of the empty caption
     unfinished.jsonl             instead of the index while the cache is being made: its header, then a line for each finished shard
 
@@ -29,9 +29,9 @@ from edit_compile.distillation.data.records import BadSample
 from edit_compile.errors import DistillError
 from edit_compile.files import replacing
 from edit_compile.frozen import Frozen, first_problem
-from edit_compile.version import __version__
+from edit_compile.version import __version__, made_by_another
 
-FORMAT = 2
+FORMAT = 3
 Content = TypeVar("Content", bound=Frozen)
 INDEX, EMPTY, UNFINISHED = "index.json", "empty.safetensors", "unfinished.jsonl"
 CAPTIONS, IMAGES, LATENTS = "captions", "images", "latents"
@@ -46,13 +46,19 @@ class CachedLatents(Frozen):
     """The checksum of the latents."""
 
 
+class CachedCaption(Frozen):
+    """A caption of a sample."""
+
+    text: str
+    digest: str
+    """The checksum of its tensors."""
+
+
 class CachedSample(Frozen):
     """A sample in a shard."""
 
     name: str
-    caption: str
-    captions: str
-    """The checksum of the caption's tensors."""
+    captions: tuple[CachedCaption, ...]
     images: dict[str, CachedLatents]
     """By resolution (`512x512`)."""
 
@@ -143,10 +149,7 @@ def _validated(kind: type[Content], text: str, where: str) -> Content:
     try:
         content = json.loads(text)
         if content.get("version", FORMAT) != FORMAT:
-            maker = content.get("package_version", "before 0.1.0")
-            raise DistillError(
-                f"{where} was made by version {maker} of edit_compile, which {__version__} cannot read; make the cache again"
-            )
+            raise DistillError(f"{where} was {made_by_another(content.get('package_version'))}; make the cache again")
         return kind.model_validate(content)
     except ValidationError as error:
         raise DistillError(f"{where}: {first_problem(error)}") from None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -20,6 +23,7 @@ from edit_compile.distillation.data.cache.format import (
     INDEX,
     LATENTS,
     UNFINISHED,
+    CachedCaption,
     CachedLatents,
     CachedSample,
     Header,
@@ -33,9 +37,12 @@ from edit_compile.distillation.data.cache.format import (
     write_tensors,
 )
 from edit_compile.distillation.data.records import summarize
+from edit_compile.distillation.processes import gathered, in_all, process
 from edit_compile.errors import DistillError
 from edit_compile.files import write_text
+from edit_compile.progress import working
 
+_FAILURES = (OSError, SafetensorError)
 Progress = Callable[[int, int], None]  # samples written and skipped so far
 
 
@@ -44,13 +51,12 @@ class Encoded:
     """A sample ready to be written.
 
     Attributes:
-        captions: the tensors of its caption.
+        captions: their text and their tensors.
         latents: by resolution, the shape in pixels and the latents (C, h, w).
     """
 
     name: str
-    caption: str
-    captions: dict[str, Tensor]
+    captions: tuple[tuple[str, dict[str, Tensor]], ...]
     latents: dict[Shape, tuple[Shape, Tensor]]
 
 
@@ -59,9 +65,19 @@ class Producer(Protocol):
 
     Attributes:
         skipped: what could not be read before any record was asked for, by name, with the reason.
+        random_access: whether records cost nothing that are passed over.
+        number: of records; None if that is not known.
     """
 
     skipped: dict[str, str]
+    random_access: bool
+
+    @property
+    def number(self) -> int | None: ...
+
+    def fingerprint(self) -> str:
+        """Return what changes when samples are added, removed or renamed, or their files change in size."""
+        ...
 
     def records(self, start: int) -> Iterator[Any]:
         """Yield records from the one of number `start` on, not yet encoded."""
@@ -79,34 +95,59 @@ class Producer(Protocol):
 def write_cache(
     folder: Path, producer: Producer, header: dict[str, Any], *, shard_size: int, samples: int | None, progress: Progress
 ) -> Index:
-    """Write a cache, or finish one that was begun the same way.
+    """Write a cache, or finish one that was begun the same way. Several processes, which must all call this, take a shard each at a time.
 
     Args:
         header: `model`, `made_from` and `resolutions` of the index.
-        shard_size: records per shard. An unfinished shard is lost when the process is killed.
+        shard_size: records per shard. An unfinished shard is lost when a process is killed, and those of the others with it.
         samples: the maximum number of records; None for all.
 
     Raises:
         DistillError: the folder holds another cache, the disk is full, or nothing could be read.
     """
+    rank, count = process()
     empty = trimmed({name: x[0].contiguous() for name, x in producer.empty_caption().items()})
     wanted = Header(**header, empty=digest(empty))
-    if (folder / INDEX).is_file():
+    if gathered([(folder / INDEX).is_file()])[0]:
         index = read_index(folder)
         _check_same(folder, wanted, index)
         return index
     try:
-        shards = _begin(folder, wanted, empty)
-        taken = sum(shard.taken for shard in shards)
-        records = islice(producer.records(taken), None if samples is None else max(samples - taken, 0))
-        while chunk := list(islice(records, shard_size)):
-            shards.append(_write_shard(folder, len(shards), chunk, *producer.encode(chunk, wanted.resolutions)))
-            progress(sum(len(shard.samples) for shard in shards), sum(len(shard.skipped) for shard in shards))
-        return _finish(folder, wanted, shards, producer.skipped)
+        shards = list(in_all(lambda: _begin(folder, wanted, empty) if rank == 0 else [], _FAILURES)[0])
+        begun = sum(shard.taken for shard in shards)
+        known = [number for number in (producer.number, samples) if number is not None]
+        with working("caching: samples", min(known, default=None), begun) as work:
+            for chunk in _own_chunks(producer, begun, shard_size, samples):
+                number = len(shards) + rank
+                made = in_all(partial(_encode_shard, folder, number, chunk, producer, wanted.resolutions), _FAILURES)
+                new = [shard for shard in made if shard is not None]
+                in_all(partial(_add, folder, new if rank == 0 else []), _FAILURES)
+                shards += new
+                work.note = f"{work.per_second(sum(shard.taken for shard in new)):.3g} samples/s"
+                if new and rank == 0:
+                    progress(sum(len(shard.samples) for shard in shards), sum(len(shard.skipped) for shard in shards))
+                if len(new) < count or new[-1].taken < shard_size:
+                    break
+        finished: list[Index] = []
+        in_all(lambda: finished.append(_finish(folder, wanted, shards, producer.skipped, writes=rank == 0)), _FAILURES)
+        return finished[0]
     except (OSError, SafetensorError) as error:
         raise DistillError(
             f"{folder} cannot be written: {error}; finished shards stay, and the same command continues from them"
         ) from error
+
+
+def _own_chunks(producer: Producer, start: int, size: int, limit: int | None) -> Iterator[list[Any]]:
+    """Yield the records of this process's shards, from number `start` on, without end: where there are no more, nothing."""
+    rank, count = process()
+    end = sys.maxsize if limit is None else limit
+    if producer.random_access:
+        for first in itertools.count(start + rank * size, count * size):
+            yield list(islice(producer.records(first), max(min(size, end - first), 0)))
+    records = islice(producer.records(start), max(end - start, 0))
+    while True:
+        turns = [list(islice(records, size)) if turn == rank else sum(1 for _ in islice(records, size)) for turn in range(count)]
+        yield cast("list[Any]", turns[rank])
 
 
 def _begin(folder: Path, wanted: Header, empty: dict[str, Tensor]) -> list[Shard]:
@@ -131,32 +172,45 @@ def _check_same(folder: Path, wanted: Header, found: Header) -> None:
         raise DistillError(f"{folder} has another cache ({', '.join(different)} differ): remove it or choose another folder")
 
 
+def _encode_shard(folder: Path, number: int, records: list[Any], producer: Producer, resolutions: Sequence[Shape]) -> Shard | None:
+    """Write a shard's file; None if there are no records for it."""
+    return _write_shard(folder, number, records, *producer.encode(records, resolutions)) if records else None
+
+
+def _add(folder: Path, shards: list[Shard]) -> None:
+    """Note that shards are finished, in their order."""
+    for shard in shards:
+        add_line(folder / UNFINISHED, shard.model_dump_json())
+
+
 def _write_shard(folder: Path, number: int, records: list[Any], encoded: list[Encoded], skipped: dict[str, str]) -> Shard:
     tensors: dict[str, Tensor] = {}
     samples = []
     for place, sample in enumerate(encoded):
-        captions = {name: x.contiguous() for name, x in trimmed(sample.captions).items()}
-        tensors |= {f"{place}/{CAPTIONS}/{name}": x for name, x in captions.items()}
+        captions = []
+        for which, (text, conditions) in enumerate(sample.captions):
+            own = {name: x.contiguous() for name, x in trimmed(conditions).items()}
+            tensors |= {f"{place}/{CAPTIONS}/{which}/{name}": x for name, x in own.items()}
+            captions.append(CachedCaption(text=text, digest=digest(own)))
         images = {}
         for resolution, (shape, latents) in sample.latents.items():
             key = resolution_key(resolution)
             tensors[f"{place}/{IMAGES}/{key}/{LATENTS}"] = latents
             images[key] = CachedLatents(shape=shape, digest=digest({LATENTS: latents}))
-        samples.append(CachedSample(name=sample.name, caption=sample.caption, captions=digest(captions), images=images))
+        samples.append(CachedSample(name=sample.name, captions=tuple(captions), images=images))
     file = folder / f"shard-{number:05d}.safetensors"
     write_tensors(file, tensors)
-    shard = Shard(file=file.name, bytes=file.stat().st_size, taken=len(records), samples=tuple(samples), skipped=skipped)
-    add_line(folder / UNFINISHED, shard.model_dump_json())
-    return shard
+    return Shard(file=file.name, bytes=file.stat().st_size, taken=len(records), samples=tuple(samples), skipped=skipped)
 
 
-def _finish(folder: Path, wanted: Header, shards: list[Shard], skipped: dict[str, str]) -> Index:
+def _finish(folder: Path, wanted: Header, shards: list[Shard], skipped: dict[str, str], *, writes: bool) -> Index:
     skipped = skipped | {name: reason for shard in shards for name, reason in shard.skipped.items()}
     if not any(shard.samples for shard in shards):
-        for file in (UNFINISHED, EMPTY, *(shard.file for shard in shards)):
+        for file in (UNFINISHED, EMPTY, *(shard.file for shard in shards)) if writes else ():
             (folder / file).unlink()
         raise DistillError(f"nothing could be read: {summarize(skipped)}")
     index = Index(**dict(wanted), shards=tuple(shards), skipped=skipped)
-    write_text(folder / INDEX, index.model_dump_json())
-    (folder / UNFINISHED).unlink()
+    if writes:
+        write_text(folder / INDEX, index.model_dump_json())
+        (folder / UNFINISHED).unlink()
     return index

@@ -14,7 +14,7 @@ from edit_compile.distillation.data.cache.write import Producer
 from edit_compile.distillation.data.captioned_images import CaptionedImages
 from edit_compile.distillation.data.encoding import encoder_for
 from edit_compile.distillation.data.iterable_style import IterableSource
-from edit_compile.distillation.data.records import CAPTION_KEYS, BadSample, NamedRecord, Record, caption_in
+from edit_compile.distillation.data.records import CAPTION_KEYS, BadSample, NamedRecord, Record, captions_in, fingerprint_of
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import DataSource, SourceContext
@@ -83,8 +83,9 @@ class DatasetData(CaptionedImages):
         """Return what encodes the rows for a cache."""
         if not self.streaming:
             return super().producer(context, batch_size)
-        records = HubStream(self, context.seed, 0).records
-        return ImageProducer(records, encoder_for(context, self.text_tokens), self.buckets, batch_size)
+        stream = HubStream(self, context.seed, 0)
+        encoder = encoder_for(context, self.text_tokens)
+        return ImageProducer(stream.records, encoder, self.buckets, batch_size, stream.fingerprint, random_access=False)
 
 
 class HubDataset:
@@ -110,6 +111,10 @@ class HubDataset:
         except Exception as error:  # damaged files raise what their format raises
             raise BadSample(f"it cannot be read: {error}") from error
         return record_of(row, self.name(index), self.data)
+
+    def fingerprint(self) -> str:
+        files = [Path(file["filename"]).parts[-3:] for file in self.rows.cache_files]  # `datasets` names them by its own fingerprint
+        return fingerprint_of([len(self.rows), self.rows.features, self.rows.dataset_size, files])
 
 
 class HubStream:
@@ -137,6 +142,10 @@ class HubStream:
         """Yield all in order, from the one of number `start` on."""
         return islice((found for shard in range(self.shards) for found in self._shard(shard)), start, None)
 
+    def fingerprint(self) -> str:
+        """Return what changes when shards are added or removed, or the columns change; what is in them is not known."""
+        return fingerprint_of([self.shards, self.rows.features])
+
     def _shard(self, shard: int) -> Iterator[NamedRecord]:
         number, name = 0, f"{self.data.path}, shard {shard}"
         try:
@@ -163,7 +172,7 @@ def record_of(row: Mapping[str, Any], name: str, data: DatasetData) -> Record:
     image = row[images[0]]
     if isinstance(image, Mapping):
         image = image["bytes"] if image.get("bytes") is not None else Path(image.get("path") or "")
-    return Record(name, image, caption_in(_captions(row), data.caption))
+    return Record(name, image, captions_in(_captions(row), data.caption))
 
 
 def _captions(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,33 @@
-"""Data of kind `images`: a folder of images, captions in a `metadata.jsonl` or in a `.txt` file beside each."""
+"""Data of kind `images`: a folder of images, captions in a `metadata.jsonl`, `.csv` or `.parquet`, or in a `.txt` beside each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import csv
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
+from edit_compile.adapters.hub_access import first_line
 from edit_compile.distillation.data.captioned_images import CaptionedImages
-from edit_compile.distillation.data.records import IMAGE_SUFFIXES, BadSample, Record, caption_in, decoded_text
+from edit_compile.distillation.data.decode_image import IMAGE_SUFFIXES, looks_like_image
+from edit_compile.distillation.data.records import (
+    BadSample,
+    Record,
+    captions_in,
+    decoded_object,
+    decoded_text,
+    fingerprint_of,
+    printable,
+    summarize,
+)
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.errors import DistillError
 
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @register_data("images")
@@ -23,7 +38,11 @@ class ImagesData(CaptionedImages):
     path: Path
     """The folder; images in folders below it count too."""
     caption: str | None = None
-    """The key of captions in `metadata.jsonl`. Default: caption, text or prompt."""
+    """The key or column of captions in the metadata. Default: caption, text or prompt."""
+
+    def check_files(self, model: nn.Module) -> None:
+        """Find the folder."""
+        _check_folder(self.path)
 
     def records(self, skipped: dict[str, str]) -> ImageFolder:
         """Open the folder; lines of metadata that cannot be read are added to `skipped`."""
@@ -34,32 +53,37 @@ class ImageFolder:
     """The captioned images of a folder and all below it, in the order of their paths.
 
     A folder's `metadata.jsonl` holds a line for each image: `{"file_name": "a.jpg", "caption": "..."}`, as the
-    `imagefolder` of `datasets` reads it. An image that no line names has its caption in a file beside it, `a.txt`.
+    `imagefolder` of `datasets` reads it, and a `metadata.csv` or `metadata.parquet` a row with these columns; several lines of
+    one image, or a list, are several captions. An image that no line names has its caption in a file beside it, `a.txt`.
+    Hidden files and folders, and links to folders, are left out.
     """
 
     def __init__(self, path: Path, caption: str | None, skipped: dict[str, str]) -> None:
         """
         Args:
-            caption: the key of the captions in `metadata.jsonl`; None for caption, text or prompt.
-            skipped: lines that cannot be read are added here.
+            caption: the key of the captions in the metadata; None for caption, text or prompt.
+            skipped: what cannot be read is added here: lines, files of other kinds, what is hidden.
 
         Raises:
             DistillError: it is not a folder, or has no images.
         """
-        if not path.is_dir():
-            raise DistillError(f"data.path: {path} {'is not a directory' if path.exists() else 'does not exist'}")
+        _check_folder(path)
         self.path, self.caption = path, caption
-        self.fields = dict(self._metadata(skipped))
-        found = {file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()}
+        files = list(_files_below(path, skipped))
+        self.fields: dict[Path, list[dict[str, Any]]] = {}
+        for file in files:
+            if file.name in METADATA:
+                self._read_metadata(file, skipped)
+        found = {file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
         self.files = sorted(found | self.fields.keys())
         if not self.files:
-            raise DistillError(f"data.path: {path} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DistillError(f"data.path: {path} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); {summarize(skipped)}")
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return printable(self.files[index])
 
     def record(self, index: int) -> Record:
         """Return an image's record.
@@ -69,17 +93,85 @@ class ImageFolder:
         """
         file = self.files[index]
         if file in self.fields:
-            return Record(str(file), file, caption_in(self.fields[file], self.caption))
+            texts = [text for fields in self.fields[file] for text in captions_in(fields, self.caption)]
+            return Record(self.name(index), file, tuple(texts))
         beside = file.with_suffix(".txt")
         if not beside.is_file():
-            raise BadSample(f"no line of {METADATA} names it, and there is no {beside.name}")
-        return Record(str(file), file, caption_in({"caption": decoded_text(beside.read_bytes())}))
+            raise BadSample(f"no metadata names it, and there is no {printable(beside.name)}")
+        return Record(self.name(index), file, captions_in({"caption": decoded_text(beside.read_bytes())}))
 
-    def _metadata(self, skipped: dict[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for file in sorted(self.path.rglob(METADATA)):
-            for number, line in enumerate(file.read_bytes().splitlines(), 1):
-                try:
-                    fields = json.loads(line)
-                    yield file.parent / fields["file_name"], fields
-                except (ValueError, KeyError, TypeError) as error:
-                    skipped[f"{file}:{number}"] = f"it is not a JSON object with a file_name: {error}"
+    def fingerprint(self) -> str:
+        metadata = {file.parent / name for file in self.files for name in METADATA if name == METADATA[0] or (file.parent / name).is_file()}
+        files = [*self.files, *(file.with_suffix(".txt") for file in self.files), *sorted(metadata)]
+        return fingerprint_of((os.path.relpath(file, self.path), file.stat().st_size if file.is_file() else None) for file in files)
+
+    def _read_metadata(self, file: Path, skipped: dict[str, str]) -> None:
+        try:
+            rows = _READERS[file.suffix](file)
+        except (OSError, ValueError, csv.Error) as error:
+            skipped[printable(file)] = f"it cannot be read: {first_line(error)}"
+            return
+        for number, row in rows:
+            try:
+                fields = decoded_object(row) if isinstance(row, bytes) else row
+                if not fields["file_name"]:
+                    raise ValueError("it is empty")
+                image = Path(os.path.normpath(file.parent / fields["file_name"]))
+            except (BadSample, KeyError, TypeError, ValueError) as error:
+                what = "a JSON object" if isinstance(row, bytes) else "a row"
+                skipped[f"{printable(file)}:{number}"] = f"it is not {what} with a file_name: {error}"
+            else:
+                self.fields.setdefault(image, []).append(fields)
+
+
+def _lines(file: Path) -> list[tuple[int, bytes]]:
+    return [(number, line) for number, line in enumerate(file.read_bytes().splitlines(), 1) if line.strip()]
+
+
+def _csv_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read a CSV file with a head; returns its rows, and the lines that they end in."""
+    reader = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""))
+    return [(reader.line_num, row) for row in reader]
+
+
+def _parquet_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
+
+
+_READERS: dict[str, Callable[[Path], Sequence[tuple[int, Any]]]] = {".jsonl": _lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise DistillError(f"data.path: {path} {'is not a directory' if path.exists() else 'does not exist'}")
+
+
+def _files_below(folder: Path, skipped: dict[str, str]) -> Iterator[Path]:
+    """Yield the regular files of a folder and those below it that are not hidden; images that are left out are added to `skipped`."""
+    for parent, folders, names in os.walk(folder, onerror=lambda error: skipped.setdefault(printable(error.filename), str(error))):
+        for name in sorted(folders):
+            below = Path(parent, name)
+            if below.is_symlink():
+                skipped[printable(below)] = "it is a link to a folder, which is not followed"
+            elif name.startswith(".") and (count := sum(file.suffix.lower() in IMAGE_SUFFIXES for file in below.rglob("*"))):
+                skipped[printable(below)] = f"it is hidden; {count} image{'s' * (count > 1)} in it"
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(parent, name)
+            reason = _why_left_out(file)
+            if reason is None:
+                yield file
+            elif looks_like_image(name):
+                skipped[printable(file)] = reason
+
+
+def _why_left_out(file: Path) -> str | None:
+    if file.name.startswith("."):
+        return "it is hidden"
+    if not file.is_file():
+        return "it is a link to nowhere" if file.is_symlink() else "it is not a regular file"
+    if file.suffix.lower() not in IMAGE_SUFFIXES and looks_like_image(file.name):
+        return f"images of kind {file.suffix} are not read: save it as another kind"
+    return None

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from edit_compile.adapters.pipeline_calls import FRAMES, Call, CallRecorder, merged
 from edit_compile.api import teacher
 from edit_compile.demo import models as demo
+from edit_compile.distillation.data.records import fingerprint_of
 from edit_compile.distillation.data.registry import DataConfig, register_data
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import Batch, BatchRequest, DataSource, RecordedCalls, SourceContext
@@ -54,12 +55,25 @@ class PipelineData(DataConfig):
     def pipeline_options(self) -> Mapping[str, Any]:
         return self.call
 
+    def check_model(self, model: nn.Module, base: str | None) -> None:
+        """Accept a model whose place is known, unless it is a demo's."""
+        _pipeline_at(base)
+
+    def check_files(self, model: nn.Module) -> None:
+        """Read the prompts."""
+        read_prompts(self.path)
+
     def open(self, context: SourceContext) -> DataSource:
         """Open a source that samples while the model trains, in the same thread."""
-        if context.base is None or context.base in demo.SOURCES:
-            raise DistillError(f"data.kind: pipeline needs the model's pipeline, and {context.base or 'its place'} is not known to be one")
-        recorder = CallRecorder(context.base, context.model, context.device, context.dtype, self.call)
+        base = _pipeline_at(context.base)
+        recorder = CallRecorder(base, context.model, context.device, context.dtype, self.call)
         return PipelineSource(self, recorder, read_prompts(self.path), context.seed)
+
+
+def _pipeline_at(base: str | None) -> str:
+    if base is None or base in demo.SOURCES:
+        raise DistillError(f"data.kind: pipeline needs the model's pipeline, and {base or 'its place'} is not known to be one")
+    return base
 
 
 class PipelineSource:
@@ -89,6 +103,9 @@ class PipelineSource:
 
     def decode(self, latents: Tensor) -> None:
         return None
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.prompts["validation"] + self.prompts["train"])
 
     def _call(self, request: BatchRequest, position: int, timestep: float) -> Call:
         calls = self._calls((request.split, self._number(request, position), request.height, request.width, request.frames))

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from edit_compile.adapters.encoders import check_encoder
 from edit_compile.adapters.sampling import LatentSampler, make_sampler
 from edit_compile.api import teacher
 from edit_compile.distillation.data.buckets import Buckets, Shape, bucket_shapes
@@ -20,11 +21,12 @@ from edit_compile.distillation.data.cache.write import Encoded, Producer
 from edit_compile.distillation.data.captioned_images import FREE_IN_CACHES, Share
 from edit_compile.distillation.data.encoding import Encoder, as_floats, encoder_for
 from edit_compile.distillation.data.map_style import MapStyleSource
-from edit_compile.distillation.data.records import BadSample
+from edit_compile.distillation.data.records import BadSample, fingerprint_of
 from edit_compile.distillation.data.registry import DataConfig, register_data
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import Batch, DataSource, SourceContext
 from edit_compile.errors import DistillError
+from edit_compile.progress import each
 from edit_compile.student.site import converted_sites
 
 
@@ -51,6 +53,14 @@ class PromptsData(DataConfig):
     """The number of samples that are never trained on. Default: a fiftieth of them, 8 to 256."""
 
     sampled_by_teacher: ClassVar[bool] = True
+
+    def check_model(self, model: nn.Module, base: str | None) -> None:
+        """Accept a model if its captions can be encoded."""
+        check_encoder(model, base)
+
+    def check_files(self, model: nn.Module) -> None:
+        """Read the prompts."""
+        read_prompts(self.path)
 
     def open(self, context: SourceContext) -> DataSource:
         """Open a source that samples while the model trains, in the same thread."""
@@ -100,6 +110,9 @@ class PromptDataset:
     def name(self, index: int) -> str:
         return f"prompt {self.caption(index)!r}, sample {index // len(self.prompts)}"
 
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.prompts)
+
     def shape(self, index: int, resolution: Shape) -> Shape:
         shapes = bucket_shapes(*resolution, self.encoder.granularity, self.data.buckets)
         return random.Random(f"{self.seed}/shape/{index}").choice(shapes)
@@ -111,9 +124,9 @@ class PromptDataset:
         except ValueError as error:
             raise BadSample(f"it cannot be encoded: {error}") from error
 
-    def get(self, index: int, shape: Shape, resolution: Shape, *, drop_caption: bool) -> tuple[int, bool]:
+    def get(self, index: int, shape: Shape, resolution: Shape, draw: int | None) -> tuple[int, bool]:
         self.check(index)
-        return index, drop_caption
+        return index, draw is None
 
     def collate(self, samples: Sequence[tuple[int, bool]], shape: Shape) -> Batch:
         latents = self.latents([index for index, _ in samples], shape)
@@ -142,6 +155,14 @@ class PromptProducer:
     prompts: PromptDataset
     batch_size: int
     skipped: dict[str, str] = field(default_factory=dict)
+    random_access: bool = True
+
+    @property
+    def number(self) -> int | None:
+        return len(self.prompts)
+
+    def fingerprint(self) -> str:
+        return self.prompts.fingerprint()
 
     def records(self, start: int) -> Iterator[int]:
         return iter(range(start, len(self.prompts)))
@@ -156,14 +177,15 @@ class PromptProducer:
                 skipped[self.prompts.name(index)] = str(reason)
         latents: list[dict[Shape, tuple[Shape, Any]]] = [{} for _ in ready]
         for resolution in resolutions:
-            for shape, numbers in by_shape([self.prompts.shape(index, resolution) for index in ready], self.batch_size):
+            batches = list(by_shape([self.prompts.shape(index, resolution) for index in ready], self.batch_size))
+            for shape, numbers in each(batches, "sampling with the teacher: batches", len(batches)):
                 sampled = self.prompts.latents([ready[number] for number in numbers], shape)
                 for number, own in zip(numbers, sampled, strict=True):
                     latents[number][resolution] = shape, own.clone()
         texts = [self.prompts.caption(index) for index in ready]
-        captions = encode_captions(self.prompts.encoder, texts, self.batch_size)
+        captions = zip(texts, encode_captions(self.prompts.encoder, texts, self.batch_size), strict=True)
         names = [self.prompts.name(index) for index in ready]
-        return [Encoded(*sample) for sample in zip(names, texts, captions, latents, strict=True)], skipped
+        return [Encoded(name, (caption,), own) for name, caption, own in zip(names, captions, latents, strict=True)], skipped
 
     def empty_caption(self) -> dict[str, Tensor]:
         return self.prompts.encoder.encode_captions([""])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edit_compile.adapters.denoise import misfit
+from edit_compile.adapters.encoders import captioned_family
 from edit_compile.demo import groups, models, motion, shapes
 from edit_compile.distillation.data.captioned_images import Share
 from edit_compile.distillation.data.registry import DataConfig, register_data
@@ -23,51 +25,57 @@ from edit_compile.errors import DistillError
 Draw = Callable[[random.Random, int], tuple[np.ndarray, str]]
 
 
+class DrawnData(DataConfig):
+    """Samples that are drawn for demo models."""
+
+    caption_dropout: Share = 0.1
+    """The share of samples trained with the empty caption, which guidance needs."""
+
+    def check_model(self, model: nn.Module, base: str | None) -> None:
+        """Accept demo models that were trained on this kind, and models that take the same."""
+        captioned_family(model)
+        _drawing_for(self.kind, model)
+
+    def open(self, context: SourceContext) -> DataSource:
+        """Open the source."""
+        return ShapesSource(_drawing_for(self.kind, context.model), self.caption_dropout, context.model, context.seed)
+
+
 @register_data("shapes")
-class ShapesData(DataConfig):
+class ShapesData(DrawnData):
     """The images of the 32 px demo models."""
 
     kind: Literal["shapes"] = "shapes"
-    caption_dropout: Share = 0.1
-    """The share of samples trained with the empty caption, which guidance needs."""
-
-    def open(self, context: SourceContext) -> DataSource:
-        """Open the source."""
-        return _open(self.kind, self.caption_dropout, context)
 
 
 @register_data("shape-groups")
-class ShapeGroupsData(DataConfig):
+class ShapeGroupsData(DrawnData):
     """The images of the 64 px demo models: groups of textured shapes, drawn at the stage's resolution."""
 
     kind: Literal["shape-groups"] = "shape-groups"
-    caption_dropout: Share = 0.1
-    """The share of samples trained with the empty caption, which guidance needs."""
-
-    def open(self, context: SourceContext) -> DataSource:
-        """Open the source."""
-        return _open(self.kind, self.caption_dropout, context)
 
 
 @register_data("moving-shapes")
-class MovingShapesData(DataConfig):
+class MovingShapesData(DrawnData):
     """The videos of the demo video model: 8 frames."""
 
     kind: Literal["moving-shapes"] = "moving-shapes"
-    caption_dropout: Share = 0.1
-    """The share of samples trained with the empty caption, which guidance needs."""
-
-    def open(self, context: SourceContext) -> DataSource:
-        """Open the source."""
-        return _open(self.kind, self.caption_dropout, context)
 
 
-def _open(kind: str, caption_dropout: float, context: SourceContext) -> DataSource:
-    """Open a kind of data for a demo model that was trained on it."""
-    wanted, draw = _KINDS[models.trained_on(context.model)]
+def _drawing_for(kind: str, model: nn.Module) -> Draw:
+    """Return how samples of a kind are drawn.
+
+    Raises:
+        DistillError: the model takes other latents or conditions, or was trained on another kind.
+    """
+    wanted, draw = _KINDS[models.trained_on(model)]
+    frames = (motion.FRAMES,) if models.draws_video(model) else ()
+    problem = misfit(model, torch.empty(1, 3, *frames, 8, 8, device="meta"), models.conditions(model, [""]))
+    if problem is not None:
+        raise DistillError(f"data.kind: {kind} is made for the demo models: {problem}; give the model's own data in data:")
     if kind != wanted:
-        raise DistillError(f"data.kind: {kind} is not what this {type(context.model).__name__} was trained on; use {wanted}")
-    return ShapesSource(draw, caption_dropout, context.model, context.seed)
+        raise DistillError(f"data.kind: {kind} is not what this {type(model).__name__} was trained on; use {wanted}")
+    return draw
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import json
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
@@ -11,8 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from edit_compile.distillation.data.captioned_images import CaptionedImages
-from edit_compile.distillation.data.records import IMAGE_SUFFIXES, BadSample, Record, caption_in, decoded_text, summarize
+from edit_compile.distillation.data.decode_image import IMAGE_SUFFIXES, MAX_BYTES, looks_like_image
+from edit_compile.distillation.data.records import (
+    BadSample,
+    Record,
+    captions_in,
+    decoded_object,
+    decoded_text,
+    fingerprint_of,
+    printable,
+    summarize,
+)
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.errors import DistillError
 
@@ -30,18 +42,27 @@ class WebDatasetData(CaptionedImages):
     """The ending of the captions' files, and for JSON the key: `txt`, or `json.prompt`. Default: `txt`, else caption, text or
     prompt in `json`."""
 
+    def check_files(self, model: nn.Module) -> None:
+        """Find the shards."""
+        _shards(self.path)
+
     def records(self, skipped: dict[str, str]) -> TarShards:
         """Open the shards; those that cannot be read are added to `skipped`."""
         return TarShards(self.path, self.caption, skipped)
 
 
 @dataclass
-class _Member:
-    """A sample: where each of its files is in the shard, as (offset, bytes) by ending."""
+class _Sample:
+    """Where each of a sample's files is in its shard, as (offset, bytes) by ending."""
 
     shard: Path
     key: str
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def image(self) -> str | None:
+        """The ending of its image."""
+        return next((ending for ending in self.parts if f".{ending}" in IMAGE_SUFFIXES), None)
 
 
 class TarShards:
@@ -53,18 +74,15 @@ class TarShards:
             DistillError: there are no shards, or no samples in them.
         """
         self.caption = caption
-        shards = [Path(file) for each in _expanded(pattern) for file in sorted(glob.glob(each))]  # noqa: PTH207 - the pattern may be absolute
-        if not shards:
-            raise DistillError(f"data.path: no files match {pattern}")
-        self.members = [member for shard in shards for member in _contents(shard, skipped)]
-        if not self.members:
+        self.samples = [sample for shard in _shards(pattern) for sample in _contents(shard, skipped)]
+        if not self.samples:
             raise DistillError(f"data.path: there are no images in {pattern}; {summarize(skipped)}")
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.samples)
 
     def name(self, index: int) -> str:
-        return f"{self.members[index].shard}:{self.members[index].key}"
+        return printable(f"{self.samples[index].shard}:{self.samples[index].key}")
 
     def record(self, index: int) -> Record:
         """Return a sample's record.
@@ -72,20 +90,25 @@ class TarShards:
         Raises:
             BadSample: it has no caption, or its bytes are missing.
         """
-        member = self.members[index]
-        image = next(ending for ending in member.parts if f".{ending}" in IMAGE_SUFFIXES)
-        return Record(self.name(index), _read(member, image), self._caption(member))
+        sample = self.samples[index]
+        return Record(self.name(index), _read(sample, sample.image or ""), self._captions(sample))
 
-    def _caption(self, member: _Member) -> str:
-        ending, _, key = (self.caption or ("txt" if "txt" in member.parts else "json")).partition(".")
-        text = decoded_text(_read(member, ending))
+    def fingerprint(self) -> str:
+        return fingerprint_of((sample.shard.name, sample.key, sorted(sample.parts.items())) for sample in self.samples)
+
+    def _captions(self, sample: _Sample) -> tuple[str, ...]:
+        ending, _, key = (self.caption or ("txt" if "txt" in sample.parts else "json")).partition(".")
+        content = _read(sample, ending)
         if ending != "json":
-            return caption_in({"caption": text})
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise BadSample(f"its json is not valid JSON: {error}") from error
-        return caption_in(fields if isinstance(fields, dict) else {"json": fields}, key or None)
+            return captions_in({"caption": decoded_text(content)})
+        return captions_in(decoded_object(content), key or None)
+
+
+def _shards(pattern: str) -> list[Path]:
+    found = [Path(file) for each in _expanded(pattern) for file in sorted(glob.glob(each))]  # noqa: PTH207 - the pattern may be absolute
+    if not found:
+        raise DistillError(f"data.path: no files match {pattern}")
+    return found
 
 
 def _expanded(pattern: str) -> Iterator[str]:
@@ -99,28 +122,76 @@ def _expanded(pattern: str) -> Iterator[str]:
         yield from _expanded(f"{pattern[: found.start()]}{number:0{len(first)}d}{pattern[found.end() :]}")
 
 
-def _contents(shard: Path, skipped: dict[str, str]) -> list[_Member]:
-    """List the samples of a shard that have an image. If the shard is cut off, those before the end."""
-    members: dict[str, _Member] = {}
+def _contents(shard: Path, skipped: dict[str, str]) -> list[_Sample]:
+    """List the samples of a shard that have an image; others are added to `skipped`. If the shard is cut off, those before its end."""
+    samples: dict[str, _Sample] = {}
+    for name, place in _regular_files(shard, skipped).items():
+        folder, slash, file = name.rpartition("/")
+        key, _, ending = file.partition(".")
+        samples.setdefault(folder + slash + key, _Sample(shard, folder + slash + key)).parts[ending.lower()] = place
+    for sample in list(samples.values()):
+        _separate(sample, samples)
+    for sample in samples.values():
+        if sample.image is None:
+            skipped[printable(f"{shard}:{sample.key}")] = f"it has {', '.join(sample.parts)}, but no image of a kind that is read"
+    return [sample for sample in samples.values() if sample.image is not None]
+
+
+def _separate(sample: _Sample, samples: dict[str, _Sample]) -> None:
+    """Make samples of their own of a sample's files whose names differ before their last dot: `a.final.png`, `a.final.txt`.
+
+    By WebDataset's convention a name's key ends at its first dot, and `a.depth.png` is a part of sample `a`. It stays one where
+    nothing but its last ending would be `a.depth`'s.
+    """
+    longer: dict[str, dict[str, tuple[int, int]]] = {}
+    for ending, place in sample.parts.items():
+        more, dot, last = ending.rpartition(".")
+        if dot:
+            longer.setdefault(more, {})[last] = place
+    for more, parts in longer.items():
+        own = _Sample(sample.shard, f"{sample.key}.{more}", parts)
+        if own.image is not None and len(parts) > 1:
+            samples[own.key] = own
+            for ending in parts:
+                del sample.parts[f"{more}.{ending}"]
+    if not sample.parts:
+        del samples[sample.key]
+
+
+def _regular_files(shard: Path, skipped: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """List the files of a shard by name, as (offset, bytes); links are what they lead to in the shard."""
+    places: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
     try:
+        if not shard.is_file():
+            raise OSError("it is not a regular file")
         with tarfile.open(shard, "r:") as tar:
             while (file := tar.next()) is not None:
-                folder, _, name = file.name.rpartition("/")
-                key, _, ending = name.partition(".")
-                if file.isfile() and key:
-                    path = f"{folder}/{key}" if folder else key
-                    members.setdefault(path, _Member(shard, path)).parts[ending.lower()] = (file.offset_data, file.size)
-    except (tarfile.TarError, OSError) as error:
-        skipped[str(shard)] = f"it cannot be read{f' after {len(members)} samples' if members else ''}: {error}"
-    return [member for member in members.values() if any(f".{ending}" in IMAGE_SUFFIXES for ending in member.parts)]
+                if file.issym() or file.islnk():
+                    links[file.name] = file.linkname if file.islnk() else posixpath.join(posixpath.dirname(file.name), file.linkname)
+                elif file.isfile() and not file.issparse() and not posixpath.basename(file.name).startswith("."):
+                    places[file.name] = (file.offset_data, file.size)
+                elif looks_like_image(file.name):
+                    skipped[printable(f"{shard}:{file.name}")] = "it is hidden, or not a regular file"
+    except (tarfile.TarError, OSError, ValueError) as error:
+        skipped[printable(shard)] = f"it cannot be read{f' after {len(places)} files' if places else ''}: {error}"
+    for name, target in links.items():
+        place = places.get(posixpath.normpath(target))
+        if place is not None:
+            places[name] = place
+        elif looks_like_image(name):
+            skipped[printable(f"{shard}:{name}")] = f"it is a link to {printable(target)}, which is no file of the shard"
+    return places
 
 
-def _read(member: _Member, ending: str) -> bytes:
-    if ending not in member.parts:
-        raise BadSample(f"it has no {ending}, but {', '.join(member.parts)}")
-    offset, size = member.parts[ending]
+def _read(sample: _Sample, ending: str) -> bytes:
+    if ending not in sample.parts:
+        raise BadSample(f"it has no {ending}, but {', '.join(sample.parts)}")
+    offset, size = sample.parts[ending]
+    if size > MAX_BYTES:
+        raise BadSample(f"its {ending} has {size:,} bytes, more than {MAX_BYTES:,}")
     try:
-        with member.shard.open("rb") as file:
+        with sample.shard.open("rb") as file:
             file.seek(offset)
             content = file.read(size)
     except OSError as error:

@@ -1,0 +1,132 @@
+"""How fast this machine's own kernels are: measured in a few seconds, and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+
+from edit_compile.bench.machine import cpu
+from edit_compile.bench.turns import seconds_of
+from edit_compile.designs.ops.parts import Part, Softmax
+from edit_compile.files import write_text
+from edit_compile.frozen import Frozen
+
+_SIDES = (512, 1024, 2048, 4096)  # of products
+_SOFTMAX = (1, 8, 2048, 64)
+_IMAGE = (1, 512, 64, 64)
+_LONG = 0.2  # seconds, after which larger products are not tried
+_DEPTHWISE = 27  # products of so few terms are depthwise convolutions
+
+
+class Roofline(Frozen):
+    """Rates of a device, for one type of numbers.
+
+    Attributes:
+        product, softmax, depthwise: FLOPs a second of matrix products, fused attention and depthwise 3x3 convolutions.
+        bandwidth: bytes a second that a pointwise operation reads and writes.
+        overhead: seconds that the smallest operation takes.
+    """
+
+    device: str
+    threads: int
+    torch_version: str
+    dtype: str
+    product: float
+    softmax: float
+    depthwise: float
+    bandwidth: float
+    overhead: float
+
+    @property
+    def number_type(self) -> torch.dtype:
+        """The type of the numbers."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def seconds(self, part: Part) -> float:
+        """Predict the seconds of a part of a design."""
+        if isinstance(part, Softmax):
+            return max(self.overhead, part.flops / self.softmax)
+        if part.inner <= _DEPTHWISE:
+            return max(self.overhead, part.flops / self.depthwise)
+        written = part.count * part.rows * part.columns * self.number_type.itemsize / self.bandwidth
+        return max(self.overhead, part.flops / self.product, written)
+
+
+def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Read the rates of a device, or measure them if that was not done before with this version of torch and as many threads."""
+    found = known_roofline(device, dtype)
+    if found is None:
+        found = _measured(device, dtype)
+        with suppress(OSError, RuntimeError):  # a home that cannot be written, or none: they are measured again next time
+            _file(device, dtype).parent.mkdir(parents=True, exist_ok=True)
+            write_text(_file(device, dtype), found.model_dump_json(indent=2))
+    return found
+
+
+def known_roofline(device: torch.device, dtype: torch.dtype) -> Roofline | None:
+    """Read the rates of a device; None if they were not measured."""
+    try:
+        return Roofline.model_validate_json(_file(device, dtype).read_bytes())
+    except (OSError, RuntimeError, ValidationError):  # RuntimeError: the user has no home
+        return None
+
+
+def known_rates() -> Roofline | None:
+    """Read the rates of this machine's GPU, or of its CPU if there is none: of the smallest type of numbers that was measured."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = (known_roofline(device, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
+    return next((rates for rates in found if rates is not None), None)
+
+
+def _conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu() if device.type == "cpu" else str(device)
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _file(device: torch.device, dtype: torch.dtype) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edit_compile"
+    number = hashlib.sha256(repr(_conditions(device, dtype)).encode()).hexdigest()[:16]
+    return folder / f"roofline-{number}.json"
+
+
+@torch.no_grad()
+def _measured(device: torch.device, dtype: torch.dtype) -> Roofline:
+    make = partial(torch.randn, device=device, dtype=dtype)
+    product = 0.0
+    for side in _SIDES:
+        seconds = _best(partial(torch.mm, make(side, side), make(side, side)), device)
+        product = max(product, 2 * side**3 / seconds)
+        if seconds > _LONG:
+            break
+    batch, heads, tokens, channels = _SOFTMAX
+    query = make(*_SOFTMAX)
+    softmax = Softmax(tokens, tokens, channels, channels, batch * heads).flops / _best(
+        partial(F.scaled_dot_product_attention, query, query, query), device
+    )
+    image, kernel = make(*_IMAGE), make(_IMAGE[1], 1, 3, 3)
+    depthwise = 18 * image.numel() / _best(partial(F.conv2d, image, kernel, padding=1, groups=_IMAGE[1]), device)
+    numbers = make(2**24)
+    bandwidth = 2 * numbers.numel() * dtype.itemsize / _best(partial(torch.add, numbers, 1), device)
+    overhead = _best(partial(torch.add, make(1), 1), device, repeats=100)
+    rates: dict[str, Any] = {"product": product, "softmax": softmax, "depthwise": depthwise, "bandwidth": bandwidth, "overhead": overhead}
+    return Roofline(**_conditions(device, dtype), **rates)
+
+
+def _best(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+    call()
+    return min(seconds_of(call, device, repeats) for _ in range(3))

@@ -1,0 +1,288 @@
+"""Options and arguments that several commands have, what they complete to, and what is checked of them before anything is loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from edit_compile.adapters.model_names import architectures, check_name, without_address
+from edit_compile.demo.names import SOURCES
+from edit_compile.distillation.ranking.budget import BUDGET_FORMS
+from edit_compile.distillation.recipe.names import find_recipe, model_of, shipped_recipes
+from edit_compile.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from edit_compile.config import LinearizeConfig
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """`1024`, a square, or `HEIGHTxWIDTH`, in pixels; of videos `FRAMESxHEIGHTxWIDTH`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        numbers = str(value).lower().split("x")
+        if len(numbers) > 3 or not all(number.isdecimal() and int(number) for number in numbers):
+            self.fail(f"{value!r} is neither PX nor HEIGHTxWIDTH nor, of videos, FRAMESxHEIGHTxWIDTH", param, ctx)
+        return tuple(map(int, numbers * 2 if len(numbers) == 1 else numbers))
+
+
+class TokenCount(click.ParamType):  # type: ignore[type-arg]
+    """A number of image tokens, or one of the words for how to find it."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        if not text.isdecimal() and text not in ("predicted", "measured"):
+            self.fail(f"{value!r} is neither a number of image tokens nor 'predicted' or 'measured'", param, ctx)
+        return int(text) if text.isdecimal() else text
+
+
+class Name(click.ParamType):  # type: ignore[type-arg]
+    """A name of one of these, or a path."""
+
+    def __init__(self, name: str, known: Callable[[], Iterable[str]]) -> None:
+        self.name, self.known = name, known
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete to the names, and let the shell complete to files."""
+        return [CompletionItem(each) for each in self.known() if each.startswith(incomplete)] + [CompletionItem(incomplete, type="file")]
+
+
+def _models() -> Iterable[str]:
+    return (*SOURCES, *(f"arch/{name}" for name in architectures()), *shipped_recipes())
+
+
+def _designs() -> Iterable[str]:
+    from edit_compile.designs import design_names
+
+    return ("auto", *design_names())
+
+
+MODEL, RECIPE, DESIGN = Name("model", _models), Name("recipe", shipped_recipes), Name("name", _designs)
+
+
+class _DesignOption(click.Option):
+    """`--design`, whose help names the designs that are registered when it is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from edit_compile.designs import design_names
+
+        self.help = f"auto, or one of: {', '.join(design_names())}"
+        return super().get_help_record(ctx)
+
+
+def model_argument(resolve: Callable[[str], str], what: str) -> Decorator:
+    """Add MODEL and --model, of which one must be given; the command gets what it stands for as `model`.
+
+    Args:
+        what: it may be, for the help.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def wrapped(model: str | None, model_option: str | None, **options: Any) -> Any:
+            if (model is None) == (model_option is None):
+                raise click.UsageError("give one model, as MODEL or as --model MODEL")
+            return command(model=resolve(str(model or model_option)), **options)
+
+        option = click.option("--model", "model_option", type=MODEL, metavar="MODEL", help=what)
+        return click.argument("model", type=MODEL, required=False)(option(wrapped))
+
+    return decorate
+
+
+def original_model(name: str) -> str:
+    """Return what a model is loaded by: of a recipe's name the recipe's model, of a hub page's address the id.
+
+    Raises:
+        ModelNotFoundError: it cannot be a model; names the most similar one.
+    """
+    name = without_address(name)
+    if not Path(name).exists() and name in shipped_recipes():
+        return model_of(name)
+    check_name(name, shipped_recipes())
+    return name
+
+
+def converted_model(name: str) -> str:
+    """Return the folder of a converted model: of a recipe's name the folder that `distill` writes, of a hub page's address the id."""
+    name = without_address(name)
+    run = Path("runs") / name
+    return str(run) if not Path(name).exists() and name in shipped_recipes() and run.is_dir() else name
+
+
+original_model_argument = model_argument(
+    original_model, "hub id or page, folder, config.json, demo/NAME, arch/NAME, timm/NAME or a recipe's name"
+)
+converted_model_argument = model_argument(
+    converted_model,
+    "the folder of a checkpoint, its pipeline or a finished run, the hub id of one, or the name of a recipe whose run is in runs/",
+)
+
+
+def conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the model's name and the options of a conversion; call the command with `model`, `config` and `example_inputs`.
+
+    Both come as functions: what makes them imports torch.
+    """
+
+    @functools.wraps(command)
+    def wrapped(
+        model: str,
+        design: str,
+        settings: tuple[str, ...],
+        include: tuple[str, ...],
+        exclude: tuple[str, ...],
+        inputs_file: Path | None,
+        ranking: Path | None,
+        sites: str | None,
+        **options: Any,
+    ) -> Any:
+        given: dict[str, Any] = {**({"design": design} if design != "auto" else {}), **({"include": include} if include else {})}
+        given |= {**_settings(settings), **({"exclude": exclude} if exclude else {})}
+        given |= {name: value for name, value in (("ranking", ranking), ("sites", sites)) if value is not None}
+        _check_design(design)
+        if inputs_file is not None and not inputs_file.is_file():
+            raise ConfigError(f"--example-inputs {inputs_file}: there is no such file")
+        config = functools.partial(_config, **given)
+        return command(model=model, config=config, example_inputs=functools.partial(_example_inputs, inputs_file), **options)
+
+    options = [
+        original_model_argument,
+        click.option("--design", cls=_DesignOption, type=DESIGN, metavar="NAME", default="auto", show_default=True),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="an option of the designs, as in YAML; repeatable"),
+        click.option("--include", multiple=True, metavar="GLOB", help="over module paths; repeatable; default: *"),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="over module paths; repeatable"),
+        click.option(
+            "--example-inputs",
+            "inputs_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="YAML with the arguments of one forward, x: {shape: [2, 4, 12, 20]}; pipelines and known models need none",
+        ),
+        click.option(
+            "--ranking", type=click.Path(path_type=Path), metavar="FILE", help="convert the sites that a ranking chooses; see `rank`"
+        ),
+        click.option("--sites", metavar="BUDGET", help=f"which of them: {BUDGET_FORMS}; default: all"),
+    ]
+    return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
+
+
+def _check_design(name: str) -> None:
+    """Refuse an unknown design, with the most similar ones."""
+    from edit_compile.designs import AUTO, KEEP, design_names, find_design
+
+    if name not in (AUTO, KEEP, *design_names()):
+        find_design(name)
+
+
+def _example_inputs(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    from edit_compile.adapters.input_file import read_example_inputs
+
+    return read_example_inputs(file)
+
+
+def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
+    from edit_compile.yaml_text import parse_yaml
+
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {setting!r}: write KEY=VALUE")
+        if name in ("design", "include", "exclude", "ranking", "sites"):
+            raise ConfigError(f"--set {setting}: this is the option --{name}")
+        try:
+            found[name] = parse_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"--set {setting}: the value {error}") from None
+    return found
+
+
+def _config(**options: Any) -> LinearizeConfig:
+    from edit_compile.config import LinearizeConfig
+
+    if "ranking" not in options and "sites" not in options:
+        return LinearizeConfig(**options)
+    from edit_compile.distillation.ranking.ranking import resolve_ranking
+
+    return resolve_ranking(options)
+
+
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="type to load weights in"
+)
+
+
+def recipe_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add RECIPE, --model and --set; call the command with `recipe`, a name or file that is there, and `overrides`."""
+
+    @functools.wraps(command)
+    def wrapped(recipe: str, model_option: str | None, overrides: tuple[str, ...], **options: Any) -> Any:
+        find_recipe(recipe)
+        chosen = [] if model_option is None else [("model", original_model(model_option))]
+        return command(recipe=recipe, overrides=(*chosen, *overrides), **options)
+
+    options = [
+        click.argument("recipe", type=RECIPE),
+        click.option("--model", "model_option", type=MODEL, metavar="MODEL", help="instead of the recipe's model"),
+        overrides_option,
+    ]
+    return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
+
+
+overrides_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change the recipe, for example stages.0.steps=500; repeatable"
+)
+
+
+def read_list(option: str, text: str) -> list[Any]:
+    """Read an option's list, in YAML, with or without its brackets.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    from edit_compile.yaml_text import parse_yaml
+
+    try:
+        return list(parse_yaml(text if text.lstrip().startswith("[") else f"[{text}]"))
+    except ValueError as error:
+        raise ConfigError(f"{option} {text} {error}") from None
+
+
+def check_folder(folder: Path, option: str = "-o") -> None:
+    """Refuse a folder that cannot be written, before anything is loaded. What is made to find out is removed again.
+
+    Args:
+        option: with which another one can be chosen.
+
+    Raises:
+        CheckpointError: it is a file, or cannot be made or written.
+    """
+    import tempfile
+
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, not a folder; choose another with {option}")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}; choose another folder with {option}") from None
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()

@@ -1,0 +1,81 @@
+"""`edit-compile compare` and `report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from edit_compile.cli.command import Command, print_json, say
+from edit_compile.cli.parameters import Size
+from edit_compile.errors import EditCompileError, Interrupted
+from edit_compile.progress import working
+from edit_compile.stop_signals import stopped_status
+
+
+@click.command(
+    cls=Command,
+    examples="""compare designs-dit-64 -o study
+compare study.yaml -o study --only baseline
+compare runs/one runs/another --latency 1024""",
+)
+@click.argument("paths", nargs=-1, required=True, metavar="STUDY | RUN...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="default: runs/ and the study's name, or runs/comparison")
+@click.option("--only", multiple=True, metavar="NAME", help="do the cells of this configuration alone; repeatable")
+@click.option("--samples", type=click.IntRange(min=0), help="of runs: held-out captions that a demo model draws; default: 100")
+@click.option(
+    "--latency", "sizes", multiple=True, type=Size(), help="of runs: time a forward at PX or [FRAMESx]HEIGHTxWIDTH as well; repeatable"
+)
+@click.option("--table", is_flag=True, help="print what was found before, and do nothing")
+def compare(
+    paths: tuple[str, ...],
+    output: Path | None,
+    only: tuple[str, ...],
+    samples: int | None,
+    sizes: tuple[tuple[int, ...], ...],
+    table: bool,
+    as_json: bool,
+) -> None:
+    """Compare ways to convert and distil a model: tables and a gallery.
+
+    STUDY: a YAML file, or the name of a shipped study; its cells are trained and measured, those that are done are not done again.
+    RUN: folders of finished runs.
+    """
+    if table and (only or samples is not None or sizes):
+        raise click.UsageError("--table prints what was found before: --only, --samples and --latency have no effect")
+    with working("importing PyTorch"):
+        from edit_compile.study.compare import Request, read_results, written
+        from edit_compile.study.console import print_results
+    parent = click.get_current_context().parent
+    request = Request(paths, output, only, samples, sizes, parent.params["modules"] if parent is not None else ())
+    try:
+        results = read_results(request.folder) if table else request.run(say)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        click.echo(f"{str(stopped) or 'stopped'}. To continue: {request.command}", err=True)
+        sys.exit(stopped_status())
+    if as_json:
+        click.echo(results.model_dump_json(indent=2))
+    else:
+        print_results(results)
+        say(f"in {request.folder}: {', '.join(written(request.folder))}")
+    if results.failed and not table:
+        raise EditCompileError(f"{len(results.failed)} of the cells failed; comparing again tries them again: {request.command}")
+
+
+@click.command(
+    cls=Command,
+    examples="""report runs/demo-dit
+report runs/demo-dit -o for-a-friend.html""",
+)
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="default: report.html in the folder")
+def report(run: Path, output: Path | None, as_json: bool) -> None:
+    """Make one HTML page of a finished RUN: errors, images, losses, speed, plan and recipe. Training does so at its end."""
+    with working("importing PyTorch"):
+        from edit_compile.distillation.output.html_report import write_report
+    path = write_report(run, output)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        click.echo(f"written to {path}")

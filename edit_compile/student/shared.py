@@ -1,0 +1,94 @@
+"""Telling whether weights are still what they were at conversion, at no cost where nothing was written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from edit_compile.student.fingerprint import TensorPrint, checksum, close, fingerprint
+from edit_compile.torch_internals import change_count, is_lazy_copy, is_sharded, memory_id
+
+
+class _Place(NamedTuple):
+    """Where a tensor's values are, and whether and how often they were written to there."""
+
+    memory: int
+    writes: int | None
+    is_lazy: bool
+
+
+class _Known(NamedTuple):
+    """One weight: its dtype, the sum of its bits (None if that is lost), a few values, and where these were seen last."""
+
+    dtype: torch.dtype
+    checksum: int | None
+    values: TensorPrint
+    seen: _Place
+
+
+class SharedWeights:
+    """Knows weights by the memory that they are in, and by their values where that was moved or written to."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+
+    def copy(self) -> SharedWeights:
+        """Copy what is known, for a copy of the model."""
+        copied = SharedWeights()
+        copied._known = dict(self._known)
+        return copied
+
+    def record(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what weights are now, by name, for what they are to be. Those that have no values here are left out."""
+        found = {name: tensor for name, tensor in tensors.items() if has_values(tensor)}
+        values = fingerprint(found)
+        self._known |= {name: _Known(t.dtype, checksum(t), values[name], _place(t)) for name, t in found.items()}
+
+    def follow(self, tensors: Mapping[str, Tensor], lost: Collection[str]) -> None:
+        """Note that weights were moved or cast.
+
+        Args:
+            tensors: by name.
+            lost: names of those that had been written to before.
+        """
+        moved = {name: tensor for name, tensor in tensors.items() if name in self._known and has_values(tensor)}
+        self.record({name: tensor for name, tensor in moved.items() if tensor.dtype != self._known[name].dtype})
+        for name, tensor in moved.items():
+            now = self._known[name]
+            self._known[name] = now._replace(checksum=None) if name in lost else now._replace(seen=_place(tensor))
+
+    def written(self, tensors: Mapping[str, Tensor], *, thoroughly: bool = False) -> list[str]:
+        """Name the weights that are not what they were.
+
+        Args:
+            tensors: by name.
+            thoroughly: compare the values of all that are no lazy copies any more; otherwise, of these, only those that were moved or
+                written to since they were compared last. Writing through `.data` does not count.
+        """
+        known = (name for name, tensor in tensors.items() if name in self._known and has_values(tensor))
+        return [name for name in known if self._differs(name, tensors[name], thoroughly)]
+
+    def _differs(self, name: str, tensor: Tensor, thoroughly: bool) -> bool:
+        known, place = self._known[name], _place(tensor)
+        if known.checksum is None:
+            return True
+        if place == known.seen and (place.is_lazy or not thoroughly):
+            return False
+        same_dtype = tensor.dtype == known.dtype
+        precision = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() and not same_dtype else 0.0
+        if (same_dtype and checksum(tensor) != known.checksum) or not close(known.values, fingerprint({name: tensor})[name], precision):
+            return True
+        self._known[name] = known._replace(seen=place)
+        return False
+
+
+def _place(tensor: Tensor) -> _Place:
+    return _Place(memory_id(tensor), change_count(tensor), is_lazy_copy(tensor))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Say whether a tensor's values are here, in a form that can be read."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_sharded(tensor)
