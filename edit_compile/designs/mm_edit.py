@@ -47,7 +47,7 @@ class MMEdit(Edit):
         """
 
         eta: Literal["ratio", "exact", "calibrated"] = "exact"
-        text_keys: Literal["full", "compressed"] = "full"
+        text_keys: Literal["full", "compressed"] = "compressed"
 
     @classmethod
     def accepts(cls, site: Site, options: Any) -> Verdict:

@@ -86,7 +86,7 @@ def qwen_by_hand(layers, rows, columns, text, reduction=None):
     else:
         block += 2.0 * n * c * (c / reduction) * (9 + 1) + 2 * 2.0 * compressed * 9 * c
         block += 2.0 * c * (compressed * head + n * head + n)  # linear attention between image tokens
-        block += 2 * 2.0 * c * text * (n + everything)  # softmax: image rows over text keys, text rows over all keys
+        block += 2 * 2.0 * c * text * (n + compressed + text)  # softmax: image rows over text keys, text rows over compressed ones and text
     ends = 2.0 * n * patch * c + 2.0 * text * 3584 * c + 2.0 * n * c * patch + 2.0 * c * (256 + c) + 2.0 * c * 2 * c
     return layers * block + ends
 

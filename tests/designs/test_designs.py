@@ -173,7 +173,7 @@ def test_a_design_brings_others_to_sites_beside_its_own():
         unregister("brings")
 
 
-@pytest.mark.parametrize("name", ["auto", "keep", "edit"])
+@pytest.mark.parametrize("name", ["auto", "fast", "keep", "edit"])
 def test_names_that_mean_something_are_taken(name):
     with pytest.raises(ConfigError, match=f"a design named '{name}' exists already"):
         register(type("Other", (Nothing,), {"name": name}))
@@ -235,14 +235,14 @@ def test_no_attention_is_known_but_not_offered():
 
 
 def test_an_unknown_design_suggests_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown design 'mm-edt': did you mean 'mm-edit'\? there are: edit, mm-edit"):
+    with pytest.raises(ConfigError, match=r"unknown design 'mm-edt'; did you mean mm-edit\? there are: edit, mm-edit"):
         find_design("mm-edt")
 
 
 BAD_CONFIGS = {
     "an option of no design": (
         {"reduktion": 2},
-        r"unknown option 'reduktion': did you mean 'reduction'\? there are: design, include, .*eta",
+        r"unknown option 'reduktion'; did you mean reduction\? there are: design, include, .*eta",
     ),
     "an option of another design": ({"design": "edit", "eta": "ratio"}, "unknown option 'eta'"),
     "a value": ({"reduction": 0}, "reduction=0: input should be greater than 0"),
@@ -250,6 +250,15 @@ BAD_CONFIGS = {
     "rules and a design": ({"rules": (Rule(design="edit"),), "design": "edit"}, "give either rules or a design and its options"),
     "everything kept": ({"design": "keep"}, "design='keep' converts nothing"),
 }
+
+
+def test_fast_is_auto_with_options_of_its_own():
+    auto, fast, other = (LinearizeConfig(**given).choices() for given in ({}, {"design": "fast"}, {"design": "fast", "reduction": 2}))
+    assert [choice.design for choice in auto] == [choice.design for choice in fast]
+    assert [choice.options.reduction for choices in (auto, fast, other) for choice in choices] == [4, 4, 8, 8, 2, 2]
+    assert [choice.options for choice in fast] == [choice.options.model_copy(update={"reduction": 8}) for choice in auto]
+    with pytest.raises(ConfigError, match="unknown option 'factor'"):
+        LinearizeConfig(design="fast", factor=2)
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
@@ -270,8 +279,9 @@ def test_impossible_configurations_are_refused(case):
             r"did you mean 'reduction'\? there are: reduction, query, key, value, features, identity, temporal, temporal_stride$",
         ),
         ({"design": "auto"}, "design='auto' is not for rules: give a rule for each of mm-edit, edit"),
+        ({"design": "fast"}, "design='fast' is not for rules: give a rule for each of mm-edit, edit"),
         ({}, "^design is missing: it has no default$"),
-        ({"design": "edit", "path": "*"}, r"unknown option 'path': did you mean 'paths'\?"),
+        ({"design": "edit", "path": "*"}, r"unknown option 'path'; did you mean paths\?"),
     ],
 )
 def test_impossible_rules_are_refused(rule, message):
