@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -48,21 +53,21 @@ STAGES = {
 }
 
 
-def stage_at(name: str, step: int) -> Stage:
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     """Return the stage that a step, counted from 0 over all stages, belongs to."""
-    for stage in STAGES[name]:
+    for stage in stages:
         if step < stage.steps:
             return stage
         step -= stage.steps
-    raise ValueError(f"{name} is trained for fewer steps")
+    raise ValueError("the stages have fewer steps")
 
 
-def batch(name: str, step: int, seed: int) -> tuple[Tensor, list[str]]:
+def batch(name: str, stages: Sequence[Stage], seed: int, step: int) -> tuple[Tensor, list[str]]:
     """Make a step's images (B, 3, H, W), or clips (B, 3, 8, 24, 24), in [-1, 1], and captions, a tenth of them empty.
 
-    All is a function of name, step and seed alone.
+    All is a function of the arguments alone.
     """
-    rng, stage = random.Random(seed * 1_000_003 + step), stage_at(name, step)
+    rng, stage = random.Random(seed * 1_000_003 + step), stage_at(stages, step)
     pairs = [_sample(name, stage.side, rng) for _ in range(stage.batch)]
     pixels = torch.from_numpy(np.stack([drawn for drawn, _ in pairs])).movedim(-1, 1) * 2 - 1
     return pixels, ["" if rng.random() < 0.1 else caption for _, caption in pairs]
@@ -163,40 +168,85 @@ def adherence_of(name: str) -> Any:
     return group_adherence if name in models.LARGE_NAMES else prompt_adherence
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=models.NAMES)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    steps = sum(stage.steps for stage in STAGES[args.name])
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+def drawn_ahead(draw: Callable[[int], tuple[Tensor, list[str]]], steps: range, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Draw the batches of steps in order, some steps ahead in so many processes; with none, as they are asked for."""
+    if not workers:
+        yield from map(draw, steps)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        waiting: deque[Future[tuple[np.ndarray, list[str]]]] = deque()
+        for step in steps:
+            waiting.append(pool.submit(_as_array, draw, step))
+            if len(waiting) > 2 * workers:
+                yield _as_tensor(*waiting.popleft().result())
+        while waiting:
+            yield _as_tensor(*waiting.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    model = models.untrained(args.name)
+
+def _as_array(draw: Callable[[int], tuple[Tensor, list[str]]], step: int) -> tuple[np.ndarray, list[str]]:
+    """Draw a batch in another process: tensors would come from there through shared memory, of which there may be little."""
+    pixels, captions = draw(step)
+    return pixels.numpy(), captions
+
+
+def _as_tensor(pixels: np.ndarray, captions: list[str]) -> tuple[Tensor, list[str]]:
+    return torch.from_numpy(pixels), captions
+
+
+def train(
+    model: Any,
+    stages: Sequence[Stage],
+    draw: Callable[[int], tuple[Tensor, list[str]]],
+    folder: Path,
+    *,
+    rate: float = 2e-3,
+    seed: int = 0,
+    save_every: int = 250,
+    device: str = "cpu",
+    workers: int = 0,
+    compiled: bool = True,
+    until: float = float("inf"),
+    saved: Callable[[int, Any], None] = lambda step, averaged: None,
+) -> int:
+    """Train a demo model in stages, or go on with what is in the folder: its state in `state.safetensors`, the average in `model`.
+
+    Args:
+        draw: the images and captions of a step.
+        device: on a GPU forwards are in bfloat16.
+        workers: processes that draw.
+        until: when to save and stop, on the monotonic clock.
+        saved: called with the number of steps done and the averaged model after it was saved.
+
+    Returns:
+        The number of steps done, of all stages.
+    """
+    steps, half = sum(stage.steps for stage in stages), torch.device(device).type == "cuda"
+    model.to(device)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimizers = optimizers_for(model, args.lr)
-    state_file = args.out / "state.safetensors"
+    optimizers = optimizers_for(model, rate)
+    state_file = folder / "state.safetensors"
     start = load_state(state_file, model, ema, optimizers) if state_file.exists() else 0
-    step_model = torch.compile(model, dynamic=False)
+    step_model = torch.compile(model, dynamic=False) if compiled else model
 
-    recent, clock = [], time.monotonic()
-    for step in range(start, steps):
-        stage = stage_at(args.name, step)
-        rate = min(1, step / 200, (1 - step / steps) / COOL_DOWN) * args.lr
+    recent, clock, done = list[Tensor](), time.monotonic(), start
+    for step, (images, captions) in zip(range(start, steps), drawn_ahead(draw, range(start, steps), workers), strict=True):
+        now = min(1, step / 200, (1 - step / steps) / COOL_DOWN) * rate
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = rate
-        images, captions = batch(args.name, step, args.seed)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            group["lr"] = now
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         noise = torch.randn(images.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(len(images), generator=generator) + stage.shift)
+        sigma = torch.sigmoid(torch.randn(len(images), generator=generator) + stage_at(stages, step).shift)
+        condition = models.conditions(model, captions)
+        images, noise, sigma, condition = pytree.tree_map(
+            lambda x: x.to(device) if isinstance(x, Tensor) else x, (images, noise, sigma, condition)
+        )
         x = torch.lerp(images, noise, sigma.view(-1, *[1] * (images.ndim - 1)))
-        velocity = models.predict(step_model, x, sigma, models.conditions(model, captions))
-        loss = (velocity - (noise - images)).square().mean()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+            velocity = models.predict(step_model, x, sigma, condition)
+        loss = (velocity.float() - (noise - images)).square().mean()
         model.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -206,19 +256,47 @@ def main() -> None:
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else ema[name].copy_(value)
-        recent.append(loss.item())
-        if (step + 1) % 100 == 0:
-            row = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": round(time.monotonic() - clock, 1)}
+        recent.append(loss.detach())
+        done = step + 1
+        if done % 100 == 0:
+            row = {"step": done, "loss": torch.stack(recent).mean().item(), "seconds": round(time.monotonic() - clock, 1)}
             print(json.dumps(row), flush=True)
             recent = []
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            save_state(state_file, step + 1, model, ema, optimizers)
-            averaged = models.untrained(args.name)
+        over = time.monotonic() > until
+        if done % save_every == 0 or done == steps or over:
+            save_state(state_file, done, model, ema, optimizers)
+            averaged = type(model).from_config(dict(model.config))
             averaged.load_state_dict(ema)
-            averaged.eval().save_pretrained(args.out / "model")
-            if ((step + 1) % (4 * args.save_every) == 0 and stage is STAGES[args.name][-1]) or step + 1 == steps:
-                found = adherence_of(args.name)(averaged, 20 if step + 1 < steps else 200)
-                print(json.dumps({"step": step + 1, **found.to_dict()}), flush=True)
+            averaged.eval().save_pretrained(folder / "model")
+            saved(done, averaged)
+        if over:
+            break
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=models.NAMES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    stages = STAGES[args.name]
+    steps = sum(stage.steps for stage in stages)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def measure(step: int, averaged: Any) -> None:
+        if (step % (4 * args.save_every) == 0 and stage_at(stages, step - 1) is stages[-1]) or step == steps:
+            found = adherence_of(args.name)(averaged, 20 if step < steps else 200)
+            print(json.dumps({"step": step, **found.to_dict()}), flush=True)
+
+    draw = partial(batch, args.name, stages, args.seed)
+    options = {"rate": args.lr, "seed": args.seed, "save_every": args.save_every}
+    train(models.untrained(args.name), stages, draw, args.out, **options, saved=measure)
 
 
 if __name__ == "__main__":

@@ -171,10 +171,12 @@ def sample(
         ValueError: a caption has unknown words, or too many.
     """
     frames, side = (motion.FRAMES,) if draws_video(model) else (), trained_on(model).side
-    x = torch.randn(len(captions), 3, *frames, height or side, width or side, generator=torch.Generator().manual_seed(seed))
+    device = next(model.parameters()).device
+    x = torch.randn(len(captions), 3, *frames, height or side, width or side, generator=torch.Generator().manual_seed(seed)).to(device)
     condition = conditions(model, [*captions, *[""] * len(captions)])
-    sigmas = torch.linspace(1, 0, steps + 1)
+    condition = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in condition.items()}
+    sigmas = torch.linspace(1, 0, steps + 1, device=device)
     for now, after in itertools.pairwise(sigmas):
         v, v_empty = predict(model, torch.cat([x, x]), now.expand(2 * len(x)), condition).chunk(2)
         x = x + (after - now) * (v_empty + guidance * (v - v_empty))
-    return (x / 2 + 0.5).clamp(0, 1)
+    return (x / 2 + 0.5).clamp(0, 1).cpu()

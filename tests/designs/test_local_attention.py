@@ -222,7 +222,7 @@ def test_what_is_the_product_of_a_block():
     assert not is_block_pair(65, 65, (32, 32), Window(8))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("masked", "channels"), [(False, 32), (True, 32), (False, 64), (True, 72), (False, 128)])
 def test_the_kernel_on_a_gpu_is_equal_to_the_blocks(dtype: torch.dtype, masked: bool, channels: int):

@@ -262,6 +262,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, se
         def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + added[b, h, j]
 
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms leave them in float32; the kernel takes one type, as softmax attention does
     y, beside = flex_attention(q, k, v, score, seen, scale, kernel_options=_flex_options(q.dtype), return_aux=AuxRequest(lse=True))
     assert beside.lse is not None
     return y, beside.lse.clamp(min=NO_WEIGHT).unsqueeze(-1)
