@@ -3,10 +3,12 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
+# Three minutes a test, and half a minute later its process ends with it, whatever it is doing: a test that hangs fails by name, and stops nothing.
+LIMITS := --timeout 180 -o faulthandler_timeout=210 --max-worker-restart 2
 
-.PHONY: test test-all demo docs docs-serve support lint clean
+.PHONY: test test-all demo docs docs-serve session support lint clean
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(LIMITS) --durations 15
 
 test-all: lint $(VENV)/installed-docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -20,6 +22,9 @@ docs: $(VENV)/installed-docs
 docs-serve: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
+session: $(VENV)/installed
+	$(BIN)/python scripts/record_session.py docs/session.md
+
 support: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/support.py --jobs 2 --write docs/support.md
 
@@ -30,11 +35,11 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python scripts/install.py $(CONSTRAINTS) dev
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e '.[docs]'
+	$(BIN)/python scripts/install.py $(CONSTRAINTS) docs
 	touch $@
 
 clean:

@@ -67,10 +67,11 @@ def check_converted(
         paths: the sites' paths begin with them, one site each.
     """
     model.eval()
-    plan = ec.plan(model, config, image(*SIZES[0]))
+    example = image(*SIZES[0])
+    plan = ec.plan(model, config, example)
     assert [site.path.startswith(path) for site, path in zip(plan.sites, paths, strict=True)] == [True] * len(paths)
     assert [(site.action, site.reason) for site in plan.sites if site.action != design] == []
-    student = ec.linearize(model, config, image(*SIZES[0]))
+    student = ec.linearize(model, config, example)
     for size in SIZES:
         inputs = image(*size)
         with torch.no_grad():

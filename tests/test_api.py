@@ -14,6 +14,8 @@ import toy
 from edit_compile.student.site import converted_sites
 from edit_compile.torch_internals import is_lazy_copy
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TEXT = 5
 
 
@@ -242,8 +244,8 @@ def test_globs_that_match_nothing_list_the_sites(model, example):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"design": "sana2"}, r"unknown design 'sana2': did you mean 'sana'\? there are: edit, mm-edit"),
-        ({"reductoin": 4}, r"unknown option 'reductoin': did you mean 'reduction'\? there are: design, .*reduction"),
+        ({"design": "sana2"}, r"unknown design 'sana2'; did you mean sana\? there are: edit, mm-edit"),
+        ({"reductoin": 4}, r"unknown option 'reductoin'; did you mean reduction\? there are: design, .*reduction"),
         ({"reduction": 0}, "reduction=0"),
         ({"value": "plain"}, "compress both or neither"),
     ],

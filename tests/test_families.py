@@ -10,6 +10,8 @@ import torch
 import edit_compile as ec
 from families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ACTIONS = {
     "sd3": {"mm-edit": 3},
     "sd3-dual": {"mm-edit": 3, "edit": 2},

@@ -17,6 +17,8 @@ from edit_compile.cli import main
 from edit_compile.student.site import converted_sites
 from pipelines import PIPELINES, quiet
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 CALL = {"prompt": "a red circle", "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
 SIZES = ((32, 48), (48, 48))
 

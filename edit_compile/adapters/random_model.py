@@ -11,6 +11,7 @@ from torch import nn
 
 from edit_compile.adapters.load_model import LoadedModel, load_model
 from edit_compile.errors import ModelNotFoundError
+from edit_compile.extras import need
 
 
 def random_model(name: str, *, blocks: int | None = None, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
@@ -62,6 +63,7 @@ def _make(like: nn.Module, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _of_timm(name: str) -> nn.Module:
+    need("timm", name)
     import timm
 
     model: nn.Module = timm.create_model(name.partition("/")[2], pretrained=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 from edit_compile.cli.command import Command, print_json, print_table, say
 from edit_compile.cli.parameters import Size, check_folder, original_model_argument, read_list
 from edit_compile.errors import ConfigError
+from edit_compile.extras import need
 from edit_compile.progress import working
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ bench demo/mm-dit --resolutions 64 --profile""",
 @click.option("--blocks", type=click.IntRange(min=1), metavar="N", help="cut each run of equal blocks to N; default: all")
 @click.option("--compile", "compiled", is_flag=True, help="compile the repeated blocks, the teacher's too")
 @click.option("--runs", type=click.IntRange(min=1), default=7, show_default=True, help="timed rounds")
+@click.option("--limit", type=click.FloatRange(min=0), metavar="SECONDS", help="do not try forwards that should take longer")
 @click.option("--profile", "profiled", is_flag=True, help="show which part of a site takes which share of the time, too")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="an image of seconds over image tokens, to write")
 def bench(
@@ -55,6 +58,7 @@ def bench(
     designs: str,
     dtype: str,
     runs: int,
+    limit: float | None,
     profiled: bool,
     plot: Path | None,
     as_json: bool,
@@ -66,6 +70,7 @@ def bench(
     bound and what the design adds, at the best rates of this machine's own kernels, timed in the same rounds.
     """
     if plot is not None:
+        need("distill", "--plot", "matplotlib")
         check_folder(plot.parent, "--plot")
     with working("importing PyTorch"):
         import torch
@@ -76,7 +81,7 @@ def bench(
     conversions = _conversions(designs)
     with working(f"making {model} and its conversions"):
         made = Bench.make(model, conversions, dtype=getattr(torch, dtype), **options)
-    report = made.run(sizes, runs=runs, profiled=profiled)
+    report = made.run(sizes, runs=runs, profiled=profiled, limit=math.inf if limit is None else limit)
     if as_json:
         print_json(bench_summary(report))
     else:

@@ -14,8 +14,10 @@ from edit_compile.cli.parameters import RECIPE, Size, check_folder, original_mod
 from edit_compile.distillation.ranking.budget import BUDGET_FORMS
 from edit_compile.distillation.recipe.names import find_recipe
 from edit_compile.errors import EditCompileError, Interrupted
+from edit_compile.extras import need
 from edit_compile.progress import working
 from edit_compile.stop_signals import stopped_status
+from edit_compile.words import bytes_in_words
 
 
 @click.command(
@@ -54,10 +56,12 @@ def distill(
         raise click.UsageError("--devices and --device are for --dry-run; `accelerate launch` trains on several devices")
     folder = output or Path("runs") / Path(recipe).stem
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes, which all run this
+    if not dry_run:
+        need("distill", "edit-compile distill")
     if not dry_run and speaks:
         check_folder(folder)
     with working("importing PyTorch"):
-        from edit_compile.distillation.console import print_estimate, print_result, print_row
+        from edit_compile.distillation.console import print_estimate, print_result
         from edit_compile.distillation.dry_run import dry_run as estimate
         from edit_compile.distillation.output.hub import make_repository
         from edit_compile.distillation.output.hub import push_to_hub as push
@@ -76,7 +80,6 @@ def distill(
             folder,
             resume=resume,
             overwrite=overwrite,
-            report=None if quiet else print_row,
             announce=None if quiet else lambda data: say(str(data)),
             accept_changed_data=accept_changed_data,
         )
@@ -107,23 +110,21 @@ cache recipe.yaml -o data/cache --verify""",
 @click.option("--verify", is_flag=True, help="read a finished cache completely and compare the checksums")
 def cache(recipe: str, overrides: tuple[Any, ...], output: Path, verify: bool, as_json: bool, **options: Any) -> None:
     """Encode a recipe's data once, as latents and text embeddings. Resumes if interrupted. RECIPE: as for `distill`."""
+    need("distill", "edit-compile cache")
     if not verify:
         check_folder(output)
     with working("importing PyTorch"):
         from edit_compile.distillation.make_cache import make_cache, verify_cache
         from edit_compile.distillation.recipe.load import load_recipe
 
-    def progress(written: int, skipped: int) -> None:
-        say(f"{written:,} samples written, {skipped:,} skipped")
-
     resolved = load_recipe(recipe, overrides)
-    made = verify_cache(output, resolved) if verify else make_cache(resolved, output, progress=progress, **options)
+    made = verify_cache(output, resolved) if verify else make_cache(resolved, output, **options)
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes, which all run this, the first one speaks
     if as_json:
         print_json(made.to_dict())
     else:
-        size, resolutions = f"{made.bytes / 2**20:,.1f} MiB", ", ".join(made.resolutions)
+        size, resolutions = bytes_in_words(made.bytes), ", ".join(made.resolutions)
         click.echo(f"{made.samples:,} samples at {resolutions} px in {made.shards:,} shards, {size}, in {output}")
     for what, names in (("skipped", made.skipped), ("damaged", made.damaged)):
         for name, reason in names.items():
@@ -158,6 +159,7 @@ def rank(
     model: str, recipe: str | None, overrides: tuple[str, ...], candidates: str | None, output: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Measure what converting each of MODEL's sites does to its output, and saves, and choose the best. Continues what was begun."""
+    need("distill", "edit-compile rank")
     if recipe is not None:
         find_recipe(recipe)
     check_folder(output or Path("rankings") / Path(model).resolve().name)
@@ -170,7 +172,7 @@ def rank(
     resolved = load_recipe(recipe or recipe_for(model), overrides)
     listed = read_list("--candidates", candidates) if candidates is not None else None
     try:
-        with show_ranking(quiet=as_json or is_quiet()) as report:
+        with show_ranking() as report:
             found = run(model, folder, recipe=resolved, candidates=listed, report=report, **options)
     except (Interrupted, KeyboardInterrupt) as stopped:
         click.echo(f"{str(stopped) or 'stopped'}. To continue: {same_command()}", err=True)

@@ -99,7 +99,7 @@ class Metric(ABC):
             try:
                 importlib.import_module(library.replace("-", "_"))
             except Exception as error:  # RuntimeError too, where a library was built for another version of torch
-                raise ConfigError(f"{self.name} needs {library}: pip install 'edit-compile[eval]' ({error})") from error
+                raise ConfigError(f"{self.name} needs {library}: pip install 'edit_compile[eval]' ({error})") from error
 
     def versions(self) -> dict[str, str]:
         """Return the versions of its libraries."""

@@ -22,6 +22,8 @@ from edit_compile.distillation.recipe.schema import Stage
 from edit_compile.distillation.train.optimizer import MovingAverage, learning_rate
 from edit_compile.errors import DistillError
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def run(folder, model=None, **options):
     flow = NoiseSchedule("rectified-flow")
@@ -169,7 +171,7 @@ def test_schedules_are_those_of_diffusers(name):
 
 
 def test_options_of_other_schedules_are_refused():
-    for options in ({"lr_cycles": 2}, {"lr_power": 2.0, "lr_schedule": "linear"}):
+    for options in ({"lr_cycles": 2}, {"lr_power": 2.0, "lr_schedule": "linear"}, {"min_lr_ratio": 0.5, "lr_schedule": "constant"}):
         with pytest.raises(ValueError, match="has no effect with lr_schedule"):
             Stage(resolution=8, steps=4, **options)
     with pytest.raises(ValueError, match="snr_gamma has no effect"):

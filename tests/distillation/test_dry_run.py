@@ -31,6 +31,8 @@ from edit_compile.distillation.train.step import measure_losses
 from edit_compile.distillation.train.train_context import only_trainable
 from edit_compile.student.site import converted_sites
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SMALL = {
     "sd3.5-medium": {"num_layers": 2, "dual_attention_layers": [0], "joint_attention_dim": 48, "caption_projection_dim": 128},
     "flux-dev": {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 48},

@@ -21,6 +21,8 @@ from edit_compile.distillation.train.features import captured, relative_error
 from edit_compile.distillation.train.step import measure_losses
 from edit_compile.student.site import converted_sites
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 H, W = 12, 16
 
 

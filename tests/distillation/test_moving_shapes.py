@@ -20,6 +20,8 @@ from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.errors import DistillError
 from edit_compile.student.site import converted_sites
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 PHASE = {"steps": 2, "global_batch_size": 2, "lr": 1e-3, "warmup_steps": 0}
 
 

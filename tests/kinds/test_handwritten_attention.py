@@ -16,6 +16,8 @@ from edit_compile.passes.find_attention import find_attention
 from hand_built import run
 from small_picture import Block, Picture, check_converted, reasons
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 # ------------------------------------------------------------------ softmax attention
 
 

@@ -14,6 +14,8 @@ from edit_compile.passes.find_attention import find_attention
 from edit_compile.passes.masks import mask_facts
 from small_picture import Block, Picture, check_converted, image
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 class Masked(nn.Module):
     def __init__(self, make):

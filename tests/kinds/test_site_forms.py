@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import edit_compile as ec
 from small_picture import HEADS, SIZES, WIDTH, Block, Picture, check_converted, image, reasons
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 DIM = WIDTH // HEADS
 
 

@@ -22,6 +22,8 @@ import toy
 from edit_compile.distillation.train.features import captured
 from edit_compile.student.site import converted_sites
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TEXT = 5
 WIDE, TALL = toy.inputs(2, 8, 12, TEXT, 3), toy.inputs(2, 12, 8, TEXT, 4)
 FORWARDS = 200

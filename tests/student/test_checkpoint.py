@@ -29,6 +29,8 @@ from edit_compile.student.fingerprint import difference, fingerprint
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import original_state, trained_tensors
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(scope="module")
 def base():

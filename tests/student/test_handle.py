@@ -19,6 +19,8 @@ import toy
 from edit_compile.student.handle import conversion_of, unwrap
 from edit_compile.student.site import converted_sites
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(scope="module")
 def base():

@@ -14,6 +14,8 @@ from torch import nn
 import edit_compile as ec
 from pipelines import quiet, sd3_pipeline
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SCALE = 2.0
 
 

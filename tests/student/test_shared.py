@@ -19,6 +19,8 @@ import toy
 from edit_compile.student.site import converted_sites
 from edit_compile.torch_internals import is_lazy_copy, lazy_copies, memory_id, watch_writes
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 class Counted(toy.Toy):
     """With a buffer that its output depends on."""

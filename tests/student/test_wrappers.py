@@ -22,6 +22,8 @@ from edit_compile.student.handle import conversion_of
 from edit_compile.student.site import converted_sites
 from families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def first(output):
     return output[0] if isinstance(output, tuple) else output
@@ -286,5 +288,9 @@ def test_two_processes_give_the_gradients_the_teacher_and_the_checkpoint_of_one(
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=250)[0] for process in running]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)

@@ -27,6 +27,8 @@ from edit_compile.study.measure import Measurer
 from edit_compile.study.measured import Measurement, Measurements, identity_of_run, read_measured
 from edit_compile.study.schema import Measures
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SET = {
     "layerwise": {"steps": 4, "global_batch_size": 2},
     "stages.0.global_batch_size": 2,

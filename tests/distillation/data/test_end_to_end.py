@@ -25,6 +25,8 @@ from edit_compile.distillation.data.map_style import MapStyleSource
 from edit_compile.distillation.data.sources.images import ImageFolder
 from edit_compile.distillation.make_cache import make_cache
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 DEMO = {
     "model": "demo/mm-dit",
     "stages": [{"resolution": 32, "steps": 1, "global_batch_size": 2}, {"resolution": [16, 24], "steps": 1, "global_batch_size": 2}],

@@ -17,6 +17,8 @@ from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.sources.pipeline import PipelineData
 from pipelines import unet_pipeline
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 STEPS = 3
 
 

@@ -16,6 +16,8 @@ from edit_compile.distillation import Recipe, distill
 from edit_compile.distillation.data import BatchRequest, open_source
 from edit_compile.distillation.data.sources.random import RandomData
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parents[3]
 SMALL = {"num_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 48, "pooled_projection_dim": 32}
 NAMES = {"sd3.5-medium": {"dual_attention_layers": [], "caption_projection_dim": 128}, "flux-dev": {"num_single_layers": 1}}

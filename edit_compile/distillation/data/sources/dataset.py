@@ -19,6 +19,7 @@ from edit_compile.distillation.data.registry import register_data
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import DataSource, SourceContext
 from edit_compile.errors import DistillError
+from edit_compile.extras import need
 
 _IMAGE_KEYS = ("image", "picture", "jpg", "jpeg", "png", "webp")
 _HELD_OUT_SHARDS, _STREAM_HELD_OUT = 8, 256
@@ -54,6 +55,7 @@ class DatasetData(CaptionedImages):
         Raises:
             DistillError: it cannot be loaded.
         """
+        need("distill", "data.kind dataset", "datasets")
         import datasets
 
         options = self.model_dump(include={"name", "split", "revision", "data_dir", "data_files", "streaming"}, exclude_none=True)

@@ -26,6 +26,7 @@ from edit_compile.distillation.data.records import (
 )
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.errors import DistillError
+from edit_compile.extras import need
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -135,6 +136,7 @@ def _csv_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _parquet_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    need("distill", str(file), "datasets")  # which brings pyarrow
     import pyarrow.parquet
 
     return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
