@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from edit_compile.designs import AUTO, AUTOMATIC, KEEP, find_design
+from edit_compile.designs import AUTO, AUTOMATIC, AUTOMATIC_OPTIONS, KEEP, find_design
 from edit_compile.designs.base import Design
-from edit_compile.errors import ConfigError
+from edit_compile.errors import ConfigError, suggestion
 from edit_compile.frozen import Frozen
 
 
@@ -85,9 +84,9 @@ class Rule(_Data):
             if self.options:
                 raise ConfigError(f"design={KEEP!r} has no options")
             return Choice(self.paths, None, None, self.reason)
-        if self.design == AUTO:
+        if self.design in AUTOMATIC_OPTIONS:
             raise ConfigError(
-                f"design={AUTO!r} is not for rules: give a rule for each of {', '.join(AUTOMATIC)}, the first that takes a site wins"
+                f"design={self.design!r} is not for rules: give a rule for each of {', '.join(AUTOMATIC)}, the first that takes a site wins"
             )
         design = find_design(self.design)
         return Choice(self.paths, design, parse_options(design, self.options), self.reason)
@@ -106,7 +105,7 @@ class LinearizeConfig(_Data):
     model_config = ConfigDict(json_schema_extra={"additionalProperties": True})  # the designs' options, which `options` gathers
 
     design: str = AUTO
-    """A design's name, or "keep"; "auto" takes the first of the shipped ones that fits a site."""
+    """A design's name, or "keep"; "auto" takes the first of the shipped ones that fits a site, "fast" its cheapest form of like quality."""
     include: tuple[str, ...] = ("*",)
     """Globs over module paths; a site is converted if it matches one of them."""
     exclude: tuple[str, ...] = ()
@@ -114,7 +113,7 @@ class LinearizeConfig(_Data):
     rules: tuple[Rule, ...] = ()
     """Which design goes where, instead of `design` and its options; the first that matches a site and takes it wins."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the design, each design's own; also given as keys beside it. With "auto" an option goes to every design that has it."""
+    """Of the design, each design's own; also given as keys beside it. With "auto" and "fast" an option goes to every design that has it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -144,9 +143,10 @@ class LinearizeConfig(_Data):
             return tuple(each for choice, companions in chosen for each in (_with_companions(choice) if companions else (choice,)))
         if self.design == KEEP:
             raise ConfigError(f"design={KEEP!r} converts nothing; use it in a rule")
-        designs = [find_design(name) for name in (AUTOMATIC if self.design == AUTO else (self.design,))]
+        designs = [find_design(name) for name in (AUTOMATIC if self.design in AUTOMATIC_OPTIONS else (self.design,))]
         _check_names(self.options, designs, beside=tuple(LinearizeConfig.model_fields))
-        own = ({name: value for name, value in self.options.items() if name in design.Options.model_fields} for design in designs)
+        given = {**AUTOMATIC_OPTIONS.get(self.design, {}), **self.options}
+        own = ({name: value for name, value in given.items() if name in design.Options.model_fields} for design in designs)
         choices = (Choice("*", design, parse_options(design, options)) for design, options in zip(designs, own, strict=True))
         return tuple(each for choice in choices for each in _with_companions(choice))
 
@@ -190,8 +190,7 @@ def _unknown(name: str, known: list[str]) -> str:
     if name in ("sites", "ranking"):
         made = "`edit-compile rank MODEL` makes one, and edit_compile.Ranking.read(FILE).config(SITES) reads it"
         return f"unknown option {name!r}: a ranking chooses sites; {made}"
-    near = get_close_matches(name, known, 1)
-    return f"unknown option {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}there are: {', '.join(known) or 'none'}"
+    return f"unknown option {name!r}; {suggestion(name, known) if known else 'there are none'}"
 
 
 def _in_words(problem: Any, model: type[Frozen]) -> str:

@@ -12,6 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 
 @dataclass
 class LocalHub:
@@ -38,7 +41,7 @@ class LocalHub:
         if parts == [""]:
             return 200, {}, b""
         is_api = parts[:2] == ["api", "models"]
-        owner, name, action, *rest = parts[2:] if is_api else parts
+        owner, name, action, *rest = [*(parts[2:] if is_api else parts), "", "", ""]
         revisions = self.repositories.get(f"{owner}/{name}")
         if revisions is None:
             return 401, {"X-Error-Code": "RepoNotFound"}, b""
@@ -99,3 +102,14 @@ def serving(hub: LocalHub) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def only_hub(hub: LocalHub, cache: Path) -> Iterator[LocalHub]:
+    """Let the hub's client know of no other hub inside, and of an empty cache."""
+    with serving(hub) as address, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", address)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        yield hub

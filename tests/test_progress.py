@@ -15,7 +15,9 @@ import edit_compile as ec
 from edit_compile.cli import main
 from edit_compile.progress import each, listening, working
 from edit_compile.report.compare_samples import SampleOptions, open_sampler
-from edit_compile.report.progress_display import Pace, ProgressDisplay, clock, line_of
+from edit_compile.report.progress_display import ProgressDisplay
+from edit_compile.report.progress_lines import Pace, ProgressLines, line_of
+from edit_compile.words import bytes_in_words, clock, duration_in_words, without_paths
 
 
 class Heard:
@@ -87,6 +89,25 @@ def test_without_a_total_the_time_since_it_began_is_shown():
     with working("importing PyTorch") as work:
         assert line_of(work, Pace(0)) == "importing PyTorch  0:00"
     assert [clock(seconds) for seconds in (7.4, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
+
+
+def test_without_a_terminal_a_line_is_said_now_and_then(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with listening(ProgressLines(lines.append)), working("stage 0", 100) as work:
+        work.note = "loss 0.5"
+        for _ in range(100):
+            now[0] += 0.7
+            work.advance()
+    assert lines == ["stage 0  43/100  0:40 left  loss 0.5", "stage 0  86/100  0:10 left  loss 0.5"]
+
+
+def test_bytes_durations_and_paths_in_words():
+    assert [bytes_in_words(number) for number in (3 * 2**20, 700 * 2**20, 5 * 2**30)] == ["3 MiB", "0.7 GiB", "5.0 GiB"]
+    durations = ["8.2 s", "119.0 s", "2.0 min", "2.5 h", "3.0 days"]
+    assert [duration_in_words(seconds) for seconds in (8.2, 119, 120, 9000, 3 * 86400)] == durations
+    data = {"path": "/home/me/photos", "many": ["~/x", "a/b", 1], "name": "user/model"}
+    assert without_paths(data) == {"path": "photos", "many": ["x", "a/b", 1], "name": "user/model"}
 
 
 def test_planning_tells_of_every_pass_and_site():

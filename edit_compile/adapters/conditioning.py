@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from edit_compile.adapters.family import DiffusionFamily, lookup_family
-from edit_compile.adapters.hub_access import hub_access
+from edit_compile.adapters.hub_access import hub_file
 from edit_compile.adapters.load_model import LoadedModel
 from edit_compile.adapters.pipelines import PIPELINE_INDEX
 
@@ -40,12 +40,10 @@ def _in_pipeline(name: str) -> str | None:
 def _pipeline_class(name: str) -> Any:
     """Find the class of a folder's or hub id's pipeline; None if it is none of diffusers, or cannot be found out."""
     import diffusers
-    from huggingface_hub import hf_hub_download
 
     index = Path(name) / PIPELINE_INDEX
     try:
-        with hub_access(name):
-            path = index if Path(name).is_dir() else Path(hf_hub_download(name, index.name))
+        path = index if Path(name).is_dir() else hub_file(name, index.name)
         return getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
     except (OSError, ValueError, KeyError, TypeError):
         return None

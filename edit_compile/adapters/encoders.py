@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edit_compile.adapters.family import Size, TextToImageFamily, known_classes, lookup_family, makes_videos
 from edit_compile.adapters.hub_access import hub_access
 from edit_compile.adapters.latents import decode, encode
+from edit_compile.adapters.model_names import hub_id
 from edit_compile.adapters.pipelines import PIPELINE_INDEX, dtype_kwarg, load_diffusers_pipeline
 from edit_compile.demo import models as demo
 from edit_compile.errors import DistillError
@@ -152,8 +153,9 @@ def make_decoder(base: str | None, device: torch.device, dtype: torch.dtype) -> 
     def vae() -> Any:
         from diffusers import AutoModel
 
+        repository, revision = (base, None) if Path(base).is_dir() else hub_id(base)
         with hub_access(base):
-            return AutoModel.from_pretrained(base, subfolder="vae", **dtype_kwarg(dtype)).to(device)
+            return AutoModel.from_pretrained(repository, subfolder="vae", revision=revision, **dtype_kwarg(dtype)).to(device)
 
     return lambda latents: _decoded(vae(), latents)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from edit_compile.adapters.model_names import hub_id
 from edit_compile.errors import ModelNotFoundError
 
-ALIASES = {
-    "stabilityai/sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "stabilityai/sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-}
 _TIMEOUT = 5.0  # seconds
+_CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # whose errors are about the hub or the way to it
 
 
 def hub_reachable() -> bool:
@@ -71,7 +70,13 @@ def download_error(name: str, error: Exception, online: bool) -> ModelNotFoundEr
             f"{name} is not a local path, is not cached, and the hub cannot be reached: "
             "check the network and HF_HUB_OFFLINE, or give the path of a local copy"
         )
-    return ModelNotFoundError(f"{name} cannot be downloaded: {first_line(error)}; give the path of a local copy")
+    return ModelNotFoundError(f"{name} cannot be downloaded: {first_line(error).rstrip('.')}; give the path of a local copy")
+
+
+def is_hub_error(error: Exception) -> bool:
+    """Say whether the hub's client or its HTTP library raised an error, or the system for them."""
+    modules = [kind.__module__.partition(".")[0] for kind in type(error).__mro__]
+    return isinstance(error, OSError) or any(module.startswith(_CLIENTS) for module in modules)
 
 
 @contextmanager
@@ -83,7 +88,7 @@ def hub_errors(name: str, without_files: str = "lacks a file") -> Iterator[None]
         without_files: what is wrong with the repository if it does not have the files, after its name.
 
     Raises:
-        ModelNotFoundError: instead of what the hub's client raises.
+        ModelNotFoundError: instead of what the hub's client and its HTTP library raise.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -106,30 +111,52 @@ def hub_errors(name: str, without_files: str = "lacks a file") -> Iterator[None]
                 f"{name} is gated: accept its licence on its hub page and run `hf auth login`, or give the path of a local copy"
             ) from error
         except RepositoryNotFoundError as error:
-            raise ModelNotFoundError(f"the hub has no {name}, or it is private: check the name, or run `hf auth login`") from error
+            raise ModelNotFoundError(
+                f"there is no folder {name} here, and the hub has no {hub_id(name)[0]}, or it is private: "
+                "check the name, or run `hf auth login`"
+            ) from error
         except RevisionNotFoundError as error:
             raise ModelNotFoundError(f"{name} has no such revision on the hub; its page lists branches, tags and commits") from error
         except LocalEntryNotFoundError as error:
             raise download_error(name, error, online=False) from error
         except EntryNotFoundError as error:
             raise ModelNotFoundError(f"{name} {without_files}") from error
-        except OSError as error:
+        except Exception as error:
+            if not is_hub_error(error):
+                raise
             raise download_error(name, error, online) from error
 
 
-def hub_files(name: str, revision: str | None, wanted: Sequence[str], *, left_out: Sequence[str] = ()) -> Path:
-    """Download files of a repository to the hub's cache, those that are not in it yet; returns the folder of the commit there.
+def hub_file(name: str, path: str) -> Path:
+    """Download one file of a repository to the hub's cache, unless it is in it; returns where it is.
+
+    Raises:
+        ModelNotFoundError: the hub does not give it; says why.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repository, revision = hub_id(name)
+    with hub_errors(name, f"has no {path}"):
+        return Path(hf_hub_download(repository, path, revision=revision))
+
+
+def hub_files(name: str, wanted: Sequence[str] | None = None, *, left_out: Sequence[str] = (), folder: Path | None = None) -> Path:
+    """Download files of a repository, those that are not there yet; returns the folder with them.
 
     Args:
-        wanted, left_out: glob patterns over paths in the repository.
+        name: the hub id; `user/repo@revision` for another than the newest.
+        wanted, left_out: glob patterns over paths in the repository; default: all, and none.
+        folder: where to; default: the folder of the commit in the hub's cache.
 
     Raises:
         ModelNotFoundError: the hub does not give them; says why.
     """
     from huggingface_hub import snapshot_download
 
+    repository, revision = hub_id(name)
     with hub_errors(name):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(left_out) or None))
+        patterns: dict[str, Any] = {"allow_patterns": None if wanted is None else list(wanted), "ignore_patterns": list(left_out) or None}
+        return Path(snapshot_download(repository, revision=revision, local_dir=folder, **patterns))
 
 
 def card_of(name: str) -> dict[str, str]:
@@ -138,7 +165,7 @@ def card_of(name: str) -> dict[str, str]:
 
     with hub_access():
         try:
-            data = ModelCard.load(name).data.to_dict()
+            data = ModelCard.load(hub_id(name)[0]).data.to_dict()
         except Exception:  # of the hub's client, of its HTTP library, of YAML: the card is written without
             return {}
     fields = ("license", "license_name", "license_link", "pipeline_tag")

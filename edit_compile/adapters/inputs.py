@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit_compile.adapters.family import Extent, Family, InputSizes, known_classes, lookup_family
+from edit_compile.adapters.family import Extent, Family, InputSizes, lookup_family
 from edit_compile.errors import GridError, NoExampleInputsError
 
 _EXAMPLE_BATCH, _EXAMPLE_TEXT = 2, 13
@@ -136,6 +136,6 @@ def _family(model: nn.Module) -> Family:
     if family is not None:
         return family
     raise NoExampleInputsError(
-        f"no example inputs are known for {type(model).__name__} (known: {known_classes(Family)}); pass example_inputs=dict(...), "
-        "keyword arguments of one forward (--example-inputs FILE), or record them: edit_compile.record(pipe, prompt=...)"
+        f"no example inputs are known for {type(model).__name__}: give the pipeline that it is part of, or keyword arguments of one "
+        "forward, example_inputs=dict(...) (inspect and convert: --example-inputs FILE); edit_compile.record(pipe, prompt=...) records them"
     )

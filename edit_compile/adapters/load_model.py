@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from edit_compile.adapters.hub_access import ALIASES, download_error, first_line, hub_access, hub_errors
-from edit_compile.adapters.model_names import ARCHITECTURES, check_name, without_address
+from edit_compile.adapters.hub_access import download_error, first_line, hub_access, hub_errors, is_hub_error
+from edit_compile.adapters.model_names import ARCHITECTURES, check_name, hub_id, with_revision
 from edit_compile.adapters.pipelines import DENOISERS, PIPELINE_INDEX, dtype_kwarg
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
+from edit_compile.extras import need
 
 _CONFIG = "config.json"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
@@ -43,20 +44,30 @@ class LoadedModel:
     has_weights: bool = True
 
 
-def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: bool = False, random_weights: bool = False) -> LoadedModel:
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    structure_only: bool = False,
+    random_weights: bool = False,
+    revision: str | None = None,
+) -> LoadedModel:
     """Load the transformer that a name stands for, in evaluation mode.
 
     Args:
         name: `demo/mm-dit`, `demo/dit`, `arch/NAME` (no weights), `timm/NAME`, a pipeline's or transformer's folder, a pipeline's
-            `model_index.json`, a transformer's `config.json` (no weights), a hub id, or the address of its page.
+            `model_index.json`, a transformer's `config.json` (no weights), a hub id, or the address of its page. ORG/NAME@REVISION
+            is a branch, a tag or a commit on the hub.
         dtype: to load the weights in; default: float32, as diffusers does.
         structure_only: load no weights, whatever the name: all parameters are on the meta device.
         random_weights: give what has no weights random ones, from torch's generator.
+        revision: of what is on the hub, as in ORG/NAME@REVISION.
 
     Raises:
+        ConfigError: a revision of what is not on the hub.
         ModelNotFoundError: nothing is found under the name, or the hub does not give the model; says what to do.
     """
-    name = without_address(name)
+    name = with_revision(name, revision)
     check_name(name)
     kind, _, rest = name.partition("/")
     path = Path(name).expanduser()
@@ -78,7 +89,7 @@ def load_model(name: str, *, dtype: torch.dtype | None = None, structure_only: b
         return _without_weights(path, str(path.resolve()), random_weights and not structure_only, dtype)
     if is_dir:
         return _from_local(path.resolve(), dtype, structure_only)
-    return _from_hub(ALIASES.get(name, name), dtype, structure_only)
+    return _from_hub(name, dtype, structure_only)
 
 
 def _from_local(folder: Path, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
@@ -175,6 +186,7 @@ def _class_of(config: dict[str, Any], where: Path | str) -> Any:
 
 
 def _from_timm(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn.Module:
+    need("timm", f"timm/{name}")
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
@@ -187,32 +199,43 @@ def _from_timm(name: str, dtype: torch.dtype | None, structure_only: bool) -> nn
     with hub_access() as online:
         try:
             model = timm.create_model(name, pretrained=True)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
+            if not is_hub_error(error) and not isinstance(error, RuntimeError):
+                raise
             raise download_error(f"timm/{name}", error, online) from error
     return model.to(dtype or torch.float32).eval()
 
 
-def _denoiser_config(name: str) -> tuple[str, Path]:
+def _denoiser_config(repository: str, revision: str | None) -> tuple[str, Path]:
     """Download the config of a hub pipeline's denoiser; returns also the component's name."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     first, *others = DENOISERS
     try:
-        return first, Path(hf_hub_download(name, f"{first}/config.json"))
+        return first, Path(hf_hub_download(repository, f"{first}/config.json", revision=revision))
     except EntryNotFoundError as missing:
         for other in others:
             try:
-                return other, Path(hf_hub_download(name, f"{other}/config.json"))
+                return other, Path(hf_hub_download(repository, f"{other}/config.json", revision=revision))
             except EntryNotFoundError:
                 continue
         raise missing
 
 
 def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> LoadedModel:
+    repository, revision = hub_id(name)
+    source = repository if revision is None else f"{repository}@{revision}"
     nothing = f"has no {DENOISERS[0]}/config.json: it is not a pipeline with a transformer. edit_compile.load reads converted models"
-    with hub_errors(name, nothing):
-        part, config = _denoiser_config(name)
+    with hub_errors(source, nothing):
+        part, config = _denoiser_config(repository, revision)
         if structure_only:
-            return LoadedModel(_from_config(config), name, name, False)
-        return LoadedModel(_pretrained(_class_of(_read_config(config), name), name, dtype, subfolder=part), name, name)
+            return LoadedModel(_from_config(config), source, source, False)
+        model_class = _class_of(_read_config(config), source)
+        try:
+            model = _pretrained(model_class, repository, dtype, subfolder=part, revision=revision)
+        except (SafetensorError, *_MALFORMED) as error:
+            if is_hub_error(error):
+                raise
+            raise ModelNotFoundError(f"{source}: the weights cannot be read: {first_line(error)}") from error
+        return LoadedModel(model, source, source)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from edit_compile.adapters.hub_access import hub_access
+from edit_compile.adapters.hub_access import hub_file
 from edit_compile.adapters.sampler_timesteps import timesteps_of_pipeline
 from edit_compile.errors import DistillError
 
@@ -154,17 +154,10 @@ def schedule_of_pipeline(pipeline: str) -> NoiseSchedule:
     """
     folder = Path(pipeline)
     try:
-        path = folder / "scheduler" / _FILE if folder.is_dir() else _downloaded(pipeline)
+        path = folder / "scheduler" / _FILE if folder.is_dir() else hub_file(pipeline, f"scheduler/{_FILE}")
         return replace(schedule_of(json.loads(path.read_text())), pipeline=pipeline)
     except (OSError, ValueError) as error:
         raise DistillError(f"{pipeline}: scheduler/{_FILE} cannot be read: {error}; set prediction: in the recipe") from error
-
-
-def _downloaded(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with hub_access():
-        return Path(hf_hub_download(name, f"scheduler/{_FILE}"))
 
 
 def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:

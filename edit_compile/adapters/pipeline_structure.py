@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edit_compile.adapters.hub_access import first_line, hub_access
+from edit_compile.adapters.hub_access import first_line, hub_files
 from edit_compile.adapters.pipelines import PIPELINE_INDEX
 from edit_compile.errors import ModelNotFoundError
 
@@ -49,15 +49,7 @@ def pipeline_structure(name: str) -> Any:
 def pipeline_files(name: str) -> Path:
     """Return a pipeline's folder; of a hub id, everything but the weights is downloaded to the hub's cache."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    with hub_access(name):
-        try:
-            return Path(snapshot_download(name, ignore_patterns=list(_WEIGHTS)))
-        except OSError as error:
-            raise ModelNotFoundError(f"{name}: its configuration files cannot be downloaded: {first_line(error)}") from error
+    return folder if folder.is_dir() else hub_files(name, left_out=_WEIGHTS)
 
 
 def _entries(index: dict[str, Any]) -> Iterator[tuple[str, list[str | None]]]:

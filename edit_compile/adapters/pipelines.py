@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edit_compile.adapters.hub_access import ALIASES, download_error, hub_access
+from edit_compile.adapters.hub_access import download_error, hub_access, is_hub_error
+from edit_compile.adapters.model_names import hub_id
 from edit_compile.files import write_text
 
 PIPELINE_INDEX = "model_index.json"  # the file that makes a folder a pipeline
@@ -30,11 +31,12 @@ def load_diffusers_pipeline(base: str, **options: Any) -> Any:
     """
     from diffusers import DiffusionPipeline
 
+    repository, revision = (base, None) if Path(base).is_dir() else hub_id(base)
     with hub_access(base) as online:
         try:
-            return DiffusionPipeline.from_pretrained(ALIASES.get(base, base), **options)
-        except OSError as error:
-            if online:
+            return DiffusionPipeline.from_pretrained(repository, revision=revision, **options)
+        except Exception as error:
+            if not is_hub_error(error) or (online and isinstance(error, OSError)):
                 raise
             raise download_error(base, error, online) from error
 

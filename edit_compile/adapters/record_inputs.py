@@ -51,7 +51,7 @@ def _record_with_weights(pipeline: str, reason: Exception) -> dict[str, Any]:
     except Exception as error:
         raise NoExampleInputsError(
             f"{pipeline}: the inputs of its denoiser cannot be recorded without weights ({reason}), and these cannot be loaded "
-            f"({error}); give them: example_inputs=dict(...), or --example-inputs FILE"
+            f"({error}); give them: example_inputs=dict(...) (inspect and convert: --example-inputs FILE)"
         ) from error
     return record(loaded)
 

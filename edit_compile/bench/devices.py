@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 
-from edit_compile.errors import ConfigError
+from edit_compile.errors import ConfigError, suggestion
 
 USUAL_SHARE = 0.4  # of a device's peak that training transformers reaches
 
@@ -67,6 +66,5 @@ def device_named(name: str) -> Device:
     """
     found = _DEVICES.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name.lower(), _DEVICES, 1)
-        raise ConfigError(f"no device {name!r} is known{f'; did you mean {near[0]}?' if near else ''}; there are: {', '.join(_DEVICES)}")
+        raise ConfigError(f"no device {name!r} is known; {suggestion(name.lower(), _DEVICES)}")
     return found

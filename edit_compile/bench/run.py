@@ -34,6 +34,7 @@ from edit_compile.errors import ConfigError, GridError, NoExampleInputsError
 from edit_compile.passes.capture import meta_inputs
 from edit_compile.progress import each, working
 from edit_compile.torch_internals import recompile_limit
+from edit_compile.words import bytes_in_words
 
 _GRAPHS = 256  # of one function: each subject has its own
 
@@ -141,17 +142,23 @@ class Bench:
             raise ConfigError(f"no conversion can be called {taken[0]!r}: that is what it is compared with")
         model = random_model(source, blocks=blocks, device="meta").model
         if lookup_family(model) is None:
-            raise NoExampleInputsError(f"{source} cannot be timed: no adapter makes inputs of {type(model).__name__} at a size")
+            raise NoExampleInputsError(
+                f"{source} cannot be timed here: no adapter makes inputs of {type(model).__name__} at a size; in Python, "
+                "edit_compile.compare_speed(student, sizes=[...], inputs_for=...) takes yours"
+            )
         _check_weights(source, model, place, dtype)
         model = random_model(source, blocks=blocks, device=str(place), dtype=dtype).model
         return cls(source, blocks, place, dtype, compiled, make_subjects(model, conversions, compiled=compiled))
 
-    def run(self, sizes: Sequence[Extent] | None = None, *, runs: int = 5, warmup: int = 2, profiled: bool = False) -> BenchReport:
+    def run(
+        self, sizes: Sequence[Extent] | None = None, *, runs: int = 5, warmup: int = 2, profiled: bool = False, limit: float = math.inf
+    ) -> BenchReport:
         """Time all subjects at all sizes.
 
         Args:
             sizes: (height, width) in pixels, or of videos (frames, height, width); default: those the model is used at.
             profiled: profile a forward of each, too.
+            limit: seconds; a forward that should take longer is not tried.
         """
         rows: list[BenchRow] = []
         impossible: dict[str, str] = {}
@@ -167,7 +174,7 @@ class Bench:
                 at_size = _SizeBench(self, size, inputs, rates)
             try:
                 with recompile_limit(_GRAPHS):
-                    rows += at_size.rows(runs, warmup, profiled)
+                    rows += at_size.rows(runs, warmup, profiled, limit)
             except torch.OutOfMemoryError as error:  # of parts, or of subjects that fitted one by one: other sizes may fit
                 impossible[size_in_words(size)] = f"{size_in_words(size)} px: {_out_of_memory(error)}"
         how = (str(self.device), str(self.dtype).removeprefix("torch."), self.compiled, runs)
@@ -192,9 +199,9 @@ class _SizeBench:
         self.predicted = dict(_predicted(bench, self.work, meta_inputs(inputs.inputs, bench.dtype), rates))
         self.tokens = math.prod(inputs.grid)
 
-    def rows(self, runs: int, warmup: int, profiled: bool) -> list[BenchRow]:
+    def rows(self, runs: int, warmup: int, profiled: bool, limit: float) -> list[BenchRow]:
         bench, words = self.bench, size_in_words(self.size)
-        rows = {s.name: self._row(s.name, self.work[s.name]) for s in bench.subjects}
+        rows = {s.name: self._row(s.name, self.work[s.name], limit) for s in bench.subjects}
         timed = [subject for subject in bench.subjects if rows[subject.name].problem is None]
         if not timed:
             return list(rows.values())
@@ -223,10 +230,14 @@ class _SizeBench:
         sites = {site for subject in bench.subjects for site in subject.rewritten}
         return profile_shares(call, model, {} if bench.compiled else parts_of_sites(model, sorted(sites)), bench.device)
 
-    def _row(self, name: str, work: Work) -> BenchRow:
-        free = free_memory(self.bench.device)
-        problem = f"needs {gib(work.memory)}, {gib(free)} are free: not tried" if free is not None and work.memory > free else None
-        return BenchRow(name, self.size, self.tokens, work.flops, work.memory, problem, predicted=self.predicted.get(name))
+    def _row(self, name: str, work: Work, limit: float) -> BenchRow:
+        free, predicted = free_memory(self.bench.device), self.predicted.get(name)
+        problem = None
+        if free is not None and work.memory > free:
+            problem = f"needs {bytes_in_words(work.memory)}, {bytes_in_words(free)} are free: not tried"
+        elif predicted is not None and predicted > limit:
+            problem = f"should take {predicted:,.0f} s, the limit is {limit:g} s: not tried"
+        return BenchRow(name, self.size, self.tokens, work.flops, work.memory, problem, predicted=predicted)
 
     def _parts_as_calls(self, calls: Mapping[Any, Any]) -> dict[Part, tuple[Callable[[], Any], float]]:
         wanted = dict.fromkeys(part for name in calls for part in self.work[name].parts)
@@ -268,11 +279,6 @@ def _predicted(bench: Bench, work: Mapping[str, Work], inputs: Mapping[str, Any]
         yield from ((teacher.name, found.seconds_before), (subject.name, found.seconds_after))
 
 
-def gib(number: float) -> str:
-    """Write a number of bytes."""
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 / 2 else f"{number / 2**20:,.0f} MiB"
-
-
 @torch.no_grad()
 def _problem_of(call: Callable[[], Any], times: int) -> str | None:
     """Make a call some times; say what was in the way."""
@@ -302,4 +308,5 @@ def _check_weights(source: str, model: nn.Module, device: torch.device, dtype: t
     free, number = free_memory(device), sum(p.numel() for p in model.parameters())
     needed = number * max(4, dtype.itemsize)
     if free is not None and needed > free:
-        raise ConfigError(f"{source}: its weights need {gib(needed)}, {gib(free)} are free on {device}; cut it with --blocks N")
+        what = f"{bytes_in_words(needed)}, {bytes_in_words(free)} are free on {device}"
+        raise ConfigError(f"{source}: its weights need {what}; cut it with --blocks N")

@@ -15,6 +15,7 @@ import click
 from edit_compile.cli.about import env, recipe
 from edit_compile.cli.command import HELP_NAMES, Group
 from edit_compile.cli.conversion import UNTRAINED, convert, inspect
+from edit_compile.cli.export import export
 from edit_compile.cli.images import evaluate, sample
 from edit_compile.cli.studies import compare, report
 from edit_compile.cli.timing import bench
@@ -37,7 +38,7 @@ def main(modules: tuple[str, ...]) -> None:
         _import(name)
 
 
-for command in (inspect, convert, recipe, distill, sample, evaluate, bench, compare, report, rank, cache, env):
+for command in (inspect, convert, recipe, distill, sample, evaluate, export, bench, compare, report, rank, cache, env):
     main.add_command(command)
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -61,9 +61,13 @@ def is_quiet() -> bool:
 
 
 def _display() -> Listener | None:
-    """Make what shows progress, where there is a terminal and somebody who wants to see it."""
-    if is_quiet() or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    """Make what shows progress: all the time on a terminal, now and then elsewhere, never with -q."""
+    if is_quiet() or os.environ.get("RANK", "0") != "0":
         return None
+    if not sys.stderr.isatty():
+        from edit_compile.report.progress_lines import ProgressLines
+
+        return ProgressLines(say)
     from edit_compile.report.progress_display import ProgressDisplay
 
     return ProgressDisplay()
@@ -98,11 +102,27 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (EditCompileError, OSError) as error:  # OSError: a full disk, a folder that is gone: names the file
-        context = click.get_current_context(silent=True)
-        if context is not None and context.meta.get(_VERBOSE):
-            click.echo(traceback.format_exc(), err=True, nl=False)
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        _end(str(error))
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _end(f"{str(error).partition('. ')[0]}; choose a smaller size or batch, or another device")
+    except click.UsageError as error:
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # not in older versions
+            raise
+        context = error.ctx
+        command = "edit-compile" if context is None or context.parent is None else f"edit-compile {context.info_name}"
+        _end(f"{error.format_message().rstrip('.')}; {command} -h shows what there is", error.exit_code)
+
+
+def _end(message: str, status: int = 1) -> NoReturn:
+    """Print an error, in one line, and end the command."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.meta.get(_VERBOSE):
+        click.echo(traceback.format_exc(), err=True, nl=False)
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
 
 
 @contextmanager
@@ -124,7 +144,7 @@ class Group(click.Group):
             return super().main(args, *others, **options)
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
-        with _stops_in_one_line():
+        with _stops_in_one_line(), _errors_in_one_line():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:

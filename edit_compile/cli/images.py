@@ -10,6 +10,7 @@ import click
 from edit_compile.cli.command import Command, print_json, print_table, say
 from edit_compile.cli.parameters import Size, check_folder, converted_model_argument, dtype_option
 from edit_compile.errors import ConfigError
+from edit_compile.extras import need
 from edit_compile.progress import working
 
 _BASE = "the base pipeline: hub id or folder; default: as the checkpoint says"
@@ -80,6 +81,7 @@ def evaluate(
 
     MODEL is the folder of a converted model, of its pipeline, or of a finished run.
     """
+    need("eval", "edit-compile evaluate", "torchmetrics")
     if size is not None and len(size) != 2:
         raise click.UsageError("--size: PX or HEIGHTxWIDTH; only images are evaluated")
     if not prompts.exists():
@@ -90,10 +92,7 @@ def evaluate(
     height, width = size or (None, None)
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
 
-    def progress(done: int, total: int) -> None:
-        say(f"{done:,} of {total:,} images")
-
-    found = run(model, prompts, metrics=names, height=height, width=width, progress=progress, clip_name=clip_name, **options).to_dict()
+    found = run(model, prompts, metrics=names, height=height, width=width, clip_name=clip_name, **options).to_dict()
     if as_json:
         print_json(found)
     else:

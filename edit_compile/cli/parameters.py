@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from edit_compile.adapters.model_names import architectures, check_name, without_address
+from edit_compile.adapters.model_names import architectures, check_name, is_on_hub, with_revision, without_address
 from edit_compile.demo.names import SOURCES
 from edit_compile.distillation.ranking.budget import BUDGET_FORMS
 from edit_compile.distillation.recipe.names import find_recipe, model_of, shipped_recipes
-from edit_compile.errors import CheckpointError, ConfigError
+from edit_compile.errors import CheckpointError, ConfigError, ModelNotFoundError
+from edit_compile.extras import need
 
 if TYPE_CHECKING:
     from edit_compile.config import LinearizeConfig
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_CHECKPOINT = "edit_compile.json"  # checkpoint_format.INDEX, whose import takes long
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -63,9 +67,9 @@ def _models() -> Iterable[str]:
 
 
 def _designs() -> Iterable[str]:
-    from edit_compile.designs import design_names
+    from edit_compile.designs import AUTOMATIC_OPTIONS, design_names
 
-    return ("auto", *design_names())
+    return (*AUTOMATIC_OPTIONS, *design_names())
 
 
 MODEL, RECIPE, DESIGN = Name("model", _models), Name("recipe", shipped_recipes), Name("name", _designs)
@@ -77,8 +81,11 @@ class _DesignOption(click.Option):
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         from edit_compile.designs import design_names
 
-        self.help = f"auto, or one of: {', '.join(design_names())}"
+        self.help = f"auto, fast (the cheapest form of the same that is as good in the study), or one of: {', '.join(design_names())}"
         return super().get_help_record(ctx)
+
+
+revision_option = click.option("--revision", metavar="REV", help="branch, tag or commit of a model on the hub; MODEL@REV says the same")
 
 
 def model_argument(resolve: Callable[[str], str], what: str) -> Decorator:
@@ -90,19 +97,19 @@ def model_argument(resolve: Callable[[str], str], what: str) -> Decorator:
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
-        def wrapped(model: str | None, model_option: str | None, **options: Any) -> Any:
+        def wrapped(model: str | None, model_option: str | None, revision: str | None, **options: Any) -> Any:
             if (model is None) == (model_option is None):
                 raise click.UsageError("give one model, as MODEL or as --model MODEL")
-            return command(model=resolve(str(model or model_option)), **options)
+            return command(model=with_revision(resolve(str(model or model_option)), revision), **options)
 
         option = click.option("--model", "model_option", type=MODEL, metavar="MODEL", help=what)
-        return click.argument("model", type=MODEL, required=False)(option(wrapped))
+        return click.argument("model", type=MODEL, required=False)(option(revision_option(wrapped)))
 
     return decorate
 
 
-def original_model(name: str) -> str:
-    """Return what a model is loaded by: of a recipe's name the recipe's model, of a hub page's address the id.
+def any_model(name: str) -> str:
+    """Return what a model is loaded by, converted or not: of a recipe's name the recipe's model, of a hub page's address the id.
 
     Raises:
         ModelNotFoundError: it cannot be a model; names the most similar one.
@@ -111,14 +118,54 @@ def original_model(name: str) -> str:
     if not Path(name).exists() and name in shipped_recipes():
         return model_of(name)
     check_name(name, shipped_recipes())
+    if name.startswith("timm/"):
+        need("timm", name)
     return name
 
 
+def original_model(name: str) -> str:
+    """Return what an original model is loaded by, as `any_model`.
+
+    Raises:
+        ModelNotFoundError: it cannot be a model, or is a converted one.
+    """
+    name = any_model(name)
+    folder = Path(name).expanduser()
+    if (folder / _CHECKPOINT).is_file() and not (folder / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{name} is a converted model, and this takes an original one, as {_base_in(folder)}; "
+            f"sample, evaluate and distill --model take {name}"
+        )
+    return name
+
+
+def _base_in(folder: Path) -> str:
+    """Return what a checkpoint says of its base, in words."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        base = json.loads((folder / _CHECKPOINT).read_text())["base"]
+        if isinstance(base, str):
+            return base
+    return "the one that it was made from"
+
+
 def converted_model(name: str) -> str:
-    """Return the folder of a converted model: of a recipe's name the folder that `distill` writes, of a hub page's address the id."""
+    """Return the folder of a converted model: of a recipe's name the folder that `distill` writes, of a hub page's address the id.
+
+    Raises:
+        ModelNotFoundError: there is no such folder, and it is not a hub id.
+    """
     name = without_address(name)
+    if is_on_hub(name) or name in SOURCES or Path(name).expanduser().exists():
+        return name
     run = Path("runs") / name
-    return str(run) if not Path(name).exists() and name in shipped_recipes() and run.is_dir() else name
+    if run.is_dir():
+        return str(run)
+    if name in shipped_recipes():
+        raise ModelNotFoundError(f"{run} does not exist yet: `edit-compile distill {name}` makes it")
+    there = [str(path) for place in ("runs", "converted") for path in sorted(Path(place).glob("*")) if path.is_dir()]
+    similar = get_close_matches(name, there, 1)
+    hint = f": did you mean {similar[0]}?" if similar else ""
+    raise ModelNotFoundError(f"{name} does not exist; give the folder of a converted model or of a finished run, or a hub id{hint}")
 
 
 original_model_argument = model_argument(
@@ -180,9 +227,9 @@ def conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_design(name: str) -> None:
     """Refuse an unknown design, with the most similar ones."""
-    from edit_compile.designs import AUTO, KEEP, design_names, find_design
+    from edit_compile.designs import AUTOMATIC_OPTIONS, KEEP, design_names, find_design
 
-    if name not in (AUTO, KEEP, *design_names()):
+    if name not in (*AUTOMATIC_OPTIONS, KEEP, *design_names()):
         find_design(name)
 
 
@@ -230,14 +277,17 @@ def recipe_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add RECIPE, --model and --set; call the command with `recipe`, a name or file that is there, and `overrides`."""
 
     @functools.wraps(command)
-    def wrapped(recipe: str, model_option: str | None, overrides: tuple[str, ...], **options: Any) -> Any:
+    def wrapped(recipe: str, model_option: str | None, revision: str | None, overrides: tuple[str, ...], **options: Any) -> Any:
         find_recipe(recipe)
-        chosen = [] if model_option is None else [("model", original_model(model_option))]
+        if revision is not None and model_option is None:
+            raise click.UsageError("--revision is of --model; in a recipe, write model: ORG/NAME@REVISION")
+        chosen = [] if model_option is None else [("model", with_revision(any_model(model_option), revision))]
         return command(recipe=recipe, overrides=(*chosen, *overrides), **options)
 
     options = [
         click.argument("recipe", type=RECIPE),
         click.option("--model", "model_option", type=MODEL, metavar="MODEL", help="instead of the recipe's model"),
+        revision_option,
         overrides_option,
     ]
     return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from edit_compile.adapters.model_names import is_on_hub
 from edit_compile.cli.command import Command, print_json, say
-from edit_compile.cli.parameters import Size
-from edit_compile.errors import EditCompileError, Interrupted
+from edit_compile.cli.parameters import Size, converted_model
+from edit_compile.errors import ConfigError, EditCompileError, Interrupted
+from edit_compile.extras import need
 from edit_compile.progress import working
 from edit_compile.stop_signals import stopped_status
 
@@ -40,10 +42,12 @@ def compare(
     """Compare ways to convert and distil a model: tables and a gallery.
 
     STUDY: a YAML file, or the name of a shipped study; its cells are trained and measured, those that are done are not done again.
-    RUN: folders of finished runs.
+    RUN: folders of finished runs, or the hub ids of repositories that runs were uploaded to.
     """
     if table and (only or samples is not None or sizes):
         raise click.UsageError("--table prints what was found before: --only, --samples and --latency have no effect")
+    if not table:
+        need("distill", "edit-compile compare")
     with working("importing PyTorch"):
         from edit_compile.study.compare import Request, read_results, written
         from edit_compile.study.console import print_results
@@ -66,15 +70,23 @@ def compare(
 @click.command(
     cls=Command,
     examples="""report runs/demo-dit
-report runs/demo-dit -o for-a-friend.html""",
+report user/student -o report.html""",
 )
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="default: report.html in the folder")
-def report(run: Path, output: Path | None, as_json: bool) -> None:
-    """Make one HTML page of a finished RUN: errors, images, losses, speed, plan and recipe. Training does so at its end."""
+def report(run: str, output: Path | None, as_json: bool) -> None:
+    """Make one HTML page of a finished run: errors, images, losses, speed, plan and recipe. Training does so at its end.
+
+    RUN: its folder, the name of a recipe whose run is in runs/, or the hub id of a repository that it was uploaded to.
+    """
+    need("distill", "edit-compile report", "matplotlib")
+    name = converted_model(run)
+    if output is None and is_on_hub(name):
+        raise ConfigError(f"{name} is on the hub: say where the page is written, with -o FILE.html")
     with working("importing PyTorch"):
         from edit_compile.distillation.output.html_report import write_report
-    path = write_report(run, output)
+        from edit_compile.student.hub import run_folder
+    path = write_report(run_folder(name), output)
     if as_json:
         print_json({"report": str(path)})
     else:

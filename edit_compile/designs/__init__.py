@@ -6,20 +6,20 @@ design's. Importing this package imports no design: each is loaded when its name
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edit_compile.errors import ConfigError
+from edit_compile.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from edit_compile.designs.base import Design
 
 GROUP = "edit_compile.designs"
-AUTO, KEEP = "auto", "keep"
-AUTOMATIC = ("mm-edit", "edit")  # what "auto" tries, in order
+AUTO, FAST, KEEP = "auto", "fast", "keep"
+AUTOMATIC = ("mm-edit", "edit")  # what "auto" and "fast" try, in order
+AUTOMATIC_OPTIONS: dict[str, dict[str, Any]] = {AUTO: {}, FAST: {"reduction": 8}}  # of theirs, other than the designs' own defaults
 NO_ATTENTION = "no-attention"  # not listed: what a model costs without attention between image tokens
 _SHIPPED = {
     "edit": "edit_compile.designs.edit:Edit",
@@ -49,7 +49,7 @@ def register(design: DesignClass) -> DesignClass:
     if not (isinstance(design, type) and issubclass(design, Design) and isinstance(getattr(design, "name", None), str)):
         raise ConfigError(f"{design!r} cannot be registered: a design is a subclass of edit_compile.Design with a name")
     _check_statements(design)
-    if design.name in (AUTO, KEEP, *_UNLISTED, *design_names()) and _home(_registered.get(design.name)) != _home(design):
+    if design.name in (*AUTOMATIC_OPTIONS, KEEP, *_UNLISTED, *design_names()) and _home(_registered.get(design.name)) != _home(design):
         raise ConfigError(f"a design named {design.name!r} exists already; choose another name")
     _registered[design.name] = design
     return design
@@ -81,7 +81,7 @@ def design_names() -> tuple[str, ...]:
 
 
 def find_design(name: str) -> type[Design]:
-    """Find a design by name.
+    """Find a design by its own name.
 
     Raises:
         ConfigError: there is none, lists those that are; or the package that has it cannot be imported.
@@ -93,14 +93,12 @@ def find_design(name: str) -> type[Design]:
         return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
     if name in _installed():
         return _load(name)
-    near = get_close_matches(name, design_names(), 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown design {name!r}: {hint}there are: {', '.join(design_names())}")
+    raise ConfigError(f"unknown design {name!r}; {suggestion(name, design_names())}")
 
 
 @cache
 def _installed() -> dict[str, Any]:
-    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in (AUTO, KEEP, *_SHIPPED)}
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in (*AUTOMATIC_OPTIONS, KEEP, *_SHIPPED)}
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,17 +16,11 @@ from edit_compile.distillation.ranking.measure import RankingProgress
 from edit_compile.distillation.ranking.ranking import Ranking
 from edit_compile.distillation.ranking.tables import TextTable, sets_table, sites_table, title, untaken
 from edit_compile.distillation.run import Result
-from edit_compile.distillation.train.metrics import MetricsRow, line_of
 from edit_compile.progress import Work, working
 from edit_compile.report.folded_table import FoldedTable
 from edit_compile.report.tables import format_si, plan_summary
 from edit_compile.report.terminal import make_console
-
-
-def print_row(row: MetricsRow) -> None:
-    """Print a row of metrics in a line, where there is no terminal: there, progress is shown."""
-    if not sys.stderr.isatty():
-        print(line_of(row), file=sys.stderr, flush=True)
+from edit_compile.words import bytes_in_words, duration_in_words
 
 
 def print_result(result: Result, as_json: bool) -> None:
@@ -43,17 +36,14 @@ def print_result(result: Result, as_json: bool) -> None:
     for size, error in after.resolutions.items():
         console.print(f"at {size} px {before.resolutions[size]:.3g} -> {error:.3g}")
     for speed in result.speeds:
-        ratio = f"{1000 * speed.teacher:.1f} ms teacher, {1000 * speed.student:.1f} ms student"
-        console.print(f"one forward at {speed.size} px: {ratio}")
-    console.print(f"{result.seconds:.0f} s of training; the student is in {result.folder}")
+        size, teacher, student, speedup = speed.row
+        console.print(f"one forward at {size}: {teacher} ms teacher, {student} ms student, {speedup}")
+    console.print(f"{duration_in_words(result.seconds)} of training; the student is in {result.folder}")
 
 
 @contextmanager
-def show_ranking(*, quiet: bool) -> Iterator[Callable[[RankingProgress], None]]:
-    """Yield a callback for the parts of a ranking: progress on a terminal, now and then a line elsewhere, nothing if quiet."""
-    if quiet or not sys.stderr.isatty():
-        yield (lambda at: None) if quiet else _print_part
-        return
+def show_ranking() -> Iterator[Callable[[RankingProgress], None]]:
+    """Yield a callback for the parts of a ranking, each of which is a piece of work."""
     with ExitStack() as stack:
         part: Work | None = None
 
@@ -66,13 +56,6 @@ def show_ranking(*, quiet: bool) -> Iterator[Callable[[RankingProgress], None]]:
             part.advance(at.done - part.done)
 
         yield update
-
-
-def _print_part(at: RankingProgress) -> None:
-    """Print the last of every tenth of a part."""
-    if at.done * 10 // at.total != (at.done - 1) * 10 // at.total:
-        loss = "" if at.loss is None else f"  loss {at.loss:.3g}"
-        print(f"{at.what}  {at.done}/{at.total}{loss}", file=sys.stderr, flush=True)
 
 
 def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:
@@ -108,7 +91,7 @@ def print_estimate(estimate: Estimate, as_json: bool) -> None:
     console.print(yaml.safe_dump(estimate.recipe.model_dump(mode="json"), sort_keys=False), markup=False)
     console.print(estimate.plan)
     console.print(f"{estimate.trained:,} of {estimate.parameters:,} parameters are trained")
-    kept = f"{_gibibytes(estimate.state_bytes)} for weights, gradients, optimizer and moving average"
+    kept = f"{bytes_in_words(estimate.state_bytes)} for weights, gradients, optimizer and moving average"
     where = "in one process" if estimate.devices == 1 else f"on each of {estimate.devices} devices"
     console.print(f"{kept}; with activations, at the peak of a step {where}, as below.")
     console.print("Samples and FLOPs are of a step; times are of the phase.")
@@ -126,7 +109,7 @@ def _assumptions(estimate: Estimate) -> str:
         return f"The time assumes the speed of a large matrix product on this machine ({speed}) throughout; real steps take longer."
     what = "its peak by the data sheet, without the time that devices take to talk to each other"
     return (
-        f"{estimate.device.name}: {_gibibytes(estimate.device.bytes)} a device. The least time is at {speed}, {what}; "
+        f"{estimate.device.name}: {bytes_in_words(estimate.device.bytes)} a device. The least time is at {speed}, {what}; "
         f"the usual one at {USUAL_SHARE:.0%} of that."
     )
 
@@ -139,21 +122,10 @@ def _phases_table(estimate: Estimate) -> FoldedTable:
         counts = (f"{phase.steps:,}", f"{phase.samples:,}", f"{phase.micro_batch:,}", format_si(phase.flops))
         needed = [_memory(number, estimate) for number in (phase.bytes, phase.sharded_bytes)][: len(memory)]
         least = estimate.least_seconds(phase)
-        rows.append([phase.name, phase.size, *counts, *needed, *map(_duration, (least, least / USUAL_SHARE)[: len(times)])])
+        rows.append([phase.name, phase.size, *counts, *needed, *map(duration_in_words, (least, least / USUAL_SHARE)[: len(times)])])
     return FoldedTable(["phase", "pixels", "steps", "samples", "at once", "FLOPs", *memory, *times], rows)
 
 
 def _memory(number: int, estimate: Estimate) -> str:
     too_much = estimate.device is not None and number > estimate.device.bytes
-    return f"{_gibibytes(number)} (too much)" if too_much else _gibibytes(number)
-
-
-def _gibibytes(number: int) -> str:
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s"
+    return f"{bytes_in_words(number)} (too much)" if too_much else bytes_in_words(number)

@@ -8,7 +8,7 @@ from typing import Any
 
 from edit_compile.distillation.data.buckets import Shape
 from edit_compile.distillation.data.cache.format import Index, read_index, resolution_key
-from edit_compile.distillation.data.cache.write import Progress, write_cache
+from edit_compile.distillation.data.cache.write import write_cache
 from edit_compile.distillation.data.source import SourceContext
 from edit_compile.distillation.data.sources.cached import CachedDataset
 from edit_compile.distillation.models import load_original
@@ -50,7 +50,6 @@ def make_cache(
     samples: int | None = None,
     shard_size: int = SHARD_SIZE,
     batch: int = BATCH,
-    progress: Progress = lambda written, skipped: None,
 ) -> CacheReport:
     """Encode a recipe's data. An unfinished cache is continued, a finished one left alone.
 
@@ -61,7 +60,6 @@ def make_cache(
         samples: the maximum number of samples.
         shard_size: samples per file; that many may be lost when the process is killed.
         batch: samples encoded or sampled at a time.
-        progress: called in the first process, after each shard or one of each process, with the numbers of samples written and skipped.
 
     Raises:
         DistillError: the data cannot be encoded, or the folder has another cache or cannot be written.
@@ -76,7 +74,7 @@ def make_cache(
     made_from["fingerprint"] = producer.fingerprint()
     header = {"model": type(model).__name__, "made_from": made_from, "resolutions": resolutions_of(recipe)}
     with watching_peers(lambda: f"finished shards stay in {folder}, and the same command continues from them"):
-        index = write_cache(Path(folder), producer, header, shard_size=shard_size, samples=samples, progress=progress)
+        index = write_cache(Path(folder), producer, header, shard_size=shard_size, samples=samples)
     return _report(Path(folder), index, {})
 
 

@@ -67,12 +67,11 @@ class SampledImages:
                 f"{self.path} has images that were made otherwise: {one}{values}; choose another file with -o, or remove the folder"
             )
 
-    def make(self, load: Callable[[], tuple[Any, SampleMany]], progress: Callable[[int, int], None]) -> None:
+    def make(self, load: Callable[[], tuple[Any, SampleMany]]) -> None:
         """Make what is missing. Each image is written as a whole; a run that was stopped goes on with the next.
 
         Args:
             load: gives the model, and a function that samples from it; called if anything is missing.
-            progress: called with the number of images that are made, and of all.
 
         Raises:
             ConfigError: the model makes videos, or an image cannot be written.
@@ -90,7 +89,6 @@ class SampledImages:
                     numbers = absent[who][start : start + self.batch_size]
                     self._make(who, numbers, model, sample)
                     work.advance(len(numbers))
-                    progress(work.done, total)
 
     def _make(self, who: str, numbers: Sequence[int], model: Any, sample: SampleMany) -> None:
         prompts, seeds = [self.prompts[n] for n in numbers], [self.seed + n for n in numbers]

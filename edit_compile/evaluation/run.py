@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,6 @@ def evaluate(
     device: str | None = None,
     clip_name: str | None = None,
     base: str | Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Evaluation:
     """Sample from teacher and student with the same noise, and judge the images by torchmetrics.
@@ -110,31 +109,24 @@ def evaluate(
         device: of sampling by a pipeline and of the networks that judge; default: CUDA, if there is any. The demo models sample on the CPU.
         clip_name: a CLIP model, by hub id or folder; default: `clip.DEFAULT`.
         base: the base pipeline; default: as the checkpoint says.
-        progress: called with the number of images that are made, and of all.
         options: height, width, steps, guidance, seed and dtype, as of `sample`.
 
     Raises:
         ConfigError: an option is wrong, a library is missing, or weights are not at hand; nothing was sampled.
         CheckpointError: the folder does not hold a converted model, or its base cannot be loaded.
     """
-    folder, given = (
-        Path(without_address(str(folder))).expanduser(),
-        list(prompts) if not isinstance(prompts, str | Path) else read_prompts(Path(prompts)),
-    )
+    folder = Path(without_address(str(folder))).expanduser()
+    given = read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else list(prompts)
     if not given:
         raise ConfigError("no prompt was given")
     place, where = checkpoint_folder(folder), _device(device)
     if not (place / INDEX).is_file():
         raise CheckpointError(f"{folder} holds no converted model: {INDEX} is missing")
+    file = _result_file(folder, output)
     chosen, real = chosen_metrics(metrics, clip_name or clip.DEFAULT), real_images(Path(images)) if images is not None else ()
     count = samples if samples is not None else len(given)
     _check_count(chosen, count)
     sampling = sample_options(**options, device=device)
-    if output is None and not folder.is_dir():
-        raise ConfigError(f"{folder} is on the hub: say where the result is written, with -o FILE.json (output=)")
-    file = Path(output) if output is not None else folder / FILE
-    if file.suffix.lower() != ".json":
-        raise ConfigError(f"-o {file}: the result is a .json file, and images go to a folder of its name")
     for metric in each(chosen, "loading the networks that judge", len(chosen)):
         metric.prepare()
     made_for = tuple(given[number % len(given)] for number in range(count))
@@ -143,7 +135,7 @@ def evaluate(
     origin = str(base) if base is not None else base_of(folder)
     with alone_in(kept.path, "evaluates into", ConfigError):
         kept.open({"checkpoint": sha256(place / INDEX), "base": origin, "prompts": given, **how})
-        kept.make(lambda: open_sampler(folder, base, sampling), progress)
+        kept.make(lambda: open_sampler(folder, base, sampling))
         height, width = kept.size()
         found = Evaluation(
             model=str(folder),
@@ -160,6 +152,20 @@ def evaluate(
         )
         write_text(file, json.dumps(found.to_dict(), indent=2))
     return found
+
+
+def _result_file(folder: Path, output: str | Path | None) -> Path:
+    """Return the file of an evaluation's result.
+
+    Raises:
+        ConfigError: nothing can be written beside the model, which is on the hub, or the file has another ending.
+    """
+    if output is None and not folder.is_dir():
+        raise ConfigError(f"{folder} is on the hub: say where the result is written, with -o FILE.json (output=)")
+    file = Path(output) if output is not None else folder / FILE
+    if file.suffix.lower() != ".json":
+        raise ConfigError(f"-o {file}: the result is a .json file, and images go to a folder of its name")
+    return file
 
 
 def _device(name: str | None) -> torch.device:

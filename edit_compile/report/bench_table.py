@@ -12,10 +12,11 @@ from rich.markup import escape
 
 from edit_compile.adapters.family import Extent
 from edit_compile.bench.conversion_cost import size_in_words
-from edit_compile.bench.run import BenchReport, BenchRow, gib
+from edit_compile.bench.run import BenchReport, BenchRow
 from edit_compile.bench.subjects import TEACHER
 from edit_compile.report.folded_table import FoldedTable
 from edit_compile.report.tables import format_si
+from edit_compile.words import bytes_in_words
 
 _HEAD = (
     *("px", "image tokens", "model", "forward", "quartiles", "predicted"),
@@ -59,10 +60,10 @@ def _cells(row: BenchRow) -> tuple[str, ...]:
     size, tokens, flops = size_in_words(row.size), f"{row.tokens:,}", format_si(row.flops)
     predicted = "" if row.predicted is None else f"{_ms(row.predicted)} ms"
     if row.seconds is None:
-        return (size, tokens, escape(row.name), "", "", predicted, *[""] * 4, flops, f"needs {gib(row.needs)}")
+        return (size, tokens, escape(row.name), "", "", predicted, *[""] * 4, flops, f"needs {bytes_in_words(row.needs)}")
     ratio, spread = ("", "") if row.speedup is None or row.name == TEACHER else (f"{row.speedup.median:.2f}x", _spread(row.speedup))
     shares = [f"{100 * share.median:.0f}%" if share is not None else "" for share in (row.of_bound, row.of_floor)]
-    peak = "" if row.peak is None else gib(row.peak)
+    peak = "" if row.peak is None else bytes_in_words(row.peak)
     quartiles = f"{_ms(row.seconds.low)} .. {_ms(row.seconds.high)}"
     return size, tokens, escape(row.name), f"{_ms(row.seconds.median)} ms", quartiles, predicted, ratio, spread, *shares, flops, peak
 

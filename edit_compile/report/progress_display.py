@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from threading import Lock
 
 from rich.console import Console, Group
@@ -11,9 +9,9 @@ from rich.live import Live
 from rich.text import Text
 
 from edit_compile.progress import Work
+from edit_compile.report.progress_lines import Pace, line_of
 
 _PER_SECOND = 4  # updates
-_REMEMBERED = 100  # steps, of which the time left is estimated
 
 
 class ProgressDisplay:
@@ -62,43 +60,3 @@ class ProgressDisplay:
         with self._lock:
             shown = list(self._shown.values())
         return Group(*(Text(line_of(work, pace), no_wrap=True, overflow="ellipsis") for work, pace in shown))
-
-
-class Pace:
-    """How fast work is done, by its last steps."""
-
-    def __init__(self, done: int) -> None:
-        self.began = time.monotonic()
-        self._steps = deque([(self.began, done)], _REMEMBERED)
-
-    def add(self, done: int) -> None:
-        """Note that so much is done now."""
-        self._steps.append((time.monotonic(), done))
-
-    @property
-    def seconds(self) -> float:
-        """The seconds since the work began."""
-        return time.monotonic() - self.began
-
-    def left(self, total: int) -> float | None:
-        """Estimate the seconds that the rest of the work takes; None before the first step is done."""
-        (then, before), (now, done) = self._steps[0], self._steps[-1]
-        if done <= before:
-            return None
-        return max((now - then) / (done - before) * (total - done) - (time.monotonic() - now), 0.0)
-
-
-def line_of(work: Work, pace: Pace) -> str:
-    """Say in a line what is done, how far it is, the time left, and what else there is to say, in this order."""
-    if work.total is None:
-        parts = [work.what, *([f"{work.done:,}"] if work.done else []), clock(pace.seconds)]
-    else:
-        left = pace.left(work.total)
-        parts = [work.what, f"{work.done:,}/{work.total:,}", f"{clock(left)} left" if left is not None else clock(pace.seconds)]
-    return "  ".join([*parts, *([work.note] if work.note else [])])
-
-
-def clock(seconds: float) -> str:
-    """Write a duration as 0:07, 12:34 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -16,6 +16,7 @@ from edit_compile.bench.latency import SpeedRow, Timing
 from edit_compile.ir.plan import Plan
 from edit_compile.ir.plan_table import listed
 from edit_compile.ir.symbol_names import readable_names
+from edit_compile.words import bytes_in_words
 
 BREAK_EVEN = 1.05  # a ratio of FLOPs below which nobody would notice a gain
 
@@ -122,7 +123,7 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
     for row in rows:
         style = "green" if row.speedup.median >= 1 else "red"
         spread = f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}"
-        memory = [f"{peak / 2**20:,.0f} MiB" for peak in row.memory or ()]
+        memory = [bytes_in_words(peak) for peak in row.memory or ()]
         ratio = f"[{style}]{row.speedup.median:.2f}x[/]"
         frames = "" if row.frames is None else f"{row.frames} x "
         table.add_row(f"{frames}{row.height} x {row.width}", _ms(row.teacher), _ms(row.student), ratio, spread, *memory)

@@ -1,4 +1,4 @@
-"""Checkpoints on the hub: which files of a repository are downloaded to the hub's cache, and where they are then."""
+"""Where a converted model is: a folder, or a repository of the hub, of which as much is downloaded as is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from edit_compile.adapters.hub_access import hub_files
-from edit_compile.adapters.model_names import is_on_hub, without_address
+from edit_compile.adapters.model_names import hub_id, is_on_hub, with_revision, without_address
 from edit_compile.adapters.pipelines import DENOISERS, PIPELINE_INDEX
 from edit_compile.errors import CheckpointError
 from edit_compile.student.checkpoint_format import HERE, INDEX, WEIGHTS, read_index
@@ -14,9 +14,25 @@ from edit_compile.student.checkpoint_format import HERE, INDEX, WEIGHTS, read_in
 Originals = Literal["none", "model", "pipeline"]
 
 _PLACES = ("", *(f"{name}/" for name in DENOISERS))
-_CHECKPOINT = (PIPELINE_INDEX, *(f"{place}{pattern}" for place in _PLACES for pattern in (INDEX, WEIGHTS)))
+_INDEXES = (PIPELINE_INDEX, *(f"{place}{INDEX}" for place in _PLACES))
+_WEIGHTS = tuple(f"{place}{WEIGHTS}" for place in _PLACES)
 _PLAIN_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # what a pipeline is read from; nothing pickled, no code
 _OF_A_RUN = ("samples/*", "trackers/*", "checkpoints/*")
+
+
+def find_checkpoint(name: str | Path) -> Path | None:
+    """Find the folder that holds a checkpoint's index, of a pipeline's checkpoint its denoiser's part; None if there is no checkpoint.
+
+    Args:
+        name: a folder, a model's name, or the hub id of a repository, whose index is downloaded to the hub's cache.
+
+    Raises:
+        ModelNotFoundError: the hub does not give it; says why.
+    """
+    name = with_revision(str(name), None)
+    on_hub = is_on_hub(name) and not name.startswith("timm/")
+    folder = _part_with_checkpoint(hub_files(name, _INDEXES) if on_hub else Path(name).expanduser())
+    return folder if (folder / INDEX).is_file() else None
 
 
 def checkpoint_folder(name: str | Path, revision: str | None = None, *, originals: Originals = "none") -> Path:
@@ -32,14 +48,13 @@ def checkpoint_folder(name: str | Path, revision: str | None = None, *, original
 
     Raises:
         ModelNotFoundError: the hub does not give it; says why.
-        CheckpointError: the repository has no checkpoint, or a folder is given with a revision.
+        CheckpointError: the repository has no checkpoint.
+        ConfigError: a revision of a folder.
     """
-    name = without_address(str(name))
+    name = with_revision(str(name), revision)
     if not is_on_hub(name):
-        if revision is not None:
-            raise CheckpointError(f"{name} is a folder; only what is on the hub has revisions, not {revision!r}")
         return _part_with_checkpoint(Path(name).expanduser())
-    snapshot = hub_files(name, revision, _CHECKPOINT)
+    snapshot = hub_files(name, (*_INDEXES, *_WEIGHTS))
     folder = _part_with_checkpoint(snapshot)
     if not (folder / INDEX).is_file():
         raise CheckpointError(
@@ -49,8 +64,23 @@ def checkpoint_folder(name: str | Path, revision: str | None = None, *, original
         place = "" if folder == snapshot else f"{folder.name}/"
         whole = originals == "pipeline" and (snapshot / PIPELINE_INDEX).is_file()
         wanted = _PLAIN_FILES if whole else (f"{place}*.json", f"{place}*.safetensors")
-        hub_files(name, snapshot.name, wanted, left_out=_OF_A_RUN)  # of the same commit
+        hub_files(f"{hub_id(name)[0]}@{snapshot.name}", wanted, left_out=_OF_A_RUN)  # of the same commit
     return folder
+
+
+def run_folder(name: str | Path, downloads: Path | None = None) -> Path:
+    """Return the folder of a finished run, given it or the hub id of a repository that it was uploaded to.
+
+    Args:
+        downloads: where a repository is downloaded to, into a folder of its name, which is written to like any; default: the hub's cache.
+
+    Raises:
+        ModelNotFoundError: the hub does not give it; says why.
+    """
+    name = without_address(str(name))
+    if not is_on_hub(name):
+        return Path(name).expanduser()
+    return hub_files(name, left_out=("trackers/*",), folder=None if downloads is None else downloads / name)
 
 
 def _part_with_checkpoint(folder: Path) -> Path:

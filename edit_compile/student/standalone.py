@@ -89,17 +89,21 @@ def standalone_class_name(model: ConvertedModel) -> str:
     return f"{_PREFIX}{type(model).__name__}"
 
 
-def standalone_source(model: ConvertedModel) -> str:
-    """Write the source of a converted model's class and of all that it needs but torch and diffusers.
+def check_standalone(model: ConvertedModel) -> str:
+    """Write the source of a converted model's class and of all that it needs but torch and diffusers, and make it without weights.
 
     Raises:
         CheckpointError: its class is not one of diffusers, or something in it cannot be written as source; says what.
     """
     _check(model)
-    return _Writer(model).text()
+    source = _Writer(model).text()
+    _check_source(model, source)
+    return source
 
 
 def _check(model: ConvertedModel) -> None:
+    if torch.distributed.is_initialized():
+        raise CheckpointError("a standalone model is written by a process of its own: save without it, load that, and save it standalone")
     name, plan = type(model).__name__, model.edit_conversion.plan
     if not is_of_diffusers(type(model).__bases__[1]):
         raise CheckpointError(f"{name} is not a class of diffusers, so that no code of its own can be written beside its weights")
@@ -270,13 +274,10 @@ def write_standalone(student: Any, folder: Path) -> None:
         CheckpointError: the folder holds another model, or the model cannot stand alone; nothing was written.
     """
     model, name = unwrap(student), None if isinstance(student, nn.Module) else denoiser_name(student)
-    if torch.distributed.is_initialized():
-        raise CheckpointError("a standalone model is written by a process of its own: save without it, load that, and save it standalone")
     place = folder if name is None else folder / name
     if (place / _CONFIG).is_file() and "auto_map" not in json.loads((place / _CONFIG).read_text()):
         raise CheckpointError(f"{place} holds another model already; choose another folder")
-    source = standalone_source(model)
-    _check_source(model, source)
+    source = check_standalone(model)
     if name is not None:
         with_denoiser(student, None).save_pretrained(folder)
     kind: Any = type(model)

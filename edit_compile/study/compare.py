@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from edit_compile.adapters.model_names import is_on_hub, without_address
 from edit_compile.bench.machine import Machine, machine_in_words
 from edit_compile.distillation.models import Student, make_student
 from edit_compile.distillation.output.run_folder import RunFolder
@@ -25,9 +26,10 @@ from edit_compile.files import claimed, write_text
 from edit_compile.frozen import first_problem
 from edit_compile.progress import each
 from edit_compile.report.image_grid import image_grid, save_image
-from edit_compile.student.checkpoint import INDEX, base_of, load
+from edit_compile.student.checkpoint import base_of, load
 from edit_compile.student.checkpoint_format import read_index
 from edit_compile.student.fingerprint import difference
+from edit_compile.student.hub import find_checkpoint, run_folder
 from edit_compile.study.budget import as_cell, timings, with_seconds, with_steps
 from edit_compile.study.cells import Cell, CellFolder
 from edit_compile.study.drawn import Drawn, gallery_columns
@@ -45,7 +47,8 @@ class Request:
     """What is to be compared, as users ask for it.
 
     Attributes:
-        paths: one study, a YAML file or a shipped study's name; or the folders of runs that `distill` has finished.
+        paths: one study, a YAML file or a shipped study's name; or runs that `distill` has finished: their folders, or the hub ids of
+            repositories that they were uploaded to.
         output: the folder to write; default: `runs/` and the study's name, or `runs/comparison`.
         only: of a study, names of configurations; the others' cells are not begun.
         samples: of runs, how many held-out captions a demo model draws. Default: as for studies.
@@ -63,7 +66,8 @@ class Request:
     @property
     def of_study(self) -> bool:
         """Whether it is a study that is asked for."""
-        return len(self.paths) == 1 and not Path(self.paths[0]).is_dir()
+        first = without_address(str(self.paths[0]))
+        return len(self.paths) == 1 and not Path(first).is_dir() and (first.endswith((".yaml", ".yml")) or not is_on_hub(first))
 
     @property
     def folder(self) -> Path:
@@ -92,7 +96,7 @@ class Request:
             return StudyRun(load_study(file), file, self, say).run()
         if self.only:
             raise StudyError("only: it selects configurations of a study, not runs")
-        return RunComparison([Path(path) for path in self.paths], self, say).run()
+        return RunComparison([run_folder(path, self.folder / "downloads") for path in self.paths], self, say).run()
 
 
 def compare(
@@ -259,7 +263,7 @@ class StudyRun:
     @cached_property
     def _base(self) -> str:
         model = self._recipe(next(iter(self.study.configurations)), self.study.seeds[0]).model
-        return (base_of(model) if (Path(model) / INDEX).is_file() else None) or model
+        return (base_of(model) if find_checkpoint(model) is not None else None) or model
 
     def _do(self, cell: Cell, title: str) -> bool:
         """Train and measure a cell, unless that was done; returns whether it is not in another process's hands."""

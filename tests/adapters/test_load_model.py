@@ -102,6 +102,8 @@ def bare(kind):
         (lambda: bare(errors.EntryNotFoundError), "has no transformer/config.json: it is not a pipeline"),
         (lambda: bare(errors.LocalEntryNotFoundError), "cannot be reached: .* local copy"),
         (lambda: OSError("disk full"), "cannot be downloaded: disk full"),
+        (lambda: errors.CacheNotFound("no cache\nmore", "there"), "cannot be downloaded: no cache; give the path of a local copy$"),
+        (lambda: type("ReadTimeout", (Exception,), {"__module__": "httpx"})("timed out"), "cannot be downloaded: timed out"),
     ],
 )
 def test_hub_errors_say_what_to_do(monkeypatch, error, message):

@@ -26,6 +26,8 @@ from edit_compile.designs import NO_ATTENTION
 from edit_compile.designs.no_attention import NoAttention
 from edit_compile.report.bench_table import bench_table
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 CPU = torch.device("cpu")
 
 
@@ -145,7 +147,7 @@ def test_sizes_that_cannot_be_made_say_why(made):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--designs", "edt"), "unknown design 'edt': did you mean 'edit'"),
+        (("--designs", "edt"), "unknown design 'edt'; did you mean edit"),
         (("--designs", ""), "names no design"),
         (("--device", "nowhere"), "there is no device 'nowhere'"),
         (("--resolutions", "big"), "'big' is neither PX nor HEIGHTxWIDTH"),

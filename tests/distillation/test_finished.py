@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -24,13 +25,11 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
-from edit_compile.distillation.console import print_row
 from edit_compile.distillation.output import hub
 from edit_compile.distillation.output import model_card as cards
 from edit_compile.distillation.output.html_report import write_report
 from edit_compile.distillation.output.plot import plot_losses
 from edit_compile.distillation.recipe import load as recipe_file
-from edit_compile.distillation.train.metrics import line_of
 from edit_compile.distillation.train.trackers import chosen_trackers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -69,8 +68,8 @@ def test_the_card_says_what_was_done(result):
     assert yaml.safe_load(front)["library_name"] == "edit_compile"
     for part in (
         "2 of 2 attention sites",
-        f"{result.after.total:.4f}",
-        f"{result.before.bins[1].error:.4f}",
+        f"{result.after.total:.3g}",
+        f"{result.before.bins[1].error:.3g}",
         "12 x 16 px",
         "16 x 16 px",
     ):
@@ -94,6 +93,25 @@ def test_the_card_names_the_bases_licence_and_no_path_of_this_machine(result, mo
     assert 'edit_compile.load_pipeline("this folder", base="someone/base")' in card.text
     assert "secret" not in str(card)
     assert str(tmp_path) not in cards.model_card(recipe, plan, str(tmp_path), *both, result.speeds, ())
+
+
+@pytest.mark.parametrize(
+    ("base", "on_hub", "code"),
+    [
+        ("timm/vit_tiny", None, 'edit_compile.load("this folder", base="timm/vit_tiny")'),
+        ("timm/vit_tiny.augreg", "timm/vit_tiny.augreg", 'edit_compile.load("this folder", base="timm/vit_tiny.augreg")'),
+        ("someone/base@v1", "someone/base", 'edit_compile.load_pipeline("this folder", base="someone/base@v1")'),
+        ("demo/dit", None, 'edit_compile.sample("this folder", '),
+        (None, None, 'edit_compile.load("this folder")'),
+    ],
+)
+def test_the_card_names_the_base_as_the_hub_and_the_code_do(result, monkeypatch, base, on_hub, code):
+    monkeypatch.setattr(cards, "card_of", lambda name: {})
+    card = ModelCard(
+        cards.model_card(toy_distill.recipe(**OPTIONS), ec.plan_of(result.student), base, result.before, result.after, result.speeds, ())
+    )
+    assert card.data.base_model == on_hub
+    assert code in card.text
 
 
 def test_the_losses_are_plotted(result):
@@ -199,17 +217,6 @@ def test_split_undoes_mixing(prediction):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_are_lines_where_there_is_no_terminal(result, capsys, monkeypatch):
-    row = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[-1])
-    print_row(row)
-    assert capsys.readouterr().err.strip() == line_of(row)
-    assert f"loss {row['loss']:.3g}" in line_of(row)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    print_row(row)
-    assert capsys.readouterr().err == ""
-    assert "1 skipped" in line_of({**row, "skipped": 1})
-
-
 def test_tensorboard_has_the_recipe_and_every_number(result):
     (folder,) = (result.folder / "trackers").iterdir()
     events = EventAccumulator(str(folder)).Reload()
@@ -242,8 +249,9 @@ class Api:
         if (name, write) == ("others/student", True):
             raise OSError("403: no write access")
 
-    def upload_folder(self, **options):
-        self.calls.append(options)
+    def create_commit(self, repository, operations, commit_message):
+        contents = {each.path_in_repo: each.path_or_fileobj for each in operations}
+        self.calls.append((repository, {name: c if isinstance(c, bytes) else Path(c).read_bytes() for name, c in contents.items()}))
 
 
 class Unseen(toy_distill.ToySource):
@@ -280,11 +288,28 @@ def test_what_would_end_a_later_stage_ends_the_run_at_once(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_uploading(result, monkeypatch):
+def test_uploading(result, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert hub.push_to_hub(result.folder, "me/student") == "https://hub/me/student"
-    assert Api.calls[-1]["folder_path"] == result.folder
-    assert 'edit_compile.load("me/student")' in (result.folder / "README.md").read_text()
+    folder = shutil.copytree(result.folder, tmp_path / "secret" / "run")
+    for name in ("result.json", "recipe.yaml", "edit_compile.json"):
+        content = yaml.safe_load((folder / name).read_text())
+        place = {"result.json": ("folder",), "recipe.yaml": ("data", "path"), "edit_compile.json": ("base",)}[name]
+        (content["data"] if len(place) == 2 else content)[place[-1]] = str(tmp_path / "secret" / "model")
+        (folder / name).write_text(json.dumps(content))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "one").write_text("large")
+    write_report(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for repository in ("me/student", "others-may-read/student"):
+        assert hub.push_to_hub(folder, repository) == f"https://hub/{repository}"
+        found, contents = Api.calls[-1]
+        assert found == repository
+        assert f'edit_compile.load("{repository}")' in contents["README.md"].decode()
+        assert not any(b"secret" in content for content in contents.values())
+        assert json.loads(contents["edit_compile.json"])["base"] == "model"
+        assert {"losses.png", "report.html", "samples/00000012.png", "metrics.jsonl"} <= contents.keys()
+        assert not any(name.startswith("checkpoints") for name in contents)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ec.DistillError, match=r"others/student cannot be made or written: 403: no write access"):
         hub.make_repository("others/student")
     monkeypatch.setattr(Api, "error", OSError("no network\nmore"))
@@ -294,7 +319,7 @@ def test_uploading(result, monkeypatch):
     found = CliRunner().invoke(main, ["distill", "demo-mm-dit", "--push-to-hub", "me/student"])
     assert (found.exit_code, found.stderr.count("\n")) == (1, 1)
     monkeypatch.setattr(Api, "error", None)
-    monkeypatch.setattr(Api, "upload_folder", lambda self, **options: json.loads("{"))
+    monkeypatch.setattr(Api, "create_commit", lambda self, *args, **options: json.loads("{"))
     with pytest.raises(ec.DistillError, match=r"me/student cannot be uploaded: .*; the student is in"):
         hub.push_to_hub(result.folder, "me/student")
 

@@ -440,7 +440,7 @@ def test_inspect_and_convert_take_a_ranking(ranked, model, tmp_path):
         (("inspect", "demo/dit", "--set", "sites=all"), "error: --set sites=all: this is the option --sites"),
         (("rank", "arch/flux-dev"), "error: no shipped recipe is for arch/flux-dev: name one with --recipe"),
         (("rank", "demo/dit", "--candidates", "{"), "error: --candidates { is not valid YAML"),
-        (("rank", "demo/dit", "--candidates", "edti"), "error: candidates: unknown design 'edti': did you mean 'edit'"),
+        (("rank", "demo/dit", "--candidates", "edti"), "error: candidates: unknown design 'edti'; did you mean edit"),
         (("rank", "demo/dit", "--sites", "flops <= 0.5"), "error: sites: flops <= 0.5: write flops <= 0.5x"),
     ],
 )

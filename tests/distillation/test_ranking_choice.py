@@ -318,10 +318,10 @@ def test_candidates_are_names_or_mappings():
     [
         (["keep"], "name a design beside 'keep'"),
         ([], "name a design"),
-        (["edti"], "candidates: unknown design 'edti': did you mean 'edit'"),
+        (["edti"], "candidates: unknown design 'edti'; did you mean edit"),
         ([{"reduction": 4}], "neither a design's name nor a mapping"),
         ([3], "candidates: 3 is neither"),
-        ([{"design": "edit", "reducton": 4}], "candidates: unknown option 'reducton': did you mean 'reduction'"),
+        ([{"design": "edit", "reducton": 4}], "candidates: unknown option 'reducton'; did you mean reduction"),
         ([{"design": "edit", "options": 4}], "its options are a mapping from names, not 4"),
         ([{"design": "edit", 1: 2}], "neither a design's name nor a mapping"),
         ([{"design": "edit", "options": {1: 2}}], "its options are a mapping from names"),

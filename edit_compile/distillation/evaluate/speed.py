@@ -12,6 +12,7 @@ from edit_compile.distillation.recipe.schedule import phases_of
 from edit_compile.progress import each
 
 _RUNS = 5
+COLUMNS = ("resolution", "teacher, ms", "student, ms", "speed-up")  # of `Speed.row`
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class Speed:
     def size(self) -> str:
         """The size in words: "height x width", after the number of a video's frames."""
         return size_in_words(video_size(self.height, self.width, self.frames))
+
+    @property
+    def speedup(self) -> str:
+        """The teacher's time over the student's."""
+        return f"{self.teacher / self.student:.2f}x"
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """What tables have in the columns `COLUMNS`."""
+        return f"{self.size} px", f"{1000 * self.teacher:,.1f}", f"{1000 * self.student:,.1f}", self.speedup
 
 
 def measure_speeds(context: Context) -> tuple[Speed, ...]:

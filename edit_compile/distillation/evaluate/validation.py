@@ -16,6 +16,8 @@ from edit_compile.distillation.data import BatchRequest
 from edit_compile.errors import DistillError
 from edit_compile.progress import each
 
+MEASURE = "sum |student - teacher|² / sum |teacher - mean|² of the predictions, on samples that training never saw"
+
 
 @dataclass(frozen=True)
 class TimestepBin:
@@ -47,6 +49,13 @@ class ValidationResult:
     bins: tuple[TimestepBin, ...]
     samples: int
     resolutions: Mapping[str, float] = field(default_factory=dict)
+
+    def rows_until(self, after: ValidationResult) -> list[tuple[str, str, str]]:
+        """Name the errors and give each as this result has it, and as a later one does, with three significant digits."""
+        rows = [("all", self.total, after.total)]
+        rows += [(f"timesteps {b.timesteps}", b.error, a.error) for b, a in zip(self.bins, after.bins, strict=True)]
+        rows += [(f"all, at {size} px", self.resolutions[size], error) for size, error in after.resolutions.items()]
+        return [(name, f"{before:.3g}", f"{later:.3g}") for name, before, later in rows]
 
     def to_dict(self) -> dict[str, Any]:
         bins = [asdict(one) for one in self.bins]

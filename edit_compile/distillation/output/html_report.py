@@ -10,15 +10,18 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from edit_compile.bench.machine import Machine
-from edit_compile.distillation.evaluate.speed import Speed
-from edit_compile.distillation.evaluate.validation import ValidationResult
+from edit_compile.distillation.evaluate.speed import COLUMNS, Speed
+from edit_compile.distillation.evaluate.validation import MEASURE, ValidationResult
 from edit_compile.distillation.output.plot import plot_speeds
 from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.errors import DistillError
 from edit_compile.files import write_text
 from edit_compile.ir.plan import Plan
 from edit_compile.student.checkpoint_format import read_index
+from edit_compile.words import duration_in_words, without_paths
 
 _STYLE = """\
 :root { color-scheme: light dark; }
@@ -32,7 +35,6 @@ pre { padding: .8rem; overflow-x: auto; background: #8881; }
 dl { display: flex; flex-wrap: wrap; gap: 1.5rem; } dt { color: #888; } dd { margin: 0; font-size: 1.35rem; }
 figure { margin: .8rem 0; } figcaption { color: #888; }
 """
-_ERROR = "sum |student - teacher|² / sum |teacher - mean|² of the predictions, on samples that training never saw"
 
 
 def write_report(folder: Path, path: Path | None = None) -> Path:
@@ -53,14 +55,15 @@ def write_report(folder: Path, path: Path | None = None) -> Path:
 
 
 def html_report(folder: Path) -> str:
-    """Make the page of a finished run from what is in its folder.
+    """Make the page of a finished run from what is in its folder. It names no path of this machine.
 
     Raises:
         DistillError: the folder holds no finished run.
         CheckpointError: its student's checkpoint cannot be read.
     """
     summary, plan = html_summary(folder), Plan.from_json(json.dumps(read_index(folder).plan))
-    recipe = f"<pre>{escape((folder / 'recipe.yaml').read_text())}</pre>"
+    content = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe = f"<pre>{escape(yaml.safe_dump(without_paths(content), sort_keys=False))}</pre>"
     sections = (summary, _section("What was done to the model", plan._repr_html_()), _section("Recipe", recipe))
     title = f"{plan.model}, distilled"
     return (
@@ -83,7 +86,9 @@ def html_summary(folder: Path) -> str:
         _facts(before, after, speeds, result.seconds),
         _section("Images", _samples(run), "Teacher and student from the same noise, without guidance."),
         _section("Losses", _plot(folder / "losses.png")),
-        _section("Validation error", _errors(before, after), f"{_ERROR}; {after.samples} samples."),
+        _section(
+            "Validation error", _table(("", "converted", "distilled"), before.rows_until(after)), f"{MEASURE}; {after.samples} samples."
+        ),
         _section("Speed", _speeds(speeds), "Of one image, teacher and student in turns, on the machine that trained."),
         _section("Data", _table(("", ""), list(result.data.items()))),
         _section("Made with", f"<p>{escape(str(result.machine))}</p>"),
@@ -119,10 +124,8 @@ def _facts(before: ValidationResult, after: ValidationResult, speeds: Sequence[S
     facts = {"validation error, converted": f"{before.total:.3g}", "distilled": f"{after.total:.3g}"}
     if speeds:
         largest = max(speeds, key=lambda speed: speed.height * speed.width)
-        facts[f"speed-up at {largest.size}"] = f"{largest.teacher / largest.student:.2f}x"
-    facts["training"] = (
-        f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-    )
+        facts[f"speed-up at {largest.size}"] = largest.speedup
+    facts["training"] = duration_in_words(seconds)
     return "<dl>" + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()) + "</dl>\n"
 
 
@@ -144,19 +147,11 @@ def _plot(path: Path) -> str:
     return _figure(path.read_bytes(), "") if path.is_file() else ""
 
 
-def _errors(before: ValidationResult, after: ValidationResult) -> str:
-    rows = [("all", before.total, after.total)]
-    rows += [(f"timesteps {b.timesteps}", b.error, a.error) for b, a in zip(before.bins, after.bins, strict=True)]
-    rows += [(f"all, at {size} px", before.resolutions[size], error) for size, error in after.resolutions.items()]
-    return _table(("", "converted", "distilled"), [(name, f"{b:.3g}", f"{a:.3g}") for name, b, a in rows])
-
-
 def _speeds(speeds: Sequence[Speed]) -> str:
     if not speeds:
         return ""
     plot_speeds(speeds, plot := io.BytesIO())
-    rows = [(f"{s.size} px", f"{1000 * s.teacher:,.1f}", f"{1000 * s.student:,.1f}", f"{s.teacher / s.student:.2f}x") for s in speeds]
-    return _figure(plot.getvalue(), "") + _table(("resolution", "teacher, ms", "student, ms", "speed-up"), rows)
+    return _figure(plot.getvalue(), "") + _table(COLUMNS, [speed.row for speed in speeds])
 
 
 def _figure(png: bytes, caption: str, kind: str = "") -> str:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from edit_compile.adapters.hub_access import first_line
 from edit_compile.distillation.output.model_card import THIS
 from edit_compile.errors import DistillError
-from edit_compile.files import write_text
+from edit_compile.student.checkpoint_format import INDEX
+from edit_compile.words import without_paths
+
+_STAY = {"checkpoints"}  # names of folders; and all that begin with a dot
 
 
 def make_repository(repository: str) -> str:
@@ -32,21 +40,43 @@ def make_repository(repository: str) -> str:
 def push_to_hub(folder: Path, repository: str) -> str:
     """Upload a folder to a model repository, created as a private one if it does not exist; returns its address.
 
-    The folder's card then names the repository where it named the folder.
+    What is uploaded names no path of this machine, and the card names the repository; the folder stays as it is.
 
     Raises:
-        DistillError: the hub refuses or cannot be reached; but for the card, the folder stays as it is.
+        DistillError: the hub refuses or cannot be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     address = make_repository(repository)
-    card = folder / "README.md"
-    if card.is_file():
-        write_text(card, card.read_text().replace(f'"{THIS}"', f'"{repository}"'))
+    files = {path.relative_to(folder).as_posix(): content for path, content in _uploaded(folder, repository)}
     try:
-        HfApi().upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=["checkpoints/*", ".*"])
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        HfApi().create_commit(repository, added, commit_message="Upload a student with edit_compile")
     except Exception as error:
         raise DistillError(
             f"{repository} cannot be uploaded: {first_line(error)}; run `hf auth login`; the student is in {folder}"
         ) from error
     return address
+
+
+def _uploaded(folder: Path, repository: str) -> Iterator[tuple[Path, Path | bytes]]:
+    """Yield the files of a folder, each with what is uploaded: itself, or what others should see of it."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or parts[0] in _STAY or any(part.startswith(".") for part in parts):
+            continue
+        if parts == ("README.md",):
+            yield path, path.read_text().replace(f'"{THIS}"', f'"{repository}"').encode()
+        elif len(parts) == 1 and path.suffix in (".json", ".yaml"):
+            yield path, _shown(path)
+        else:
+            yield path, path
+
+
+def _shown(path: Path) -> bytes:
+    """Return plain data without this machine's paths; of a checkpoint's index, whose plan is read again, only the base is one."""
+    if path.suffix == ".yaml":
+        return yaml.safe_dump(without_paths(yaml.safe_load(path.read_text())), sort_keys=False).encode()
+    content: Any = json.loads(path.read_text())
+    shown = content | {"base": without_paths(content["base"])} if path.name == INDEX else without_paths(content)
+    return path.read_bytes() if shown == content else json.dumps(shown, indent=2).encode()

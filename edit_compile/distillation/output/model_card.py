@@ -10,15 +10,16 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from edit_compile.adapters.hub_access import card_of
-from edit_compile.adapters.model_names import is_on_hub
-from edit_compile.distillation.evaluate.speed import Speed
-from edit_compile.distillation.evaluate.validation import ValidationResult
+from edit_compile.adapters.model_names import hub_id, is_on_hub
+from edit_compile.distillation.evaluate.speed import COLUMNS, Speed
+from edit_compile.distillation.evaluate.validation import MEASURE, ValidationResult
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.ir.plan import Plan
 from edit_compile.report.markdown import markdown_table
+from edit_compile.words import without_paths
 
 THIS = "this folder"  # in a card's code; where it is uploaded, the repository's id
-_MEASURE = "sum |student - teacher|² / sum |teacher - mean|² of the predictions, on samples that training never saw"
+_STANDALONE = f'from diffusers import AutoModel\n\nmodel = AutoModel.from_pretrained("{THIS}", trust_remote_code=True)'
 
 
 def model_card(
@@ -40,17 +41,18 @@ def model_card(
     known = on_hub or (base if base is not None and base.startswith("demo/") else None)
     rewritten = f"{len(plan.rewritten)} of {len(plan.sites)}"
     parts = [
-        f"---\n{_metadata(plan, on_hub, after).to_yaml()}\n---",
+        f"---\n{_metadata(plan, _id_on_hub(on_hub), after).to_yaml()}\n---",
         f"# {plan.model} with linear attention",
         f"Distilled from {known or 'its base model'} by edit_compile: {rewritten} attention sites were rewritten.",
         f"```python\n{_code(known)}\n```",
-        f"## Validation error\n\n{_MEASURE}.",
-        _errors(before, after),
-        "## Speed\n\nMilliseconds per forward of one image, on the machine it was trained on.",
-        _speeds(speeds),
+        *([f"Without edit_compile:\n\n```python\n{_STANDALONE}\n```"] if recipe.standalone else []),
+        f"## Validation error\n\n{MEASURE}.",
+        markdown_table(("", "converted", "distilled"), before.rows_until(after)),
+        "## Speed\n\nOf a forward of one image, on the machine it was trained on.",
+        markdown_table(COLUMNS, [speed.row for speed in speeds]),
         *(f"![{path.stem}]({path.as_posix()})" for path in images),
         f"## Plan\n\n```\n{plan}\n```",
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(_without_paths(recipe.model_dump(mode='json')), sort_keys=False)}```",
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(without_paths(recipe.model_dump(mode='json')), sort_keys=False)}```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -65,7 +67,7 @@ def _metadata(plan: Plan, base: str | None, after: ValidationResult) -> ModelCar
         dataset_name="held-out samples of the training data",
         metric_type="relative-error",
         metric_name="relative output error to the teacher",
-        metric_value=float(_error(after.total)),
+        metric_value=float(f"{after.total:.3g}"),
     )
     return ModelCardData(
         library_name="edit_compile",
@@ -78,35 +80,17 @@ def _metadata(plan: Plan, base: str | None, after: ValidationResult) -> ModelCar
     )
 
 
+def _id_on_hub(base: str | None) -> str | None:
+    """Return the hub's id of a base; None of a timm model without the tag that tells whose weights they are."""
+    return None if base is None or (base.startswith("timm/") and "." not in base) else hub_id(base)[0]
+
+
 def _code(base: str | None) -> str:
     """Write what loads the student and draws with it."""
     if base is None:
         return f'import edit_compile\n\nstudent = edit_compile.load("{THIS}")'
     if base.startswith("demo/"):
         return f'import edit_compile\n\nedit_compile.sample("{THIS}", "a small red circle").save("samples.png")'
+    if base.startswith("timm/"):
+        return f'import edit_compile\n\nstudent = edit_compile.load("{THIS}", base="{base}")'
     return f'import edit_compile\n\npipe = edit_compile.load_pipeline("{THIS}", base="{base}")\nimage = pipe("a lighthouse").images[0]'
-
-
-def _without_paths(value: Any) -> Any:
-    """Shorten all absolute paths in a recipe to their last name."""
-    if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")) else value
-
-
-def _errors(before: ValidationResult, after: ValidationResult) -> str:
-    rows = [("all", before.total, after.total)]
-    rows += [(a.timesteps, b.error, a.error) for b, a in zip(before.bins, after.bins, strict=True)]
-    rows += [(f"all, at {size} px", before.resolutions[size], error) for size, error in after.resolutions.items()]
-    return markdown_table(("timesteps", "converted", "distilled"), [(name, _error(b), _error(a)) for name, b, a in rows])
-
-
-def _error(error: float) -> str:
-    return f"{error:.4f}" if error >= 0.001 else f"{error:.1e}"
-
-
-def _speeds(speeds: Sequence[Speed]) -> str:
-    rows = [(f"{s.size} px", f"{1000 * s.teacher:.1f}", f"{1000 * s.student:.1f}") for s in speeds]
-    return markdown_table(("resolution", "teacher", "student"), rows)

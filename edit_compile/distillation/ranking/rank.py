@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edit_compile.adapters.family import Extent
+from edit_compile.adapters.model_names import hub_id
 from edit_compile.bench import video_size
 from edit_compile.bench.machine import machine_in_words
 from edit_compile.designs import KEEP
@@ -122,7 +123,7 @@ def recipe_for(model: str) -> str:
     Raises:
         ConfigError: there is none, or more than one.
     """
-    found = [name for name in shipped_recipes() if model_of(name) == model]
+    found = [name for name in shipped_recipes() if hub_id(model_of(name))[0] == hub_id(model)[0]]
     if len(found) != 1:
         problem = f"{' and '.join(found)} are for {model}" if found else f"no shipped recipe is for {model}"
         raise ConfigError(f"{problem}: name one with --recipe (recipe=); it says which data to measure on")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +25,9 @@ from edit_compile.distillation.train.distributed import make_accelerator, set_pr
 from edit_compile.errors import CheckpointError, ConfigError, DistillError
 from edit_compile.ir.plan import SiteKind, SitePlan
 from edit_compile.passes.planner import CompiledPlan
-from edit_compile.student.checkpoint import INDEX
 from edit_compile.student.checkpoint_format import read_index, read_tensors
 from edit_compile.student.convert import install
+from edit_compile.student.hub import find_checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +44,7 @@ class RankedModel:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model as it is, on the run's device."""
-        if (Path(self.recipe.model) / INDEX).is_file():
+        if find_checkpoint(self.recipe.model) is not None:
             raise DistillError(f"{self.recipe.model} is converted already: rank the model that it was made from")
         torch.manual_seed(self.recipe.seed)  # of random weights
         data, name = self.recipe.data, self.recipe.model

@@ -90,6 +90,8 @@ class TrainingPhase(Frozen):
         for option, schedule in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
             if getattr(self, option) is not None and self.lr_schedule != schedule:
                 raise ValueError(f"{option} has no effect with lr_schedule: {self.lr_schedule}; it is of {schedule}")
+        if self.lr_schedule.startswith("constant") and self.min_lr_ratio != type(self).model_fields["min_lr_ratio"].default:
+            raise ValueError(f"min_lr_ratio has no effect with lr_schedule: {self.lr_schedule}, which never falls; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -295,6 +297,8 @@ class Recipe(Frozen):
     """How many checkpoints are kept."""
     save_in_background: bool = Field(default=False, json_schema_extra=FREE)
     """Whether training goes on while a checkpoint is written; a copy of what is saved is then held in the CPU's memory."""
+    standalone: bool = Field(default=False, json_schema_extra=FREE)
+    """Write the whole student with its code at the end: diffusers runs it where this package is not, as of `convert --standalone`."""
     samples: SampleGrids = SampleGrids()
     """Images by teacher and student, side by side."""
     log_every: PositiveInt = Field(default=10, json_schema_extra=FREE)
@@ -320,6 +324,8 @@ class Recipe(Frozen):
     def _options_have_an_effect(self) -> Self:
         if self.lora is not None and self.train != "lora":
             raise ValueError(f"lora: its options have no effect with train: {self.train}; set train: lora, or leave them out")
+        if self.standalone and self.train == "lora" and not (self.lora is not None and self.lora.merge):
+            raise ValueError("standalone: a standalone model has no LoRA: set lora: {merge: true}, or leave one of them out")
         steps = self.timesteps.sampler_steps
         if steps is not None and self.data.recorded_calls:
             raise ValueError(

@@ -14,11 +14,6 @@ from edit_compile.distillation.train.losses import loss_names
 MetricsRow = dict[str, Any]
 
 
-def line_of(row: MetricsRow) -> str:
-    """Format a row of metrics."""
-    return f"{row['phase']}  step {row['step']}/{row['steps']}  {losses_of(row)}"
-
-
 def losses_of(row: MetricsRow) -> str:
     """Format the losses and the speed of a row."""
     losses = [f"{name} {row[name]:.3g}" for name in ("loss", *loss_names()) if name in row]

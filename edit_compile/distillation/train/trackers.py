@@ -8,6 +8,7 @@ from typing import Any
 
 from edit_compile.distillation.recipe.schema import Recipe, flatten
 from edit_compile.errors import DistillError
+from edit_compile.words import without_paths
 
 _PACKAGES = {"comet_ml": "comet-ml"}  # where a package has another name than its module
 
@@ -28,5 +29,5 @@ def chosen_trackers(names: Sequence[str] | None) -> list[str]:
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Flatten a recipe to what trackers take: dotted keys to plain values."""
-    content = flatten(recipe.model_dump(mode="json"))
+    content = flatten(without_paths(recipe.model_dump(mode="json")))
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in content.items()}

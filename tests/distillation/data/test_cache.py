@@ -23,6 +23,7 @@ from edit_compile.distillation.data.captioned_images import EncodedImages
 from edit_compile.distillation.data.map_style import MapStyleSource
 from edit_compile.distillation.data.sources.cached import CachedDataset
 from edit_compile.distillation.data.sources.images import ImageFolder
+from edit_compile.progress import listening
 
 SIZES = [(24, 24)] * 5 + [(20, 40)] * 4 + [(48, 24)] * 3
 RESOLUTIONS = [(16, 16), (32, 32)]
@@ -42,13 +43,38 @@ def folder(tmp_path):
     return data_files.folder_of(tmp_path / "images", SIZES)
 
 
-def make(images, cache, *, progress=lambda written, skipped: None, made_from=None, samples=None, random_access=True):
+class Shards:
+    """A listener that is told in the first process how many samples are done, after each shard or one of each process."""
+
+    def __init__(self, tell):
+        self.tell, self.last = tell, None
+
+    def began(self, work):
+        if work.what.startswith("caching"):
+            self.last = work.done
+
+    def advanced(self, work):
+        if not work.what.startswith("caching") or work.done == self.last:
+            return
+        self.last = work.done
+        if write.process()[0] == 0:
+            self.tell(work.done)
+
+    def ended(self, work):
+        pass
+
+    def closed(self):
+        pass
+
+
+def make(images, cache, *, progress=lambda taken: None, made_from=None, samples=None, random_access=True):
     unreadable = {}
     dataset = ImageFolder(images, None, unreadable)
     producer = ImageProducer(lambda start: records_from(dataset, start), data_files.Letters(), BUCKETS, 2, dataset.fingerprint, unreadable)
     producer.random_access = random_access
     head = {"model": "PixArtTransformer2DModel", "made_from": made_from or {"data": "folder"}, "resolutions": RESOLUTIONS}
-    return write_cache(cache, producer, head, shard_size=4, samples=samples, progress=progress)
+    with listening(Shards(progress)):
+        return write_cache(cache, producer, head, shard_size=4, samples=samples)
 
 
 def source(cache, **options):
@@ -119,8 +145,8 @@ def test_padding_is_trimmed(folder, tmp_path):
 def test_a_killed_encoding_resumes_and_ends_the_same(folder, tmp_path):
     expected = make(folder, tmp_path / "whole")
 
-    def killed(written, skipped):
-        if written == 8:
+    def killed(taken):
+        if taken == 8:
             raise Killed
 
     with pytest.raises(Killed):
@@ -133,8 +159,8 @@ def test_a_killed_encoding_resumes_and_ends_the_same(folder, tmp_path):
     left.write_bytes(b"half")
     os.utime(left, (0, 0))  # younger ones may be another process's
     written = []
-    assert make(folder, tmp_path / "killed", progress=lambda *numbers: written.append(numbers)) == expected
-    assert written == [(12, 0)]
+    assert make(folder, tmp_path / "killed", progress=written.append) == expected
+    assert written == [12]
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -143,7 +169,7 @@ def test_a_killed_encoding_resumes_and_ends_the_same(folder, tmp_path):
 @pytest.mark.parametrize("samples", [None, 7, 8])
 def test_several_processes_make_what_one_makes(folder, tmp_path, monkeypatch, count, random_access, samples):
     expected, written = make(folder, tmp_path / "one", samples=samples), []
-    options = {"samples": samples, "random_access": random_access, "progress": lambda *numbers: written.append(numbers[0])}
+    options = {"samples": samples, "random_access": random_access, "progress": written.append}
     assert in_processes(monkeypatch, count, lambda: make(folder, tmp_path / "many", **options)) == [expected] * count
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert written == sorted(set(written))
@@ -152,7 +178,7 @@ def test_several_processes_make_what_one_makes(folder, tmp_path, monkeypatch, co
 def test_one_process_continues_what_two_began_and_three_finish(folder, tmp_path, monkeypatch):
     expected = make(folder, tmp_path / "one")
 
-    def killed(written, skipped):
+    def killed(taken):
         raise Killed
 
     with pytest.raises((Killed, BrokenBarrierError)):
@@ -168,8 +194,8 @@ def test_one_process_continues_what_two_began_and_three_finish(folder, tmp_path,
 def test_a_shard_that_is_gone_is_made_again(folder, tmp_path):
     make(folder, tmp_path / "whole")
 
-    def killed(written, skipped):
-        if written == 8:
+    def killed(taken):
+        if taken == 8:
             raise Killed
 
     with pytest.raises(Killed):
@@ -182,7 +208,7 @@ def test_a_shard_that_is_gone_is_made_again(folder, tmp_path):
 def test_a_finished_cache_is_left_alone(folder, tmp_path):
     make(folder, tmp_path / "cache")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
-    make(folder, tmp_path / "cache", progress=lambda *numbers: pytest.fail("it was made again"))
+    make(folder, tmp_path / "cache", progress=lambda taken: pytest.fail("it was made again"))
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == before
 
 
@@ -193,7 +219,7 @@ def test_another_cache_is_not_overwritten(folder, tmp_path):
 
 
 def test_a_limit_of_samples_holds_over_a_kill(folder, tmp_path):
-    def killed(written, skipped):
+    def killed(taken):
         raise Killed
 
     with pytest.raises(Killed):

@@ -43,7 +43,6 @@ from edit_compile.files import write_text
 from edit_compile.progress import working
 
 _FAILURES = (OSError, SafetensorError)
-Progress = Callable[[int, int], None]  # samples written and skipped so far
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Producer(Protocol):
 
 
 def write_cache(
-    folder: Path, producer: Producer, header: dict[str, Any], *, shard_size: int, samples: int | None, progress: Progress
+    folder: Path, producer: Producer, header: dict[str, Any], *, shard_size: int, samples: int | None
 ) -> Index:
     """Write a cache, or finish one that was begun the same way. Several processes, which must all call this, take a shard each at a time.
 
@@ -124,8 +123,6 @@ def write_cache(
                 in_all(partial(_add, folder, new if rank == 0 else []), _FAILURES)
                 shards += new
                 work.note = f"{work.per_second(sum(shard.taken for shard in new)):.3g} samples/s"
-                if new and rank == 0:
-                    progress(sum(len(shard.samples) for shard in shards), sum(len(shard.skipped) for shard in shards))
                 if len(new) < count or new[-1].taken < shard_size:
                     break
         finished: list[Index] = []
