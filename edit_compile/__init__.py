@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from edit_compile.bench.latency import compare_speed
     from edit_compile.bench.min_tokens import set_min_tokens
     from edit_compile.config import LinearizeConfig, Rule
+    from edit_compile.deployment.blocks import load_blocks
+    from edit_compile.deployment.exported_file import load_exported
+    from edit_compile.deployment.run import export
     from edit_compile.designs import register
     from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict
     from edit_compile.designs.ops.parts import Product, Softmax
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
         ConfigError,
         DistillError,
         EditCompileError,
+        ExportError,
         GridError,
         Interrupted,
         ModelNotFoundError,
@@ -68,6 +72,9 @@ _HOMES = {  # the same imports, for `__getattr__`
     "bench.latency": ("compare_speed",),
     "bench.min_tokens": ("set_min_tokens",),
     "config": ("LinearizeConfig", "Rule"),
+    "deployment.blocks": ("load_blocks",),
+    "deployment.exported_file": ("load_exported",),
+    "deployment.run": ("export",),
     "designs": ("register",),
     "designs.base": ("QKV", "Design", "Tap", "Tokens", "Verdict"),
     "designs.ops.parts": ("Product", "Softmax"),
@@ -84,6 +91,7 @@ _HOMES = {  # the same imports, for `__getattr__`
         "ConfigError",
         "DistillError",
         "EditCompileError",
+        "ExportError",
         "GridError",
         "Interrupted",
         "ModelNotFoundError",
@@ -117,6 +125,7 @@ __all__ = [
     "Design",
     "DistillError",
     "EditCompileError",
+    "ExportError",
     "Grid",
     "GridError",
     "Interrupted",
@@ -152,9 +161,12 @@ __all__ = [
     "cost",
     "distill",
     "evaluate",
+    "export",
     "grid",
     "linearize",
     "load",
+    "load_blocks",
+    "load_exported",
     "load_model",
     "load_pipeline",
     "merge_lora",

@@ -14,6 +14,7 @@ from torch import nn
 from edit_compile.adapters.load_model import LoadedModel, load_model
 from edit_compile.adapters.pipelines import denoiser_of, with_denoiser
 from edit_compile.adapters.record_inputs import inputs_of
+from edit_compile.adapters.step_cache import step_cache_of
 from edit_compile.config import LinearizeConfig
 from edit_compile.errors import AuditError, ConfigError, EditCompileError, PlanError
 from edit_compile.ir import input_spec
@@ -32,6 +33,7 @@ from edit_compile.student.lora import leave_out_for_teachers
 from edit_compile.student.runtime import Statement
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import OriginalWeights, require_original_weights
+from edit_compile.torch_internals import keep_graphs_in_order
 
 __all__ = ["REGIONAL", "audit", "compile", "grid", "linearize", "plan", "plan_and_convert", "plan_of", "repeated_blocks", "teacher"]
 __all__ += ["plan_with_forwards", "transformer_of"]
@@ -248,7 +250,8 @@ def teacher(student: Any, students: Iterable[str] = (), *, adapters: bool = Fals
 
     Raises:
         EditCompileError: nothing in it is converted, or nothing at one of the paths; weights outside the sites were written to
-            without `unshare`, as by fusing LoRA; or, at a call, the weights that were trained there are sharded or offloaded.
+            without `unshare`, as by fusing LoRA or quantization; a cache across sampling steps is on; or, at a call, the weights that were
+            trained there are sharded or offloaded.
     """
     model, conversion, kept = unwrap(student), conversion_of(student), frozenset(students)
     known = [site.path for site in conversion.plan.rewritten]
@@ -256,11 +259,25 @@ def teacher(student: Any, students: Iterable[str] = (), *, adapters: bool = Fals
         near = get_close_matches(unknown[0], known, 3, 0)
         raise EditCompileError(f"no site at {unknown[0]!r} is converted; near it: {', '.join(near)}")
     if not torch.compiler.is_compiling():
+        _require_no_step_cache(model)
         require_original_weights(model)
         leave_out_for_teachers(model)
     original = OriginalWeights(adapters) if conversion.originals or adapters else None
     with conversion.runtime.stating(Statement(teacher=True, original=original, students=kept)):
         yield student
+
+
+def _require_no_step_cache(model: nn.Module) -> None:
+    """Refuse to run the teacher where a cache gives out what the student left there, and the other way round.
+
+    Raises:
+        EditCompileError: there is one; says which.
+    """
+    if (cache := step_cache_of(model)) is not None:
+        raise EditCompileError(
+            f"{type(model).__name__} has a cache of sampling steps ({cache}), which would mix the teacher's outputs with the student's: "
+            "take it off, as by disable_cache(), or run the original model"
+        )
 
 
 def compile(student: Model, **options: Any) -> Model:
@@ -277,6 +294,7 @@ def compile(student: Model, **options: Any) -> Model:
         EditCompileError: nothing in it is converted.
     """
     model = unwrap(student)
+    keep_graphs_in_order()  # for threads that call it at once
     for path in repeated_blocks(model):
         model.get_submodule(path).compile(**{**REGIONAL, **options})
     return student

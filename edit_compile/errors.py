@@ -58,6 +58,10 @@ class DistillError(EditCompileError, RuntimeError):
     """A distillation cannot start or go on."""
 
 
+class ExportError(EditCompileError, RuntimeError):
+    """A converted model cannot be written as a file of this format, or the file is not what the model is."""
+
+
 class Interrupted(EditCompileError):
     """A distillation was asked to stop, and has saved what it needs to continue."""
 

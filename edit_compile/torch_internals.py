@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ TRACES_CONTEXT_VARIABLES = _FROM_2_14  # torch.compile follows `ContextVar.get`
 FLEX_TILES_FIT_BLOCKS = _FROM_2_14  # FlexAttention's kernel makes its own choice of tiles fit a mask's blocks
 TORCH_FOLDER = f"{Path(torch.__file__).parent}{os.sep}"  # the names of torch's own files begin with it
 THIS_FILE = __file__
+_FRAMES_OF_AN_OPERATION = 6  # from torch's operator out to the function of torch.distributed that calls it, and some
 NO_BACKWARD = -1  # what `backward_id` gives outside a backward pass
 ROOT_CALL = "_empty_nn_module_stack"  # the path that export notes for operations in no module's forward
 
@@ -52,6 +54,24 @@ def place_of_shard(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bo
 def is_communication_error(error: BaseException) -> bool:
     """Say whether an operation of several processes failed: gloo, which has no error of its own, names its source file."""
     return isinstance(error, torch.distributed.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
+
+
+def is_collective(frame: FrameType | None) -> bool:
+    """Say whether a thread's innermost frames are of an operation of several processes, or of a backward pass, in which DDP waits."""
+    inner: list[str] = []
+    while frame is not None and len(inner) < _FRAMES_OF_AN_OPERATION:
+        inner.append(frame.f_code.co_filename.removeprefix(TORCH_FOLDER))
+        frame = frame.f_back
+    return any(name.startswith(f"distributed{os.sep}") for name in inner) or inner[:1] == [f"autograd{os.sep}graph.py"]
+
+
+def keep_graphs_in_order() -> None:
+    """Have dynamo look through the graphs of what it compiled in the order in which they were made, in the whole process.
+
+    It would move the one that fits to the front, also while other threads look through them: these would miss graphs, and compile them
+    again, up to the limit of recompilations.
+    """
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -152,9 +172,19 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+_torch_runs_exports = False
+
+
+@contextmanager
+def exporting_for_torch() -> Iterator[None]:
+    """Let graphs that torch.export makes inside call torch's own fused kernels: it is torch that will run them."""
+    with _patched(sys.modules[__name__], _torch_runs_exports=True):
+        yield
+
+
 def _is_exported() -> bool:
     """Say whether a graph is made that other programs read: decomposed, as for ONNX, the kernel on CPUs loses its logarithm."""
-    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return (torch.compiler.is_exporting() and not _torch_runs_exports) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _fused_kernels(device: str, index: int | None) -> tuple[str, ...]:
@@ -328,6 +358,29 @@ def conditions_on(sizes: Mapping[str, torch.SymInt]) -> list[str]:
         if symbols and symbols <= set(code) and not small:
             found.append(written.doprint(guard.expr))
     return list(dict.fromkeys(found))
+
+
+def broken_condition(inputs: Mapping[str, Tensor], sizes: list[tuple[int, ...]]) -> str | None:
+    """Find a condition on sizes that a captured graph holds under, and that other sizes of its inputs break; None if there is none.
+
+    Args:
+        inputs: of the graph by name, as they were captured.
+        sizes: other ones for each.
+    """
+    import sympy
+
+    values: dict[Any, int] = {}
+    named: dict[Any, Any] = {}
+    shapes: Any = None
+    for (name, tensor), others in zip(inputs.items(), sizes, strict=True):
+        for dim, (size, other) in enumerate(zip(tensor.shape, others, strict=True)):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                values[size.node.expr], shapes = other, size.node.shape_env
+                named.setdefault(size.node.expr, sympy.Symbol(f"{name}.shape[{dim}]"))
+    for guard in shapes.guards if shapes is not None else ():
+        if guard.expr.free_symbols and guard.expr.free_symbols <= values.keys() and guard.expr.subs(values) == sympy.false:
+            return str(guard.expr.subs(named))
+    return None
 
 
 def writes_into_operand(target: object) -> bool:

@@ -21,8 +21,8 @@ PACKAGE = Path(edit_compile.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (  # everything may import what stands in its own row or before it
-    ("version", "errors", "files", "frozen", "known_noise", "progress", "stop_signals", "torch_internals", "yaml_text"),
-    ("tensor_files",),
+    ("version", "errors", "files", "frozen", "known_noise", "progress", "stop_signals", "torch_internals", "words", "yaml_text"),
+    ("extras", "tensor_files"),
     ("ir",),
     ("designs",),
     ("config",),
@@ -32,6 +32,7 @@ LAYERS = (  # everything may import what stands in its own row or before it
     ("student",),
     ("api",),
     ("bench",),
+    ("deployment",),
     ("report",),
     ("evaluation",),
     ("distillation",),

@@ -68,10 +68,12 @@ class SharedWeights:
             thoroughly: compare the values of all that are no lazy copies any more; otherwise, of these, only those that were moved or
                 written to since they were compared last. Writing through `.data` does not count.
         """
-        known = (name for name, tensor in tensors.items() if name in self._known and has_values(tensor))
+        known = (name for name, tensor in tensors.items() if name in self._known and (has_values(tensor) or is_of_another_class(tensor)))
         return [name for name in known if self._differs(name, tensors[name], thoroughly)]
 
     def _differs(self, name: str, tensor: Tensor, thoroughly: bool) -> bool:
+        if is_of_another_class(tensor):
+            return True
         known, place = self._known[name], _place(tensor)
         if known.checksum is None:
             return True
@@ -92,3 +94,8 @@ def _place(tensor: Tensor) -> _Place:
 def has_values(tensor: Tensor) -> bool:
     """Say whether a tensor's values are here, in a form that can be read."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_sharded(tensor)
+
+
+def is_of_another_class(tensor: Tensor) -> bool:
+    """Say whether a tensor is of a class of its own, as quantization makes them of weights that were plain numbers."""
+    return type(tensor) not in (Tensor, nn.Parameter) and not tensor.is_meta and not is_sharded(tensor)

@@ -1,0 +1,1 @@
+"""Files that draw with a converted model where this package is not: AOTInductor packages, ONNX, ExecuTorch."""
