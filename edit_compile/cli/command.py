@@ -113,7 +113,7 @@ def _errors_in_one_line() -> Iterator[None]:
             raise
         context = error.ctx
         command = "edit-compile" if context is None or context.parent is None else f"edit-compile {context.info_name}"
-        _end(f"{error.format_message().rstrip('.')}; {command} -h shows what there is", error.exit_code)
+        _end(f"{error.format_message()} (help: {command} -h)", error.exit_code)
 
 
 def _end(message: str, status: int = 1) -> NoReturn:
