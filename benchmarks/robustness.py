@@ -1,4 +1,4 @@
-"""Try to break the commands: kills, signals, full disks, damaged checkpoints, broken recipes, and threads.
+"""Try to break the commands: kills, signals, full disks, damaged checkpoints, broken recipes and plans, and threads.
 
     python benchmarks/robustness.py -o rows.jsonl                                   # all, for hours; goes on where it was stopped
     python benchmarks/robustness.py kills checkpoints --count 10 -o rows.jsonl      # some, fewer of each
@@ -11,8 +11,8 @@ A trial is a function of its number, runs in a fork with a limit of time, and ad
 - signals: a distillation that gets SIGINT or SIGTERM at any moment ends with the documented status, and `--resume` gives the same bits.
 - disks: on a disk that becomes full (of Linux, a tmpfs in a user namespace), an error in one line; with more space, `--resume` gives
   the same bits.
-- checkpoints, recipes: whatever bytes or values were changed in a checkpoint's or recipe's files, it is taken or refused with an error
-  of this package, within seconds and a bounded memory, and nothing is executed or downloaded.
+- checkpoints, recipes, plans: whatever bytes or values were changed in a checkpoint's, recipe's or plan's files, it is taken or refused
+  with an error of this package, within seconds and a bounded memory, and nothing is executed or downloaded.
 - threads: eight threads, each with 200 forwards of student and teacher at four sizes, give what one thread gives; eager and compiled.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attacks.damage import checkpoints, recipes
+from attacks.damage import checkpoints, plans, recipes
 from attacks.interruptions import DISKS, disks, kills, signals
 from attacks.processes import Wrong
 from attacks.threads import threads
@@ -34,8 +34,9 @@ from attacks.workshop import workshop
 
 import edit_compile as ec
 
-COUNTS = {"kills": 60, "signals": 20, "disks": DISKS, "checkpoints": 1000, "recipes": 300, "threads": 2}
-TRIALS: dict[str, Callable[[int, Path], str]] = {each.__name__: each for each in (kills, signals, disks, checkpoints, recipes, threads)}
+COUNTS = {"kills": 60, "signals": 20, "disks": DISKS, "checkpoints": 1000, "recipes": 300, "plans": 300, "threads": 2}
+KINDS = (kills, signals, disks, checkpoints, recipes, plans, threads)
+TRIALS: dict[str, Callable[[int, Path], str]] = {each.__name__: each for each in KINDS}
 
 
 # ------------------------------------------------------------------ rows and the table

@@ -6,8 +6,10 @@
 A transformer with random weights is written to disk and distilled from there as a recipe's model, in float32, on CPUs (gloo) or, where
 there are as many GPUs, on those. Host memory is what a process has of its own (RssAnon of /proc/self/status, Linux), sampled every few
 milliseconds; mapped files, whose pages the system drops when it needs them, do not count. While loading, what the compiler keeps is in it:
-150 MB, of a model of any size. While saving, it is given as a multiple of the shard of the state that is saved: 1 is the shard itself,
-which is in memory anyway. `gathered` is how the same state was saved before: gathered by the first process, which writes it all.
+150 MB, of a model of any size. Models in other precisions than the recipe's and converted folders are loaded too, and trained for two
+steps; `whole` is how a single process loads: each of them all of it. While saving, memory is given as a multiple of the shard of the state
+that is saved: 1 is the shard itself, which is in memory anyway. `gathered` is how the same state was saved before: gathered by the first
+process, which writes it all.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from safetensors.torch import save_file
 
 PROCESSES, SAMPLED = 2, 0.003  # seconds
 UNCOUNTED = 2  # steps at the beginning
+WHOLE = "-whole"
+MODELS = ("float32", "bfloat16", "converted", *(f"{name}{WHOLE}" for name in ("float32", "bfloat16", "converted")))
 
 
 class Memory:
@@ -58,22 +62,27 @@ def own_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def write_model(folder: Path, width: int, layers: int) -> int:
-    """Write a transformer with random weights as diffusers does; returns their bytes."""
+def write_models(folder: Path, width: int, layers: int) -> int:
+    """Write a transformer with random weights as diffusers does, in two precisions, and converted; returns its bytes in float32."""
     from diffusers import SD3Transformer2DModel
+
+    import edit_compile as ec
 
     sizes: dict[str, int] = {"sample_size": 32, "pos_embed_max_size": 32, "in_channels": 16, "out_channels": 16}
     texts = {"joint_attention_dim": 256, "caption_projection_dim": width, "pooled_projection_dim": 128}
     heads = {"num_layers": layers, "attention_head_dim": 64, "num_attention_heads": width // 64}
     model = SD3Transformer2DModel(**sizes, **texts, **heads)
-    model.save_pretrained(folder)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder / "float32")
+    ec.save(ec.linearize(model), folder / "converted", base=str(folder / "bfloat16"))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.to(torch.bfloat16).save_pretrained(folder / "bfloat16")
+    return size
 
 
-def recipe_of(folder: Path, steps: int) -> dict[str, Any]:
+def recipe_of(model: Path, steps: int) -> dict[str, Any]:
     stage = {"resolution": [128, 128], "steps": steps, "global_batch_size": PROCESSES, "lr": 1e-4, "warmup_steps": 0}
     return {
-        "model": str(folder),
+        "model": str(model),
         "data": {"kind": "random"},
         "train": "blocks",
         "precision": "fp32",
@@ -90,14 +99,18 @@ def recipe_of(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def work(folder: Path, steps: int) -> dict[str, Any]:
-    """Do one process's part; returns its figures."""
+def work(folder: Path, model: str, steps: int) -> dict[str, Any]:
+    """Do one process's part; returns its figures.
+
+    Args:
+        model: the name of its folder; `-whole` after it: loaded as by a single process.
+    """
     from edit_compile.distillation import Recipe, distill
     from edit_compile.distillation import run as runner
     from edit_compile.distillation.train import trainer
 
     memory, figures = Memory(), dict[str, Any](saves=[], gathered=[], steps=[])
-    own_make, own_shard, own_saving = runner.make_accelerator, runner.shard, trainer.Saving
+    own_make, own_shard, own_saving, own_student = runner.make_accelerator, runner.shard, trainer.Saving, runner.make_student
     started = memory.reset()
 
     def make(recipe: Recipe, place: Path) -> Any:
@@ -112,6 +125,9 @@ def work(folder: Path, steps: int) -> dict[str, Any]:
     def shard(*args: Any) -> None:
         own_shard(*args)
         figures.update(loading=memory.peak - started, loaded=own_memory() - started)
+
+    def whole(*args: Any, **options: Any) -> Any:
+        return own_student(*args, **options | {"for_shards": False})
 
     def measure(kind: str, act: Callable[[], Any]) -> None:
         torch.distributed.barrier()
@@ -130,10 +146,12 @@ def work(folder: Path, steps: int) -> dict[str, Any]:
             measure("saves", super().finish)
 
     runner.make_accelerator, runner.shard, trainer.Saving = make, shard, MeasuredSaving
+    runner.make_student = whole if model.endswith(WHOLE) else own_student
+    recipe = recipe_of(folder / model.removesuffix(WHOLE), steps)
     try:
-        distill(Recipe.model_validate(recipe_of(folder / "model", steps)), folder / "run", report=figures["steps"].append)
+        distill(Recipe.model_validate(recipe), folder / f"run-{model}", report=figures["steps"].append)
     finally:
-        runner.make_accelerator, runner.shard, trainer.Saving = own_make, own_shard, own_saving
+        runner.make_accelerator, runner.shard, trainer.Saving, runner.make_student = own_make, own_shard, own_saving, own_student
     torch.distributed.destroy_process_group()
     figures["steps"] = [row["seconds_per_step"] for row in figures["steps"]]  # that only the first process is told
     return figures
@@ -157,7 +175,7 @@ def save_gathered(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def processes(folder: Path, steps: int) -> Iterator[list[subprocess.Popen[str]]]:
+def processes(folder: Path, model: str, steps: int) -> Iterator[list[subprocess.Popen[str]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -166,7 +184,7 @@ def processes(folder: Path, steps: int) -> Iterator[list[subprocess.Popen[str]]]
     started = []
     for rank in range(PROCESSES):
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, __file__, "--steps", str(steps), "--part", str(folder)]
+        command = [sys.executable, __file__, "--steps", str(steps), "--part", str(folder), model]
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
         yield started
@@ -180,12 +198,22 @@ def gpus() -> bool:
     return torch.cuda.device_count() >= PROCESSES
 
 
-def report(size: int, figures: list[dict[str, Any]]) -> str:
+def run(folder: Path, model: str, steps: int) -> list[dict[str, Any]]:
+    """Run all processes; returns their figures."""
+    with processes(folder, model, steps) as started:
+        outputs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        sys.exit(f"{model}: a process failed")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def report(size: int, by_model: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown of all processes' figures."""
+    figures = by_model["float32"]
     rows = [
         ("its shard of the state, MB", [f"{one['shard'] / 1e6:.0f}" for one in figures]),
-        ("peak of own memory while loading, MB", [f"{one['loading'] / 1e6:.0f}" for one in figures]),
-        ("own memory once loaded, MB", [f"{one['loaded'] / 1e6:.0f}" for one in figures]),
+        *((f"peak of own memory while loading, MB: {m}", [f"{one['loading'] / 1e6:.0f}" for one in each]) for m, each in by_model.items()),
+        *((f"own memory once loaded, MB: {m}", [f"{one['loaded'] / 1e6:.0f}" for one in each]) for m, each in by_model.items()),
         ("peak while saving, times the shard", [f"{max(save['times'] for save in one['saves']):.2f}" for one in figures]),
         ("the same, gathered by the first process", [f"{max(save['times'] for save in one['gathered']):.2f}" for one in figures]),
         ("seconds of a step, median", [f"{statistics.median(one['steps'][UNCOUNTED:]):.2f}" if one["steps"] else "" for one in figures]),
@@ -205,18 +233,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("-o", "--output", type=Path, help="a Markdown file; default: print")
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # of one of the processes
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)  # of one of the processes
     arguments = parser.parse_args()
     if arguments.part is not None:
-        print(json.dumps(work(arguments.part, arguments.steps)))
+        folder, model = arguments.part
+        print(json.dumps(work(Path(folder), model, arguments.steps)))
         return
     with tempfile.TemporaryDirectory() as name:
-        size = write_model(Path(name) / "model", arguments.width, arguments.layers)
-        with processes(Path(name), arguments.steps) as started:
-            outputs = [process.communicate()[0] for process in started]
-        if any(process.returncode for process in started):
-            sys.exit("a process failed")
-    text = report(size, [json.loads(output.splitlines()[-1]) for output in outputs])
+        size = write_models(Path(name), arguments.width, arguments.layers)
+        steps = dict.fromkeys(MODELS, 2) | {"float32": arguments.steps}
+        found = {model: run(Path(name), model, steps[model]) for model in MODELS}
+    text = report(size, found)
     if arguments.output is not None:
         arguments.output.write_text(text)
     else:

@@ -24,7 +24,7 @@ from edit_compile.torch_internals import is_sharded, place_of_shard
 
 _PLACES = "edit_compile.places"  # in a file's metadata: where the tensors that are pieces belong
 _ALIGNMENT = 8  # bytes
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -41,7 +41,7 @@ _DTYPES = {
     "U16": torch.uint16,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Shape = tuple[int, ...]
 
@@ -177,7 +177,7 @@ class SavedTensors:
         pieces = self._pieces[name]
         shape = pieces[0].place.shape
         offsets, sizes = tuple(offsets or (0,) * len(shape)), tuple(shape if sizes is None else sizes)
-        found = torch.empty(sizes, dtype=_DTYPES[pieces[0].file.get_slice(name).get_dtype()])
+        found = torch.empty(sizes, dtype=DTYPES[pieces[0].file.get_slice(name).get_dtype()])
         read = 0
         for piece in pieces:
             first = [max(a, b) for a, b in zip(offsets, piece.place.offsets, strict=True)]

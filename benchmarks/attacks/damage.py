@@ -1,4 +1,4 @@
-"""Checkpoints and recipes in which bytes or values were changed."""
+"""Checkpoints, recipes and plans in which bytes or values were changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 import edit_compile as ec
 from attacks.processes import forked, judged, watched
-from attacks.workshop import checkpoint, inputs_of, original, workshop
+from attacks.workshop import checkpoint, inputs_of, original, plan, workshop
 from edit_compile.distillation import load_recipe
 from edit_compile.student.checkpoint_format import INDEX
 
@@ -104,3 +104,21 @@ def recipes(number: int, folder: Path) -> str:
         )
     (folder / "recipe.yaml").write_bytes(text)
     return judged(forked(watched(lambda: load_recipe(folder / "recipe.yaml")), limit=10, memory=MEMORY), f"recipe {number}")
+
+
+def plans(number: int, folder: Path) -> str:
+    rng = random.Random(number)
+    if rng.random() < 0.7:
+        text, what = json.dumps(changed(json.loads(plan().to_json()), rng)), "a value"
+    else:
+        text, what = changed_bytes(plan().to_json().encode(), rng).decode(errors="surrogateescape"), "bytes"
+    model = original()
+
+    def taken() -> None:
+        found = ec.Plan.from_json(text)
+        str(found)
+        student = ec.linearize(model, plan=found)
+        with torch.no_grad():
+            student(**inputs_of(64, 96))
+
+    return judged(forked(watched(taken), limit=LIMIT, memory=MEMORY), f"plan {number}, {what}")

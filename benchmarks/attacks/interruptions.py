@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
-        if not file.is_file() or file.suffix in (".png", ".md", ".yaml") or any(part.startswith(".") for part in Path(name).parts):
+        if not file.is_file() or file.suffix in (".png", ".md", ".html", ".yaml") or any(part.startswith(".") for part in Path(name).parts):
             continue
         content = file.read_bytes()
         if file.suffix in (".json", ".jsonl"):

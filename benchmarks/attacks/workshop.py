@@ -69,6 +69,12 @@ def checkpoint() -> Path:
 
 
 @cache
+def plan() -> ec.Plan:
+    """Plan the conversion of the tiny model."""
+    return ec.plan(str(workshop() / "model"))
+
+
+@cache
 def original() -> nn.Module:
     """Load the tiny model."""
     return ec.load_model(str(workshop() / "model")).model

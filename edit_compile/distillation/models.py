@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,14 +13,16 @@ from edit_compile.adapters.conditioning import image_condition
 from edit_compile.adapters.inputs import check_frames, tokens_of_size
 from edit_compile.adapters.load_model import LoadedModel, load_model
 from edit_compile.adapters.noise_schedule import NoiseSchedule, default_schedule, schedule_of_pipeline
+from edit_compile.adapters.stored_dtype import stored_dtype
 from edit_compile.api import linearize, linearize_for_shards
 from edit_compile.config import LinearizeConfig
 from edit_compile.demo import models as demo
 from edit_compile.distillation.context import blocks_with_sites
 from edit_compile.distillation.recipe.schema import LoraOptions, Recipe
 from edit_compile.errors import DistillError, GridError, NoExampleInputsError
-from edit_compile.student.checkpoint import INDEX, as_checkpoint_says, base_of, load
+from edit_compile.student.checkpoint import as_checkpoint_says, base_of, load, load_for_shards
 from edit_compile.student.handle import conversion_of, unwrap
+from edit_compile.student.hub import find_checkpoint
 from edit_compile.student.lora import add_lora
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import own_weights
@@ -29,10 +30,16 @@ from edit_compile.student.weights import own_weights
 
 @dataclass(frozen=True)
 class Student:
-    """A converted model, and where its base pipeline or model is; None if that is unknown."""
+    """A converted model.
+
+    Attributes:
+        base: where its base pipeline or model is; None if that is unknown.
+        loaded_in: the dtype that its weights are to be rounded to, if they are in that of their files until they are sharded.
+    """
 
     model: nn.Module
     base: str | None
+    loaded_in: torch.dtype | None = None
 
 
 def make_student(recipe: Recipe, *, structure_only: bool = False, other_data: bool = False, for_shards: bool = False) -> Student:
@@ -41,14 +48,15 @@ def make_student(recipe: Recipe, *, structure_only: bool = False, other_data: bo
     Args:
         structure_only: convert without weights, which need not exist.
         other_data: it is not trained on the recipe's data.
-        for_shards: nothing is written to its weights until they are sharded; see `linearize_for_shards`.
+        for_shards: nothing is written to its weights until they are sharded, and they are in the dtype of their files; see
+            `linearize_for_shards`.
 
     Raises:
         DistillError: a converted model is to be converted, there are no weights to distill, or the data are missing or do
             not fit the model.
         ModelNotFoundError, CheckpointError, PlanError: the model cannot be loaded or converted.
     """
-    if _is_converted(recipe):
+    if find_checkpoint(recipe.model) is not None:
         if recipe.convert != LinearizeConfig():
             raise DistillError(f"{recipe.model} is already converted: leave convert: out of the recipe")
         base = base_of(recipe.model)
@@ -56,19 +64,22 @@ def make_student(recipe: Recipe, *, structure_only: bool = False, other_data: bo
             with as_checkpoint_says(recipe.model, base):
                 structure = load_model(base, structure_only=True)
             check_data(recipe, structure, files=not structure_only)
-        return Student(load(recipe.model), base)
+        return Student(load_for_shards(recipe.model), base, torch.float32) if for_shards else Student(load(recipe.model), base)
     loaded = load_model(recipe.model, structure_only=True)
     if not other_data:
         check_data(recipe, loaded, files=not structure_only)
     torch.manual_seed(recipe.seed)  # of what conversion adds, and of random weights
     if not structure_only:
-        loaded = load_model(recipe.model, dtype=recipe.dtype, random_weights=recipe.data.random_weights)
+        dtype = (for_shards and stored_dtype(loaded)) or recipe.dtype
+        loaded = load_model(recipe.model, dtype=dtype, random_weights=recipe.data.random_weights)
         if not loaded.has_weights:
             raise DistillError(
                 f"{recipe.model} is structure only, without weights to distill; data: {{kind: random}} tries speed and memory "
                 "with random weights"
             )
-    return Student((linearize_for_shards if for_shards else linearize)(loaded, recipe.convert), _base(loaded))
+    if for_shards:
+        return Student(linearize_for_shards(loaded, recipe.convert), _base(loaded), recipe.dtype)
+    return Student(linearize(loaded, recipe.convert), _base(loaded))
 
 
 def load_original(recipe: Recipe, *, structure_only: bool = False) -> tuple[nn.Module, str]:
@@ -78,10 +89,11 @@ def load_original(recipe: Recipe, *, structure_only: bool = False) -> tuple[nn.M
         DistillError: the recipe's converted model does not say where its base is, or the data do not fit the model.
         ModelNotFoundError: the model cannot be loaded.
     """
-    name = base_of(recipe.model) if _is_converted(recipe) else recipe.model
+    converted = find_checkpoint(recipe.model) is not None
+    name = base_of(recipe.model) if converted else recipe.model
     if name is None:
         raise DistillError(f"{recipe.model} does not say where its base pipeline is")
-    with as_checkpoint_says(recipe.model, name) if _is_converted(recipe) else nullcontext():
+    with as_checkpoint_says(recipe.model, name) if converted else nullcontext():
         loaded = load_model(name, structure_only=True)
         check_data(recipe, loaded, files=not structure_only)
         if not structure_only:
@@ -180,10 +192,6 @@ def check_data(recipe: Recipe, structure: LoadedModel, *, files: bool = True) ->
     recipe.data.check_model(structure.model, _base(structure))
     if files:
         recipe.data.check_files(structure.model)
-
-
-def _is_converted(recipe: Recipe) -> bool:
-    return (Path(recipe.model) / INDEX).is_file()
 
 
 def _base(loaded: LoadedModel) -> str:

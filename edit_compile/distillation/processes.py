@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,6 +13,37 @@ import torch
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # of processes for the first one, which encodes alone; that it is alive is watched: see `peers`
+
+
+@dataclass
+class Waits:
+    """How many blocks of code this process is in that say what they wait for: see `train.movement`."""
+
+    for_others: int = 0
+    may_be_long: int = 0
+
+
+waits = Waits()
+
+
+@contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """Say that the other processes must come to where this one is: a device's collective operation is waited for at what reads it."""
+    waits.for_others += 1
+    try:
+        yield
+    finally:
+        waits.for_others -= 1
+
+
+@contextmanager
+def taking_time() -> Iterator[None]:
+    """Say that this process waits for something slow that is not of the run, such as an upload, and does not hang."""
+    waits.may_be_long += 1
+    try:
+        yield
+    finally:
+        waits.may_be_long -= 1
 
 
 def process() -> tuple[int, int]:

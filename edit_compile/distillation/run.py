@@ -40,7 +40,7 @@ from edit_compile.distillation.output.html_report import html_summary, write_rep
 from edit_compile.distillation.output.model_card import model_card
 from edit_compile.distillation.output.plot import plot_losses
 from edit_compile.distillation.output.run_folder import RunFolder
-from edit_compile.distillation.processes import gathered
+from edit_compile.distillation.processes import gathered, taking_time
 from edit_compile.distillation.recipe.load import load_recipe
 from edit_compile.distillation.recipe.schedule import phases_of
 from edit_compile.distillation.recipe.schema import LoraOptions, Recipe, Stage
@@ -55,12 +55,14 @@ from edit_compile.distillation.train.trackers import settings_of
 from edit_compile.distillation.train.train_context import only_trainable, raise_recompile_limit
 from edit_compile.distillation.train.trainer import Trainer
 from edit_compile.errors import DistillError, EditCompileError
+from edit_compile.extras import need
 from edit_compile.files import alone_in
 from edit_compile.progress import working
 from edit_compile.student.checkpoint import save
 from edit_compile.student.handle import unwrap
 from edit_compile.student.lora import merge_lora
 from edit_compile.student.site import converted_sites
+from edit_compile.student.standalone import check_standalone
 from edit_compile.student.weights import own_weights, separate_teacher
 
 if TYPE_CHECKING:
@@ -143,6 +145,7 @@ def distill(
         DistillError: the run cannot start or continue, the folder holds something else, or another process distils into it.
         Interrupted: SIGINT or SIGTERM arrived; what is needed to resume was saved.
     """
+    need("distill", "distill")
     name = "distilled" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = RunFolder(Path(output) if output is not None else Path("runs") / name)
@@ -160,6 +163,8 @@ def distill(
             made = Student(student, None)
         if not converted_sites(made.model):
             raise DistillError(f"{type(made.model).__name__} is not converted: there is nothing to distill; linearize(model) converts it")
+        if recipe.standalone:
+            check_standalone(unwrap(made.model))  # what could fail after the training is tried before it
         check_frames_of(recipe, made.model)
         schedule = schedule or noise_schedule(recipe, made.base)
         denoise = denoise or (call_as_recorded if recipe.data.recorded_calls else denoise_by_family)
@@ -273,7 +278,8 @@ class Run:
         Raises:
             DistillError, Interrupted: as `distill`.
         """
-        self.accelerator.init_trackers("edit_compile", settings_of(self.recipe))
+        with taking_time():
+            self.accelerator.init_trackers("edit_compile", settings_of(self.recipe))
         with interruptible() as interrupt:
             before = self.checkpoint[0].before if self.checkpoint is not None else self._validate().to_dict()
             trainer = Trainer(self.context, self.folder.checkpoints, self._record, interrupt, before, self._write_grid)
@@ -281,9 +287,10 @@ class Run:
         if self.recipe.lora is not None and self.recipe.lora.merge:
             merge_lora(self.student.model)
         with working(f"saving to {self.folder.path}"), min_tokens_set(self.student.model, self.min_tokens):
-            save(self.student.model, self.folder.path, base=self.student.base)
-        for tracker in self.accelerator.trackers:  # end_training() would end the process group too
-            tracker.finish()
+            save(self.student.model, self.folder.path, base=self.student.base, standalone=self.recipe.standalone)
+        with taking_time():
+            for tracker in self.accelerator.trackers:  # end_training() would end the process group too
+                tracker.finish()
         return trainer
 
     def finish(self, trainer: Trainer) -> Result:
@@ -320,7 +327,7 @@ class Run:
         """
         model.eval()
         if shards(self.accelerator):
-            shard(model, trained, self.recipe, self.accelerator)
+            shard(model, trained, self.recipe, self.accelerator, self.student.loaded_in)
         else:
             set_precision(model, trained, self.recipe.precision)
             model.to(self.accelerator.device)
@@ -335,7 +342,8 @@ class Run:
 
     def _record(self, row: MetricsRow) -> None:
         self.folder.add(row)
-        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=row["total"])
+        with taking_time():
+            self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=row["total"])
         self.report(row)
 
     def _write_grid(self, total: int) -> None:

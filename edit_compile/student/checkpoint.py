@@ -21,6 +21,7 @@ from edit_compile.adapters.pipelines import (
     take_notice_off,
     with_denoiser,
 )
+from edit_compile.adapters.stored_dtype import stored_dtype
 from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError, RewriteError
 from edit_compile.ir.plan import Plan
 from edit_compile.passes.pipeline import Passes
@@ -32,7 +33,7 @@ from edit_compile.student.handle import ConvertedModel
 from edit_compile.student.hub import checkpoint_folder
 from edit_compile.student.lora import install_lora, state_name
 from edit_compile.student.save import save
-from edit_compile.student.weights import check_finite, trained_tensors, unshare
+from edit_compile.student.weights import check_finite, own_weights, trained_tensors
 
 __all__ = ["INDEX", "base_of", "load", "load_pipeline", "save"]
 
@@ -51,28 +52,46 @@ def load(folder: str | Path, base: Any = None, *, revision: str | None = None, p
         CheckpointError: the checkpoint is damaged or of another version, or the base is not the one it was made from.
         ModelNotFoundError: the base is not where the checkpoint says, or the hub does not give the checkpoint.
     """
+    return _load(folder, base, revision, passes)
+
+
+def load_for_shards(folder: str | Path) -> nn.Module:
+    """Do what `load` does, without copying a weight: what is mapped from files stays there, in the files' dtype, until each process takes
+    its shards of it.
+
+    Nothing may be written to the model before that.
+
+    Raises:
+        CheckpointError, ModelNotFoundError: as `load`.
+    """
+    return _load(folder, read_only=True)
+
+
+def _load(
+    folder: str | Path, base: Any = None, revision: str | None = None, passes: Passes | None = None, *, read_only: bool = False
+) -> nn.Module:
     folder = checkpoint_folder(folder, revision, originals="model" if base is None else "none")
     index = read_index(folder)
     tensors = read_tensors(folder, index)
-    model = base if isinstance(base, nn.Module) else denoiser_of(base) or _load_base(folder, index, base)
+    model = base if isinstance(base, nn.Module) else denoiser_of(base) or _load_base(folder, index, base, as_stored=read_only)
     take_notice_off(model)
     require_plain(model)
     differs = difference(index.fingerprint, fingerprint(model.state_dict()))
     if differs:
         right = "the model that it was made from" if index.base is None else f"base={index.base!r}"
         raise CheckpointError(f"{folder} was made from another base than this {type(model).__name__}: {differs}; pass {right}")
-    student = _convert_again(folder, index, model, passes)
+    student = _convert_again(folder, index, model, passes, read_only=read_only)
     _check(folder, tensors, trained_tensors(student))
-    student.load_state_dict({state_name(student, name): tensor for name, tensor in tensors.items()}, strict=False)
+    student.load_state_dict({state_name(student, name): tensor for name, tensor in tensors.items()}, strict=False, assign=read_only)
     student.edit_conversion.base = base_of(folder)
     return student
 
 
-def _convert_again(folder: Path, index: Index, model: nn.Module, passes: Passes | None) -> ConvertedModel:
+def _convert_again(folder: Path, index: Index, model: nn.Module, passes: Passes | None, *, read_only: bool) -> ConvertedModel:
     try:
-        student = install(model, recompile(model, Plan.from_json(json.dumps(index.plan)), passes))
+        student = install(model, recompile(model, Plan.from_json(json.dumps(index.plan)), passes), read_only=read_only)
         if index.unshared:
-            unshare(student, index.unshared)
+            own_weights(student, index.unshared, read_only=read_only)
         if index.lora is not None:
             install_lora(student, index.lora)
     except EditCompileError as error:
@@ -149,13 +168,14 @@ def _pipeline_of(base: str | Path) -> str:
     return str(parent if (parent / PIPELINE_INDEX).is_file() and Path(base).is_dir() else base)
 
 
-def _load_base(folder: Path, index: Index, base: str | Path | None) -> nn.Module:
+def _load_base(folder: Path, index: Index, base: str | Path | None, *, as_stored: bool) -> nn.Module:
     name = str(base) if base is not None else index.base
     if name is None:
         raise CheckpointError(f"{folder} does not say where its base model is; pass base=...")
     try:
         with nullcontext() if base is not None else as_checkpoint_says(folder, name), notice_heard():
-            return load_model(str(folder.resolve()) if name == HERE else name).model
+            name = str(folder.resolve()) if name == HERE else name
+            return load_model(name, dtype=stored_dtype(load_model(name, structure_only=True)) if as_stored else None).model
     except ModelNotFoundError as error:
         raise CheckpointError(f"the base of {folder}: {error}; pass base=...") from error
 

@@ -77,5 +77,7 @@ def close(one: TensorPrint, other: TensorPrint, precision: float = 0.0) -> bool:
         precision: of the coarser dtype, where it is below that of half precision.
     """
     tolerance = max(_RELATIVE, precision)
-    pairs = zip(one.values, other.values, strict=True) if one.values and other.values else ()
-    return all(math.isclose(a, b, rel_tol=tolerance, abs_tol=_ABSOLUTE) for a, b in pairs)
+    if not (one.values and other.values):
+        return True
+    pairs = zip(one.values, other.values, strict=False)
+    return len(one.values) == len(other.values) and all(math.isclose(a, b, rel_tol=tolerance, abs_tol=_ABSOLUTE) for a, b in pairs)

@@ -135,6 +135,11 @@ def has_foreign_adapters(model: ConvertedModel) -> bool:
     return any(own is None or path not in own.targets for path in adapted_layers(model))
 
 
+def may_have_foreign_adapters(model: ConvertedModel) -> bool:
+    """Do what `has_foreign_adapters` does where torch.compile traces it: by what PEFT notes on the model, which graphs are guarded by."""
+    return len(getattr(model, "peft_config", {})) > (model.edit_conversion.lora is not None)
+
+
 def leave_out_for_teachers(model: ConvertedModel) -> None:
     """Have calls as the teacher run without the adapters that are in a converted model now."""
     sites = tuple(f"{path}." for path in converted_sites(model))  # whose teachers have none
@@ -267,7 +272,7 @@ def _peft() -> Any:
     try:
         return importlib.import_module("peft")
     except ImportError as error:
-        raise EditCompileError(f"LoRA needs PEFT: pip install 'edit-compile[lora]' ({error})") from error
+        raise EditCompileError(f"LoRA needs PEFT: pip install 'edit_compile[lora]' ({error})") from error
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -143,7 +143,8 @@ def convert_site(
     tensor = next(_floats(module), None)
     with torch.device("meta" if tensor is not None and tensor.is_meta else "cpu"):  # a structure without weights pays for no initial values
         design = compiled.build(path)
-    setattr(own, ADDED, design.to(device=tensor.device, dtype=tensor.dtype) if tensor is not None else design)
+    dtype = None if tensor is None or read_only else tensor.dtype  # files may be less precise than what is made of them
+    setattr(own, ADDED, design.to(device=tensor.device, dtype=dtype) if tensor is not None else design)
     for parameter in _floats(own):
         parameter.requires_grad_(True)
     own.train(module.training)

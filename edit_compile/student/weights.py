@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError, EditCompileError, RewriteError, some_of
 from edit_compile.student.handle import ConvertedModel, unwrap
-from edit_compile.student.lora import adapt_teachers, has_foreign_adapters, lora_layers, lora_names, plain_name, without_lora
+from edit_compile.student.lora import (
+    adapt_teachers,
+    has_foreign_adapters,
+    lora_layers,
+    lora_names,
+    may_have_foreign_adapters,
+    plain_name,
+    without_lora,
+)
 from edit_compile.student.shared import has_values
 from edit_compile.student.site import converted_sites
 from edit_compile.torch_internals import is_lazy_copy, is_sharded, lazy_copies, watch_writes
@@ -159,11 +167,12 @@ class OriginalWeights:
 def original_below(model: nn.Module) -> nn.Module | None:
     """Return the model whose forward, as the teacher, runs below a converted model's `min_tokens`: itself, unless it was unshared.
 
-    None if there is none: adapters are on it that are not its own, and may be in the sites, whose teachers do not have them.
+    None if there is none: adapters are on it that are not its own, and may be in the sites, whose teachers do not have them; or weights
+    outside the sites were written to, as by fusing LoRA. Compiled as a whole, a model is asked for adapters alone.
     """
     assert isinstance(model, ConvertedModel)
     conversion = model.edit_conversion
-    if not torch.compiler.is_compiling() and has_foreign_adapters(model):
+    if may_have_foreign_adapters(model) if torch.compiler.is_compiling() else has_foreign_adapters(model) or written_weights(model):
         return None
     if not conversion.originals:
         return model

@@ -160,9 +160,40 @@ def test_an_optimizer_that_is_not_installed_says_how_to_get_it(monkeypatch):
         make_optimizers(toy_distill.student(), {"p": torch.nn.Parameter(torch.zeros(1))}, OptimizerConfig(kind="adamw-8bit"))
 
 
+class FindsItsRate(torch.optim.Optimizer):
+    """As Prodigy and schedule-free optimizers do, it keeps what it has found in its groups: a number, a flag and a tensor."""
+
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, {"lr": lr, "d": 1.0, "warm": False, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["d"] *= 1.5
+            group["total"] = group.get("total", torch.zeros(())) + group["d"] * (2 if group["warm"] else 1)
+            group["warm"] = True
+            for parameter in group["params"]:
+                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 0.5)
+                parameter.sub_(mean * group["lr"] * group["d"] / group["total"])
+
+
+class KeepsAList(FindsItsRate):
+    def step(self):
+        super().step()
+        self.param_groups[0]["seen"] = [1]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "slots"),
-    [("sgd", {"momentum": 0.9}, 4), ("nadam", {}, 8), ("adafactor", {}, 0.03), ("torch.optim.RMSprop", {"alpha": 0.9}, 4), ("adam", {}, 8)],
+    [
+        ("sgd", {"momentum": 0.9}, 4),
+        ("nadam", {}, 8),
+        ("adafactor", {}, 0.03),
+        ("torch.optim.RMSprop", {"alpha": 0.9}, 4),
+        ("adam", {}, 8),
+        ("test_options.FindsItsRate", {}, 4),
+    ],
 )
 def test_any_optimizer_trains_and_continues(kind, options, slots):
     chosen = OptimizerConfig(kind=kind, options=options)
@@ -180,6 +211,7 @@ def test_any_optimizer_trains_and_continues(kind, options, slots):
     second = make_optimizers(toy_distill.student(), others, chosen)
     kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in first.slots(weights).items()}
     second.set_slots(others, kept)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
     step(first, weights)
     step(second, others)
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -208,6 +240,7 @@ def test_impossible_optimizers_are_refused_by_the_recipe(options, message):
         ({"kind": "nowhere.Best"}, "nowhere.Best cannot be imported"),
         ({"kind": "torch.nn.Linear"}, "torch.nn.Linear is not a torch.optim.Optimizer"),
         ({"kind": "adam", "options": {"betas": [2, 3]}}, "Adam cannot be used: ValueError: Invalid beta"),
+        ({"kind": "test_options.KeepsAList"}, "KeepsAList keeps 'seen', neither a tensor nor a number: a checkpoint cannot hold it"),
     ],
 )
 def test_optimizers_that_cannot_be_made_are_named_before_training(options, message):

@@ -86,8 +86,11 @@ def test_threads_of_two_shapes_and_a_teacher(student, often_switched, how):
         with mode():
             return sum(not torch.allclose(call(model, inputs), expected, atol=1e-5) for _ in range(FORWARDS))
 
-    with ThreadPoolExecutor(len(work)) as pool:
-        assert list(pool.map(serve, *zip(*work, strict=True))) == [0, 0, 0]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with ThreadPoolExecutor(3 * len(work)) as pool:
+        assert list(pool.map(serve, *zip(*3 * work, strict=True))) == 9 * [0]
+    if how == "blocks":
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch._dynamo.reset()
 
 

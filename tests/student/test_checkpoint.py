@@ -25,7 +25,7 @@ from edit_compile.adapters import hub_access
 from edit_compile.adapters.load_model import load_model
 from edit_compile.files import sha256
 from edit_compile.student.checkpoint_format import INDEX
-from edit_compile.student.fingerprint import difference, fingerprint
+from edit_compile.student.fingerprint import TensorPrint, difference, fingerprint
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import original_state, trained_tensors
 
@@ -179,6 +179,9 @@ def test_fingerprint_is_the_bases(base, student):
     other = copy.deepcopy(base)
     toy.shaken(other.out, amount=0.1)
     assert difference(of_base, fingerprint(other.state_dict())) == "the values of its out.weight differ"
+    for values in ((), of_base["out.weight"].values[:-1], (*of_base["out.weight"].values, 0.0)):
+        damaged = of_base | {"out.weight": TensorPrint(shape=of_base["out.weight"].shape, values=values)}
+        assert difference(damaged, of_base) == ("the values of its out.weight differ" if values else None)
 
 
 def test_saving_again_replaces_and_cleans_up(student, base, folder):

@@ -110,10 +110,23 @@ def test_weights_that_were_trained_outside_the_sites_do_not_meet_the_original_at
     assert is_original(student) == BELOW
 
 
-def test_with_lora_of_somebody_else_it_runs_as_converted(student: nn.Module):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_with_lora_of_somebody_else_it_runs_as_converted(student: nn.Module, compiled: bool):
     peft = pytest.importorskip("peft")
+    run = torch.compile(student, dynamic=True, fullgraph=True, backend="eager") if compiled else student
+    with torch.no_grad():
+        torch.testing.assert_close(run(**calls()[0]), original()(**calls()[0]), atol=1e-5, rtol=0)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), student)
     with torch.no_grad():
+        found = [run(**given) for given in calls()]
+        ec.set_min_tokens(student, 0)
+        for x, given in zip(found, calls(), strict=True):
+            torch.testing.assert_close(x, student(**given), atol=1e-5 if compiled else 0, rtol=0)
+
+
+def test_with_weights_written_to_outside_the_sites_it_runs_as_converted(student: nn.Module):
+    with torch.no_grad():
+        student.out.weight += 0.1  # as fusing LoRA does
         found = [student(**given) for given in calls()]
         ec.set_min_tokens(student, 0)
         assert all(torch.equal(x, student(**given)) for x, given in zip(found, calls(), strict=True))

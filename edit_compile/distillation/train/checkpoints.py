@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,13 +91,13 @@ class Saving:
         with self._named_failures():
             in_all(lambda: _begin(self._temporary) if rank == 0 else None, _FAILURES)
         entries = entries_of(tensors, is_first=rank == 0)
+        write = functools.partial(_write_shards, self._temporary, rank, count)
         self._writing: Future[dict[str, str]] | None = None
-        if in_background:
-            entries = {name: entry.copied() for name, entry in entries.items()}
-        self._write = functools.partial(_write_shards, self._temporary, entries, rank, count)
+        self._files: Callable[[], dict[str, str]] = functools.partial(write, entries)
         if in_background:
             thread = ThreadPoolExecutor(1, "checkpoint")
-            self._writing = thread.submit(self._write)
+            self._writing = thread.submit(write, {name: entry.copied() for name, entry in entries.items()})
+            self._files = self._writing.result
             thread.shutdown(wait=False)
 
     def written(self) -> bool:
@@ -112,7 +112,7 @@ class Saving:
         """
         is_first = process()[0] == 0
         with self._named_failures():
-            written = in_all(self._writing.result if self._writing is not None else self._write, _FAILURES)
+            written = in_all(self._files, _FAILURES)
             files = {name: digest for part in written for name, digest in part.items()}
             finished = self._metadata.model_copy(update={"files": files})
             in_all(lambda: _finish(self._temporary, self.place, finished, self._keep_last) if is_first else None, _FAILURES)
@@ -132,7 +132,7 @@ def _begin(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _write_shards(temporary: Path, entries: dict[str, Entry], rank: int, count: int) -> dict[str, str]:
+def _write_shards(temporary: Path, rank: int, count: int, entries: dict[str, Entry]) -> dict[str, str]:
     """Write what this process has to write; returns the hash of its file by name, or nothing."""
     if not entries:
         return {}

@@ -19,6 +19,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from edit_compile.adapters.stored_dtype import loading_dtype
 from edit_compile.api import REGIONAL, repeated_blocks
 from edit_compile.api import compile as compile_blocks
 from edit_compile.distillation.processes import PATIENCE, gathered
@@ -98,22 +99,23 @@ def share_sites(student: nn.Module, accelerator: Accelerator) -> None:
             tensor.copy_(broadcast(tensor.to(accelerator.device)))
 
 
-def set_precision(model: nn.Module, trained: Iterable[str], precision: str, path: str = "") -> None:
+def set_precision(model: nn.Module, trained: Iterable[str], precision: str, path: str = "", loaded_in: torch.dtype | None = None) -> None:
     """Convert, under "bf16", weights and buffers to bfloat16, except those that are trained, which are kept in float32.
 
     Args:
         trained: names of parameters.
         path: of the part of the model that is converted, except what is sharded; default: the whole.
+        loaded_in: what they are rounded to first, under other precisions too: the dtype that they would have been loaded in.
     """
-    if precision != "bf16":
+    if precision != "bf16" and loaded_in is None:
         return
-    part, prefix, names = model.get_submodule(path), f"{path}." if path else "", set(trained)
-    for site in converted_sites(part).values():
-        if not any(map(is_sharded, site.edit_teacher.parameters())):
-            site.edit_teacher.to(torch.bfloat16)
-    for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
-        if tensor.is_floating_point() and not is_sharded(tensor):
-            tensor.data = tensor.data.to(torch.float32 if prefix + name in names else torch.bfloat16)
+    part, names, frozen_in = model.get_submodule(path), set(trained), torch.bfloat16 if precision == "bf16" else torch.float32
+    teachers = [(f"{path}.{inside}".strip("."), site.edit_teacher) for inside, site in converted_sites(part).items()]
+    for prefix, module in ((path, part), *teachers):
+        for name, tensor in itertools.chain(module.named_parameters(prefix), module.named_buffers(prefix)):
+            if tensor.is_floating_point() and not is_sharded(tensor) and (precision == "bf16" or tensor.dtype != torch.float64):
+                values = tensor.data if loaded_in is None else tensor.data.to(loading_dtype(model, name, loaded_in))
+                tensor.data = values.to(torch.float32 if module is part and name in names else frozen_in)
 
 
 def wrap(student: nn.Module, teacher: nn.Module, recipe: Recipe, accelerator: Accelerator) -> nn.Module:
@@ -132,7 +134,7 @@ def shards(accelerator: Accelerator) -> bool:
     return bool(accelerator.num_processes > 1 and accelerator.distributed_type.value == "FSDP")
 
 
-def shard(model: nn.Module, trained: Iterable[str], recipe: Recipe, accelerator: Accelerator) -> None:
+def shard(model: nn.Module, trained: Iterable[str], recipe: Recipe, accelerator: Accelerator, loaded_in: torch.dtype | None = None) -> None:
     """Shard with FSDP2, in place: a group for each repeated block, for each site's teacher, and one for the rest.
 
     Each group in turn is converted to the recipe's precision and moved to the device, where only this process's shards of it stay. Weights
@@ -143,6 +145,7 @@ def shard(model: nn.Module, trained: Iterable[str], recipe: Recipe, accelerator:
 
     Args:
         trained: names of parameters, which stay in float32.
+        loaded_in: as of `set_precision`.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -150,7 +153,7 @@ def shard(model: nn.Module, trained: Iterable[str], recipe: Recipe, accelerator:
     given = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for path in (*repeated_blocks(model), ""):
-        set_precision(model, trained, recipe.precision, path)
+        set_precision(model, trained, recipe.precision, path, loaded_in)
         part = model.get_submodule(path)
         for teacher in (site.edit_teacher for site in converted_sites(part).values()):
             sharded = [is_sharded(parameter) for parameter in teacher.parameters()]

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from edit_compile.api import repeated_blocks
 from edit_compile.distillation.recipe.schema import LayerwiseFit, MuonOptions, OptimizerConfig, Stage
 from edit_compile.distillation.train.distributed import to_local
-from edit_compile.distillation.train.optimizer_class import OURS, arguments_for, find_optimizer, state_bytes_per_weight
+from edit_compile.distillation.train.optimizer_class import (
+    OURS,
+    arguments_for,
+    find_optimizer,
+    kept_in_group,
+    options_of,
+    state_bytes_per_weight,
+)
 from edit_compile.errors import DistillError
 from edit_compile.torch_internals import lerp_all_
 
@@ -35,6 +42,9 @@ def _left_of_rate(phase: Stage | LayerwiseFit, passed: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (passed * (phase.lr_cycles or 1) % 1.0))
 
 
+GROUP = "group "  # begins the names of what optimizers keep for all of their parameters, which no parameter's does
+
+
 class Optimizers:
     """One optimizer or several, each with parameters of its own; updates all of them as one."""
 
@@ -45,6 +55,8 @@ class Optimizers:
         """
         self.optimizers = optimizers
         self.ratios = tuple(ratios) or (1.0,) * len(optimizers)
+        self._groups = {f"{GROUP}{i}.{j}": group for i, each in enumerate(optimizers) for j, group in enumerate(each.param_groups)}
+        self._options = {name: options_of(group) for name, group in self._groups.items()}
 
     def step(self, rate: float) -> None:
         """Update the parameters at a learning rate."""
@@ -59,12 +71,17 @@ class Optimizers:
             optimizer.zero_grad()
 
     def slots(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Flatten what is kept for the parameters, given by name, to `name/slot`."""
+        """Flatten what is kept for the parameters, given by name, and in their groups to `name/slot`."""
         names = {id(p): name for name, p in parameters.items()}
         kept = (item for optimizer in self.optimizers for item in optimizer.state.items())
         found = {f"{names[id(p)]}/{slot}": value for p, slots in kept for slot, value in slots.items()}
         order = {name: number for number, name in enumerate(parameters)}
-        return dict(sorted(found.items(), key=lambda item: order[item[0].rpartition("/")[0]]))
+        return dict(sorted(found.items(), key=lambda item: order[item[0].rpartition("/")[0]])) | self._kept_in_groups()
+
+    def _kept_in_groups(self) -> dict[str, Any]:
+        """List what optimizers keep beside their options: those that find their own learning rate keep it there."""
+        kept = ((name, key, value) for name, group in self._groups.items() for key, value in kept_in_group(group, self._options[name]))
+        return {f"{name}/{key}": value for name, key, value in kept}
 
     def set_slots(self, parameters: Mapping[str, nn.Parameter], slots: Mapping[str, Any]) -> None:
         """Set what `slots` returned."""
@@ -73,6 +90,11 @@ class Optimizers:
             name, _, slot = key.rpartition("/")
             by_name.setdefault(name, {})[slot] = value
         owners = {id(p): optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, group in self._groups.items():
+            device = group["params"][0].device
+            for key, value in by_name.pop(name, {}).items():
+                restored = value.to(device) if isinstance(value, Tensor) else value
+                group[key] = bool(restored) if isinstance(group.get(key), bool) else restored
         for name, kept in by_name.items():
             owners[id(parameters[name])].state[parameters[name]] = kept
 

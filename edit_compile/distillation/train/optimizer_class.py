@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -77,6 +78,21 @@ def arguments_for(optimizer: type[torch.optim.Optimizer], wanted: Mapping[str, A
     return dict(wanted)
 
 
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy what one of an optimizer's groups holds besides parameters and their learning rate."""
+    return copy.deepcopy({key: value for key, value in group.items() if key not in ("params", "lr")})
+
+
+def kept_in_group(group: Mapping[str, Any], options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """List what an optimizer keeps in one of its groups: tensors, and what is not as it was when it was made.
+
+    Args:
+        options: what `options_of` gave then.
+    """
+    own = ((key, value) for key, value in group.items() if key not in ("params", "lr"))
+    return [(key, value) for key, value in own if isinstance(value, torch.Tensor) or key not in options or value != options[key]]
+
+
 def state_bytes_per_weight(optimizer: type[torch.optim.Optimizer], arguments: Mapping[str, Any]) -> float:
     """Make one step with a matrix, and count the bytes that the optimizer keeps for each of its weights.
 
@@ -88,13 +104,14 @@ def state_bytes_per_weight(optimizer: type[torch.optim.Optimizer], arguments: Ma
     weight.grad = torch.full_like(weight, 1e-3)
     try:
         made = optimizer([weight], **arguments)
+        options = options_of(made.param_groups[0])
         made.step()
     except Exception as error:  # of whatever package it is
         raise DistillError(f"optimizer: {optimizer.__name__} cannot be used: {type(error).__name__}: {error}") from error
-    slots = made.state[weight]
+    slots = made.state[weight] | dict(kept_in_group(made.param_groups[0], options))
     if strange := [name for name, value in slots.items() if not isinstance(value, torch.Tensor | int | float)]:
         raise DistillError(
             f"optimizer: {optimizer.__name__} keeps {strange[0]!r}, neither a tensor nor a number: a checkpoint cannot hold it"
         )
-    kept = [value for value in slots.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+    kept = [value for value in made.state[weight].values() if isinstance(value, torch.Tensor) and value.numel() > 1]
     return sum(value.numel() * value.element_size() for value in kept) / weight.numel()

@@ -1,7 +1,8 @@
 """Ends a run of several processes whose others are dead or hang: in a collective operation it would wait for them for hours.
 
 Every process gives a sign of life every few seconds, in a store beside the one that torch.distributed uses, and looks at the others'.
-They come from a thread: a process that only takes its time over a step, a compilation or a measurement is alive.
+They come from a thread: a process that only takes its time over a step, a compilation or a measurement is alive. With it comes whether
+the process moves (see `movement`): where none does, and some wait in a collective operation for others that stand still, all end.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 from edit_compile.distillation.processes import gathered, process
+from edit_compile.distillation.train.movement import Movement
 from edit_compile.torch_internals import is_communication_error
 
 LOST = 75  # exit status where another process is lost: sysexits.h's EX_TEMPFAIL, for a run that --resume continues
 BEAT, SILENCE = 3.0, 40.0  # seconds between signs of life, and after which a process counts as lost
 SILENCE_AFTER_ERROR = 9.0  # likewise, where a collective operation has failed
-_ENDED, _DONE = "ended: ", "done"
+STILL = 40.0  # seconds after which a process that stands still while others wait for it counts as hanging
+_ENDED, _DONE, _THREADS = "ended: ", "done", "peers"
 
 
 class _Sign(NamedTuple):
@@ -48,12 +51,12 @@ class Peers:
         self._store = self._join(0) if self.rank == 0 else None
         found = gathered([(self._store.port if self._store is not None else 0, socket.gethostname())])
         self._port, self._hosts = found[0][0], [host for _, host in found]
-        self._beats, self._own = 0, ""
+        self._beats, self._own, self._movement = 0, "", Movement(_THREADS)
         self._signs = [_Sign("", time.monotonic())] * self.count
         self._answered = time.monotonic()  # by the store
         self._failed, self._stopped, self._ended = False, threading.Event(), threading.Event()
         for act in (self._beat, self._judge):
-            threading.Thread(target=act, daemon=True, name="peers").start()
+            threading.Thread(target=act, daemon=True, name=_THREADS).start()
 
     def _join(self, port: int) -> Any:
         answer = timedelta(seconds=SILENCE)
@@ -65,13 +68,14 @@ class Peers:
         with suppress(RuntimeError):
             while not self._stopped.is_set():
                 self._exchange()
+                self._movement.uncounted = time.thread_time()
                 self._stopped.wait(BEAT)
         self._ended.set()
 
     def _exchange(self) -> None:
         store = self._store = self._store or self._join(self._port)
         self._beats += 1
-        store.set(str(self.rank), self._own or str(self._beats))
+        store.set(str(self.rank), self._own or f"{self._beats} {self._doing()}")
         for rank in range(self.count):
             text = store.get(str(rank)).decode() if store.check([str(rank)]) else ""
             if text != self._signs[rank].text or text.startswith(_DONE):
@@ -86,8 +90,14 @@ class Peers:
             if (gap := tick - last) > SILENCE / 3:
                 self._answered += gap
                 self._signs = [_Sign(sign.text, sign.heard + gap) for sign in self._signs]
-            elif lost := self._lost(tick):
+                self._movement.forget()
+                continue
+            self._movement.look()
+            if lost := self._lost(tick):
                 self._end(lost, tick)
+            still, waiting = self._still()
+            if still:
+                self._end_still(still, waiting)
 
     def _lost(self, now: float) -> list[int]:
         """List the processes that are lost. All signs of life come from the first one's store."""
@@ -96,6 +106,27 @@ class Peers:
             return [0]
         silent = ((rank, now - sign.heard, sign.text.startswith(_ENDED)) for rank, sign in enumerate(self._signs) if rank != self.rank)
         return [rank for rank, seconds, ended in silent if seconds > (SILENCE_AFTER_ERROR if ended else patience)]
+
+    def _doing(self) -> str:
+        """Say whether this process moves, waits for others, or stands still, and where."""
+        state = self._movement.state(STILL)
+        return f"still {self._movement.place}" if state == "still" else state
+
+    def _still(self) -> tuple[dict[int, str], list[int]]:
+        """Say where the processes stand that stand still, and list those that wait for them; nothing if a process moves."""
+        own = f"0 {self._doing()}"
+        states = [(own if rank == self.rank else sign.text).split(" ", 2)[1:] for rank, sign in enumerate(self._signs)]
+        still = {rank: state[1] for rank, state in enumerate(states) if len(state) == 2 and state[0] == "still"}
+        waiting = [rank for rank, state in enumerate(states) if state == ["waits"]]
+        return (still, waiting) if waiting and len(still) + len(waiting) == self.count else ({}, waiting)
+
+    def _end_still(self, still: dict[int, str], waiting: list[int]) -> None:
+        """End this process, which waits for others that hang, or hangs, once all have heard of it; the first that waits says why."""
+        rank, place = next(iter(still.items()))
+        if self.rank == waiting[0]:
+            _say(f"process {rank} on {self._hosts[rank]} stands still at {place} while others wait for it: it hangs; {self._advice()}")
+        time.sleep(2 * BEAT)
+        _exit(LOST)
 
     def _end(self, lost: list[int], now: float) -> None:
         """End this process at once: its main thread waits in a collective operation, out of which it can't be called.
@@ -106,12 +137,8 @@ class Peers:
         ended = sign.text.startswith(_ENDED)
         what = sign.text if ended else f"gave its last sign of life {now - sign.heard:.0f} s ago: it is dead or hangs"
         if self.rank == min(set(range(self.count)) - set(lost)):
-            with suppress(OSError, ValueError):
-                sys.stderr.write(f"Error: {who} {what}; {self._advice()}\n")
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(1 if ended else LOST)
+            _say(f"{who} {what}; {self._advice()}")
+        _exit(1 if ended else LOST)
 
     def leave(self, error: BaseException | None) -> None:
         """Say that this process ends, and why; the first one, which has the store, waits until the others know."""
@@ -131,6 +158,20 @@ class Peers:
 
     def _all_leave(self) -> bool:
         return all(sign.text.startswith((_ENDED, _DONE)) for sign in self._signs)
+
+
+def _say(reason: str) -> None:
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"Error: {reason}\n")
+        sys.stderr.flush()
+
+
+def _exit(status: int) -> None:
+    """End this process at once, whatever its threads do."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.distillation.train.distributed import read_like
-from edit_compile.distillation.train.optimizer import MovingAverage, Optimizers
+from edit_compile.distillation.train.optimizer import GROUP, MovingAverage, Optimizers
 from edit_compile.errors import DistillError
 from edit_compile.tensor_files import SavedTensors
 
@@ -48,6 +48,9 @@ class TrainState:
         for key in saved.names():
             is_slot = key.startswith(OPTIMIZER)
             slot = key.removeprefix(OPTIMIZER)
+            if slot.startswith(GROUP):
+                slots[slot] = saved.read(key)
+                continue
             like = self.trained.get(slot.rpartition("/")[0]) if is_slot else targets.get(key)
             if like is None or (not is_slot and saved.shape(key) != tuple(like.shape)):
                 raise DistillError(f"the checkpoint is not of this run: it has {key} of shape {saved.shape(key)}")

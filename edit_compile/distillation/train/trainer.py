@@ -16,7 +16,7 @@ from edit_compile.distillation.context import Context, NoisyBatch, trained_param
 from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.prefetch import prefetch
 from edit_compile.distillation.data.seeding import seed_of
-from edit_compile.distillation.processes import gathered
+from edit_compile.distillation.processes import gathered, waiting_for_others
 from edit_compile.distillation.recipe.schedule import Phase, phases_of
 from edit_compile.distillation.recipe.schema import Stage
 from edit_compile.distillation.train.checkpoints import Checkpoint, CheckpointMetadata, Saving, checkpoint_path, describe_last
@@ -165,7 +165,8 @@ class Trainer:
         recipe, progress, norm = self.context.recipe, self.progress, self._clip(phase, state)
         flags = [self.interrupt.requested, self._saving is not None and self._saving.written()]
         health = torch.stack([losses["loss"].float(), norm.float(), *norm.new_tensor(flags, dtype=torch.float32)])
-        loss, mean_norm, stopping, written = self.context.accelerator.reduce(health, "mean").tolist()
+        with waiting_for_others():
+            loss, mean_norm, stopping, written = self.context.accelerator.reduce(health, "mean").tolist()
         if written == 1:  # in all processes
             self._finish_saving()
         progress.guard, reason = progress.guard.after(loss, mean_norm, recipe.spike_factor)

@@ -104,6 +104,39 @@ def test_a_streams_epoch_has_all_but_the_held_out(parquet):
     assert {tuple(batch.latents.shape[2:]) for batch in batches} == {(8, 8), (6, 10), (10, 6)}
 
 
+class Counting(data_files.Letters):
+    """Notes the captions of all images that are decoded."""
+
+    def __init__(self):
+        self.seen = []
+
+    def check(self, caption):
+        self.seen.append(int(caption.removeprefix("image ")))
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_processes_share_out_a_streams_images_and_go_on_in_any_number(parquet, world):
+    def steps_of(processes, steps):
+        """Run some steps as so many processes, each with a source of its own; returns the batches, and what each process decoded."""
+        batches, encoders = [[] for _ in steps], [Counting() for _ in range(processes)]
+        for rank, encoder in enumerate(encoders):
+            source = IterableSource(HubStream(data_of(parquet, streaming=True), 0, 6), encoder, Buckets(multiple=4), 0, 0.0)
+            size = 6 // processes
+            for batch, step in zip(batches, steps, strict=True):
+                found = source.batch(BatchRequest(6 * step, 6, range(rank * size, (rank + 1) * size), 16, 16))
+                batch.append((found.latents, numbers_of(found)))
+        return batches, [encoder.seen for encoder in encoders]
+
+    alone, _ = steps_of(1, range(16))  # a window of batches, within an epoch
+    first, decoded = steps_of(world, range(9))
+    rest, more = steps_of(6 // world, range(9, 16))
+    for (whole,), parts in zip(alone, first + rest, strict=True):
+        assert torch.equal(torch.cat([latents for latents, _ in parts]), whole[0])
+        assert [number for _, numbers in parts for number in numbers] == whole[1]
+    seen = [number for each in (*decoded, *more) for number in each]
+    assert len(seen) == len(set(seen)) == 96  # each image is decoded once, in one process
+
+
 def test_records_of_a_stream_can_be_resumed(parquet):
     stream = HubStream(data_of(parquet, streaming=True), 0, 0)
     assert [record.captions[0] for _, record in stream.records(70)] == [f"image {n}" for n in range(70, 120)]
