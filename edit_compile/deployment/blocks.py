@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from edit_compile.adapters.hub_access import first_line
 from edit_compile.api import repeated_blocks
@@ -103,7 +103,13 @@ def _calls(model: ConvertedModel, cases: Sequence[Case]) -> list[dict[str, dict[
 def _keep(calls: dict[str, Any], model: ConvertedModel, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     frame = model.edit_conversion.runtime.frame()
     assert frame is not None
-    calls.setdefault(path, {**bound_arguments(block, args, kwargs), _GRIDS: frame.grids})
+    calls.setdefault(path, _packed({**bound_arguments(block, args, kwargs), _GRIDS: frame.grids}))
+
+
+def _packed(call: dict[str, Any]) -> dict[str, Any]:
+    """Have all tensors in a call contiguous, for compiled code takes their strides for granted; not grids, whose content nobody reads."""
+    packed = pytree.tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, call)
+    return {**packed, _GRIDS: call[_GRIDS]}
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def _captured(model: ConvertedModel, path: str, call: dict[str, Any], constants:
 def write_blocks(code: Mapping[str, _Code], path: Path, described: str) -> None:
     """Compile captured blocks, and package them as one file without weights."""
     from torch._inductor import aot_compile
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
     files: dict[str, Any] = {}
@@ -185,7 +191,7 @@ class _CompiledForward:
         frame = self.runtime.frame()
         if frame is None or frame.teacher or frame.outputs is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
-        call, constants = split_constants({**bound_arguments(self.block, args, kwargs), _GRIDS: frame.grids})
+        call, constants = split_constants(_packed({**bound_arguments(self.block, args, kwargs), _GRIDS: frame.grids}))
         tensors = tensors_of(call)
         known = tuple(input_names(call)) == self.about.names and constants == self.about.constants
         if not known or not fits(tensors, self.about.shapes, self.about.dtypes):
@@ -220,7 +226,7 @@ def load_blocks(student: Any, path: str | Path) -> Any:
     Raises:
         ExportError: it is no such file, or its blocks are not the student's.
     """
-    from torch._inductor.package import load_package
+    from torch._inductor.package.package import load_package
 
     path, model = Path(path), unwrap(student)
     if not path.is_file():
@@ -243,7 +249,7 @@ def load_blocks(student: Any, path: str | Path) -> Any:
 
 
 def _described(path: Path) -> BlocksDescription:
-    from torch._inductor.package import load_package
+    from torch._inductor.package.package import load_package
 
     try:
         with quiet():

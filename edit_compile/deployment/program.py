@@ -93,6 +93,7 @@ def make_program(
     except Exception as error:
         raise ExportError(f"{what} cannot be captured by torch.export: {type(error).__name__}: {first_line(error)}") from error
     drop_size_checks(exported)
+    _drop_squeezes_of_nothing(exported)
     shapes, fixed = _shapes(exported, tensors, varying, variants or {})
     return Program(exported, tuple(input_names(call)), dict(constants), shapes, _most(exported), fixed)
 
@@ -102,8 +103,20 @@ def _open(number: int, tensor: Tensor, varying: Varying, bounds: Mapping[tuple[i
     for dim in range(tensor.ndim):
         if (number, dim) in varying:
             most = bounds.get((number, dim))
-            found[dim] = Dim.AUTO if most is None else Dim.AUTO(min=1, max=most)  # type: ignore[operator]
+            found[dim] = Dim.AUTO if most is None else Dim.AUTO(min=1, max=most)
     return found
+
+
+def _drop_squeezes_of_nothing(exported: ExportedProgram) -> None:
+    """Take `squeeze` of dimensions that are not 1 out of a graph: torch does nothing there, and ONNX's operator fails."""
+    graph = exported.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
+        squeezed = node.args[0]
+        if squeezed.meta["val"].ndim == node.meta["val"].ndim and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(squeezed)
+            graph.erase_node(node)
+    graph.lint()
+    exported.graph_module.recompile()
 
 
 def _placeholders(exported: ExportedProgram) -> list[Any]:

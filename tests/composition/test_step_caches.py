@@ -24,7 +24,7 @@ from edit_compile.student.site import converted_sites
 from families import FAMILIES
 
 STEPS = 8
-NEVER, ALWAYS = (2000, 3000), (-1, 1001)  # ranges of timesteps in which attention may be skipped
+NEVER, BUT_THE_FIRST, ALWAYS = (2000, 3000), (-1, 990), (-1, 1001)  # ranges of timesteps in which attention may be skipped
 
 
 @pytest.fixture(scope="module")
