@@ -31,6 +31,7 @@ _OUTSIDE = {  # patterns of files outside of docs/, and the folder of the site t
     "SECURITY.md": "",
     "benchmarks/results/*": "results",
     "examples/*": "examples",
+    "integrations/comfyui/README.md": "comfyui",
     "edit_compile/recipes/*.yaml": "recipes",
     "edit_compile/recipes/studies/*.yaml": "recipes/studies",
 }
