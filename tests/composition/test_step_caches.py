@@ -63,12 +63,13 @@ class Sampler:
 def configurations(sampler, skips):
     now = {"current_timestep_callback": lambda: sampler.now}
     spatial = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": ALWAYS if skips else NEVER}
+    later = {**spatial, "spatial_attention_timestep_skip_range": BUT_THE_FIRST if skips else NEVER}
     every = ("transformer_blocks.*attn", "single_transformer_blocks.*attn")
     return {
         "first block": FirstBlockCacheConfig(threshold=10.0 if skips else -1.0),
         "pyramid": PyramidAttentionBroadcastConfig(**spatial, **now),
         "faster": FasterCacheConfig(
-            **spatial, **now, spatial_attention_block_identifiers=every, is_guidance_distilled=True, tensor_format="BCHW"
+            **later, **now, spatial_attention_block_identifiers=every, is_guidance_distilled=True, tensor_format="BCHW"
         ),
         "taylor": TaylorSeerCacheConfig(cache_interval=2 if skips else 1, disable_cache_before_step=2, taylor_factors_dtype=torch.float32),
         "mag": MagCacheConfig(threshold=1.0 if skips else -1.0, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),
@@ -115,3 +116,19 @@ def test_the_teacher_is_refused_beside_a_cache_which_would_mix_the_two(student, 
     sampler.model.disable_cache()
     with ec.teacher(sampler.model):
         sampler()
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_cache_dit_on_a_student(student, skips):
+    cache_dit = pytest.importorskip("cache_dit")
+    sampler = Sampler(copy.deepcopy(student))
+    expected, calls = sampler(), sampler.calls
+    options = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 2, "enable_separate_cfg": False}
+    config = cache_dit.DBCacheConfig(num_inference_steps=STEPS, residual_diff_threshold=10.0 if skips else 1e-12, **options)
+    cache_dit.enable_cache(sampler.model, cache_config=config)
+    got = sampler()
+    assert (sampler.calls < calls) is skips
+    error = (got - expected).norm() / expected.norm()
+    assert (0 < error < CLOSE["first block"]) if skips else error < 1e-6
+    with pytest.raises(ec.EditCompileError, match=r"has a cache of sampling steps \(cache-dit\)"), ec.teacher(sampler.model):
+        pass
