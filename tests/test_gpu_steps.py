@@ -195,7 +195,7 @@ def test_kernels(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["pixart-sigma", "sd3.5-medium", "flux-dev"])
+@pytest.mark.parametrize("model", ["pixart-sigma", "flux-dev"])
 def test_the_latency_table(model: str, tmp_path: Path):
     results, rows = rehearsed(f"latency-{model}", tmp_path)
     timed = [row for row in rows if "px" in row]
@@ -208,7 +208,7 @@ def test_the_latency_table(model: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["sd3.5-medium", "flux-dev"])
+@pytest.mark.parametrize("model", ["sd3.5-medium"])
 def test_training_steps(model: str, tmp_path: Path):
     _, rows = rehearsed(f"training-{model}", tmp_path)
     assert all(row["ms a step"] > 0 and row["counted GiB"] > 0 and "problem" not in row for row in rows)

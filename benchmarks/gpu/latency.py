@@ -191,7 +191,7 @@ def _at_size(name: str, side: int, work: Work) -> list[Row]:
     import torch
 
     model = MODELS[name]
-    blocks = model.blocks.get(side)
+    blocks = 1 if work.tiny else model.blocks.get(side)
     kernel = _best_backend(name, side, work)
     with _preferring(kernel, work):
         if work.kept.get("blocks", blocks) != blocks:
@@ -229,7 +229,8 @@ def _make(model: Model, blocks: int | None, work: Work) -> Any:
     from edit_compile.bench.run import Bench
     from edit_compile.config import LinearizeConfig
 
-    conversions = {name: LinearizeConfig(**options) for name, options in model.designs.items()}
+    designs = list(model.designs.items())[: 1 if work.tiny else None]
+    conversions = {name: LinearizeConfig(**options) for name, options in designs}
     options: dict[str, Any] = {"device": work.device.type, "dtype": work.dtype, "compiled": not work.tiny, "blocks": blocks}
     return Bench.make(model.tiny if work.tiny else model.source, conversions, **options)
 

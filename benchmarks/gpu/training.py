@@ -9,15 +9,22 @@ from typing import Any
 
 from benchmarks.gpu.step import Row, Unit, Work, in_gib, in_ms, problem_in, short
 
+
+def _stage(train: str, resolution: int, batch: int) -> list[str]:
+    sizes = {"resolution": resolution, "global_batch_size": batch, "micro_batch_size": batch}
+    return [f"train={train}", *(f"stages.0.{name}={size}" for name, size in sizes.items())]
+
+
 CASES: dict[str, dict[str, list[str]]] = {  # of recipes: what is changed in them, by name
     "sd3.5-medium": {
-        "512 px": ["stages.0.resolution=512", "stages.0.global_batch_size=4", "stages.0.micro_batch_size=4"],
-        "1024 px": ["stages.0.resolution=1024", "stages.0.global_batch_size=1", "stages.0.micro_batch_size=1"],
+        "lora, 1024 px": _stage("lora", 1024, 1),
+        "lora, 512 px": _stage("lora", 512, 4),
+        "attention, 1024 px": _stage("attention", 1024, 1),
         "layerwise, 1024 px": ["layerwise.resolution=1024", "layerwise.global_batch_size=1", "layerwise.micro_batch_size=1"],
     },
     "flux-dev": {  # with its optimizer's state all of its attention needs more memory than one device has
-        "inserted, 512 px": ["train=inserted", "stages.0.resolution=512", "stages.0.global_batch_size=1", "stages.0.micro_batch_size=1"],
-        "inserted, 1024 px": ["train=inserted", "stages.0.resolution=1024", "stages.0.global_batch_size=1", "stages.0.micro_batch_size=1"],
+        "inserted, 512 px": _stage("inserted", 512, 1),
+        "inserted, 1024 px": _stage("inserted", 1024, 1),
     },
 }
 STEPS, UNCOUNTED = 6, 3  # the first ones compile
@@ -28,7 +35,8 @@ _SHORT = (
 
 
 def units(name: str, tiny: bool) -> list[Unit]:
-    return [Unit(case, partial(_training, name, case)) for case in CASES[name]]
+    cases = [*CASES[name]]
+    return [Unit(case, partial(_training, name, case)) for case in (cases[-2:] if tiny else cases)]
 
 
 def _training(name: str, case: str, work: Work) -> list[Row]:
