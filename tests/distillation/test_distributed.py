@@ -19,15 +19,13 @@ import torch
 import two_processes
 from safetensors.torch import load_file
 
+import data_files
 import edit_compile as ec
 import toy_distill
-from edit_compile.adapters.load_model import load_model
-from edit_compile.api import linearize_for_shards
 from edit_compile.distillation.train import distributed
 from edit_compile.distillation.train.checkpoints import list_checkpoints, load_newest
 from edit_compile.distillation.train.distributed import make_accelerator
 from edit_compile.distillation.train.peers import LOST
-from edit_compile.student.weights import own_weights
 
 pytestmark = pytest.mark.slow
 
@@ -125,9 +123,60 @@ def test_a_process_that_fails_ends_the_other_with_its_reason(tmp_path):
     assert re.search(r"^Error: process 1 on \S+ ended: no more data; the last good checkpoint is 00000007$", outputs[0], re.MULTILINE)
 
 
+def test_a_process_whose_main_thread_alone_hangs_ends_both(tmp_path):
+    with two_running(tmp_path, "meet") as processes:
+        wait_until_ready(tmp_path)
+        (tmp_path / "hang").touch()
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [LOST, LOST], outputs
+    (line,) = (line for output in outputs for line in output.splitlines() if line.startswith("Error:"))
+    assert re.fullmatch(
+        r"Error: process 1 on \S+ stands still at \S+two_processes.py:\d+ \(meet\) while others wait for it: it hangs; "
+        "the last good checkpoint is 00000007",
+        line,
+    )
+
+
+def test_a_process_may_take_its_time_while_the_other_waits(tmp_path):
+    with two_running(tmp_path, "meet") as processes:
+        wait_until_ready(tmp_path)
+        for name in two_processes.LONG:
+            (tmp_path / name).touch()
+        for name in two_processes.LONG:
+            wait_until_exists(tmp_path / f"{name}.done", 100)
+        assert [process.poll() for process in processes] == [None, None]
+
+
+def wait_until_exists(path, seconds):
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, path
+        time.sleep(0.1)
+
+
 def wait_until_ready(folder):
     while not all((folder / f"{rank}.ready").exists() for rank in (0, 1)):
         time.sleep(0.1)
+
+
+def test_a_stream_is_shared_out_and_continued_where_it_was(tmp_path):
+    folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    for folder in folders.values():
+        images = data_files.folder_of(folder / "images", [(12, 16)] * 100, captions=False)
+        lines = [data_files.as_json(file_name=f"{i:03d}.png", text=f"image {i}").decode() for i in range(100)]
+        (images / "metadata.jsonl").write_text("\n".join(lines))
+    with two_running(folders["two"], "stream") as processes:
+        two_processes.run_stream(folders["one"])
+        both(processes)
+    ((_, alone),) = (json.loads((folders["one"] / "0.json").read_text()),)
+    parts = [json.loads((folders["two"] / f"{rank}.json").read_text()) for rank in (0, 1)]
+    first, rest = ({**a["trained"], **b["trained"]} for a, b in zip(*parts, strict=True))
+    assert len(rest) == 32 - 20
+    assert rest == {position: alone["trained"][position] for position in rest}
+    for own, other in zip(*parts, strict=True):
+        assert own["trained"].keys().isdisjoint(other["trained"])
+        assert set(own["trained"].values()).isdisjoint(other["trained"].values())  # less than an epoch
+    assert set(first.values()).isdisjoint(rest[position] for position in rest if position not in first)
 
 
 @pytest.mark.parametrize("damaged", ["gone", "changed"])
@@ -184,15 +233,6 @@ def test_processes_that_converted_a_model_differently_are_named(monkeypatch):
     monkeypatch.setattr(distributed, "gathered", lambda own: [*own, "another", *own])
     with pytest.raises(ec.DistillError, match=r"^process 1 converted the model in another way than process 0: convert it once"):
         distributed.share_sites(toy_distill.student(), None)
-
-
-def test_what_is_converted_for_shards_stays_in_the_files_that_it_is_mapped_from():
-    loaded = load_model("demo/dit")
-    memory = {parameter.untyped_storage().data_ptr() for parameter in loaded.model.parameters()}
-    student = linearize_for_shards(loaded, ec.LinearizeConfig())
-    own_weights(student, read_only=True)
-    elsewhere = {name for name, parameter in student.named_parameters() if parameter.untyped_storage().data_ptr() not in memory}
-    assert elsewhere == {name for name, _ in student.named_parameters() if ".edit." in name}
 
 
 def test_resuming_shards_is_bit_for_bit(folder):

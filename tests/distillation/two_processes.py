@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,10 @@ import toy_distill
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
+from edit_compile.distillation.data.iterable_style import IterableSource
+from edit_compile.distillation.data.seeding import noise_for
+from edit_compile.distillation.data.sources.dataset import DatasetData, HubStream
+from edit_compile.distillation.processes import taking_time
 from edit_compile.distillation.recipe.schema import OptimizerConfig
 from edit_compile.distillation.train import peers
 from edit_compile.distillation.train.checkpoints import CheckpointMetadata, Saving, load_newest
@@ -58,7 +67,7 @@ def run(folder, source=None, trained=(), **options):
     if int(os.environ.get("RANK", 0)):
         toy.shaken(student.blocks[0].attn.edit)  # as if conversion had drawn what it adds from another seed
     return distill(
-        toy_distill.recipe(**OPTIONS, **dict(trained)),
+        toy_distill.recipe(**OPTIONS | dict(trained)),
         folder,
         student=student,
         source=source or toy_distill.ToySource(),
@@ -133,9 +142,80 @@ def save_and_restore(folder):
     torch.distributed.destroy_process_group()
 
 
+def compute(seconds=9.0):
+    """Do what takes three times as long as a process may stand still."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(10_000))
+
+
+def upload():
+    with taking_time():
+        time.sleep(9)
+
+
+class Recording(toy_distill.ToySource):
+    """A stream of image files, whose images are the toy's latents. Writes down what it decodes, and what each batch has."""
+
+    granularity = 4
+    length = None
+
+    def __init__(self, folder, fails_at=None):
+        super().__init__()
+        self.fails_at, self.decoded, self.trained, self.skipped = fails_at, [], {}, {}
+        data = DatasetData(kind="dataset", path="imagefolder", data_dir=str(folder), streaming=True)
+        self.stream = IterableSource(HubStream(data, 0, 4), self, None, 0, 0.0)
+
+    def check(self, *size_or_caption):
+        if len(size_or_caption) == 1:
+            self.decoded.append(size_or_caption[0])
+
+    def encode_captions(self, captions):
+        numbers = torch.tensor([int(caption.removeprefix("image ")) for caption in captions])
+        return {"text": noise_for(numbers.tolist(), (toy_distill.TEXT, 6), 2, "train")}
+
+    def encode_images(self, images):
+        return images
+
+    def other_conditions(self, shape, size):
+        return {}
+
+    def batch(self, request):
+        if request.split == "train" and self.fails_at is not None and request.position >= self.fails_at:
+            raise ec.DistillError("no more data")
+        found = self.stream.batch(request)
+        if request.split == "train":
+            self.trained |= dict(zip(request.positions, found.captions, strict=True))
+        return found
+
+
+def run_stream(folder):
+    """Train on a stream until it fails, and go on; each process writes down what it read."""
+    options = {"stages": [OPTIONS["stages"][0]], "layerwise": None, "validation": {"samples": 4, "batch_size": 4, "timestep_bins": 2}}
+    sources = []
+    for number, fails_at in enumerate((24, None)):
+        sources.append(Recording(folder / "images", fails_at))
+        with pytest.raises(ec.DistillError, match="no more data") if fails_at is not None else nullcontext():
+            run(folder / "run", sources[-1], options, resume=number > 0)
+    rank = int(os.environ.get("RANK", 0))
+    read = [{"decoded": source.decoded, "trained": source.trained} for source in sources]
+    (folder / f"{rank}.json").write_text(json.dumps(read))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+CHILD = "import time; until = time.monotonic() + 9\nwhile time.monotonic() < until: pass"
+LONG = {  # what a process may do for as long as it likes while the other waits for it
+    "computes": compute,
+    "has a child that computes": lambda: subprocess.run([sys.executable, "-c", CHILD], check=True),
+    "has a thread that computes": lambda: ThreadPoolExecutor(1).submit(compute).result(),
+    "uploads": upload,
+}
+
+
 def meet(folder):
     """Meet in a collective operation again and again, until the other process does not come."""
-    peers.BEAT, peers.SILENCE, peers.SILENCE_AFTER_ERROR = 0.3, 6.0, 3.0
+    peers.BEAT, peers.SILENCE, peers.SILENCE_AFTER_ERROR, peers.STILL = 0.3, 6.0, 3.0, 3.0
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     with watching_peers(lambda: "the last good checkpoint is 00000007"):
@@ -144,6 +224,12 @@ def meet(folder):
             torch.distributed.all_reduce(torch.ones(1))
             if rank == 1 and (folder / "fail").exists():
                 raise ec.DistillError("no more data")
+            if rank == 1 and (folder / "hang").exists():
+                threading.Event().wait()
+            for name, act in LONG.items():
+                if rank == 1 and (folder / name).exists():
+                    act()
+                    (folder / name).rename(folder / f"{name}.done")
             time.sleep(0.05)
 
 
@@ -177,4 +263,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    {"runs": main, "state": save_and_restore, "meet": meet}[sys.argv[2]](Path(sys.argv[1]))
+    {"runs": main, "state": save_and_restore, "meet": meet, "stream": run_stream}[sys.argv[2]](Path(sys.argv[1]))
