@@ -47,6 +47,10 @@ class Format(ABC):
     def read(self, path: Path) -> tuple[Run, str | None]:
         """Load a file; returns it as a function, and what is known of it, None if it says nothing."""
 
+    def obstacle(self, program: Program) -> str | None:
+        """Say why sizes of images cannot vary in a file of this format, given the graph in which they do; None if they can."""
+        return None
+
     def check_packages(self) -> None:  # noqa: B027 (most need none)
         """Refuse a format whose packages are missing.
 
@@ -110,6 +114,10 @@ class ExecuTorch(Format):
             raise ExportError(
                 f"an ExecuTorch file needs executorch, of a version for this torch ({torch.__version__}): pip install executorch"
             )
+
+    def obstacle(self, program: Program) -> str | None:
+        floats = program.exported.graph.find_nodes(op="call_function", target=torch.sym_float)
+        return "the model computes with a size as a floating-point number, which ExecuTorch has no operator for" if floats else None
 
     def write(self, program: Program, path: Path, described: str) -> None:
         partitioner = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner

@@ -126,9 +126,12 @@ def export(
 
 
 def _captured(model: ConvertedModel, kind: Format, cases: Cases, chosen: set[str]) -> Program:
+    bounds = _bounds(cases) if kind.bounded else None
     with working(f"capturing {type(model).__name__}"):
-        bounds = _bounds(cases) if kind.bounded else None
-        return program_of(model, cases.captured, cases.varying, chosen, for_torch=kind.for_torch, bounds=bounds, variants=cases.variants)
+        program = program_of(model, cases.captured, cases.varying, chosen, for_torch=kind.for_torch, bounds=bounds, variants=cases.variants)
+    if (obstacle := kind.obstacle(program)) is not None:
+        program.fixed.update({name: obstacle for name in ("frames", "height", "width") if name in chosen and name in cases.variants})
+    return program
 
 
 def _export_blocks(model: ConvertedModel, path: Path, cases: Cases) -> ExportReport:

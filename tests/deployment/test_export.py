@@ -93,12 +93,43 @@ def test_a_file_gives_out_what_the_student_does_at_any_size(students, tmp_path, 
 
 @pytest.mark.slow
 def test_executorch_runs_what_the_student_does(students, tmp_path):
+    """PixArt computes with its sizes as floating-point numbers, which ExecuTorch has no operators for: they are fixed."""
     needed("executorch")
-    student = students("demo/dit")
-    report = ec.export(student, tmp_path / FILES["executorch"], sizes=[(32, 32), (24, 40)])
+    student = students("pixart")
+    report = ec.export(student, tmp_path / FILES["executorch"], sizes=[(96, 144)])
     assert report.largest_error < 1e-4
-    exported = ec.load_exported(tmp_path / FILES["executorch"])
-    compare(exported, student, sized(student, 24, 16, 1))
+    assert report.about.varies == ("batch",)
+    assert "ExecuTorch has no operator for" in report.about.fixed["height"]
+    compare(ec.load_exported(tmp_path / FILES["executorch"]), student, sized(student, 96, 144, 1))
+
+
+@pytest.mark.slow
+def test_sizes_that_a_models_code_fixes_are_named(students, tmp_path):
+    """DiT computes the side of its images as a number: what its graph says of sizes beyond torch's own checks is looked at."""
+    needed("onnx")
+    student = students("dit")
+    with pytest.raises(ec.ExportError, match=r"DiTTransformer2DModel: height cannot vary: its graph holds only where Eq\(.*hidden_states"):
+        ec.export(student, tmp_path / "student.onnx", sizes=[(128, 128)], dynamic=["height", "width"])
+    report = ec.export(student, tmp_path / "student.onnx", sizes=[(128, 128)])
+    assert report.about.varies == ("batch",)
+    assert set(report.about.fixed) == {"height", "width"}
+    exported = ec.load_exported(tmp_path / "student.onnx")
+    compare(exported, student, sized(student, 128, 128, 3))
+    with pytest.raises(ec.ExportError, match=r"takes hidden_states as \(batch, 4, 16, 16\) of float32, not \(1, 4, 12, 12\)"):
+        exported(**sized(student, 96, 96, 1))
+
+
+@pytest.mark.slow
+def test_the_largest_size_is_in_the_file(students, tmp_path):
+    """SD3's table of positions ends at 20 tokens here."""
+    needed("onnx")
+    student = students("sd3")
+    ec.export(student, tmp_path / "student.onnx", sizes=[(160, 224), (96, 144)])
+    exported = ec.load_exported(tmp_path / "student.onnx")
+    compare(exported, student, sized(student, 320, 48, 1))
+    inputs = sized(student, 320, 48, 1)
+    with pytest.raises(ec.ExportError, match=r"takes hidden_states\.shape\[2\] up to \d+, not 60"):
+        exported(**{**inputs, "hidden_states": torch.zeros(1, 4, 60, 6)})
 
 
 @pytest.mark.slow
@@ -130,13 +161,12 @@ def test_a_model_that_no_adapter_knows_is_exported_from_example_inputs(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo/dit", "flux"])
+@pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_blocks_without_weights_run_any_student_of_the_structure(students, tmp_path, name):
     student, file = students(name), tmp_path / "blocks.pt2"
-    sizes = [(32, 32), (24, 40)] if name == "demo/dit" else [(80, 112), (48, 96)]
-    report = ec.export(student, file, blocks=True, sizes=sizes)
+    report = ec.export(student, file, blocks=True, sizes=[(80, 112), (48, 96)])
     assert report.largest_error < 1e-4
-    assert len(set(report.about.blocks.values())) == (1 if name == "demo/dit" else 2)
+    assert len(set(report.about.blocks.values())) == (1 if name == "pixart" else 2)
     other = shaken(copy.deepcopy(student))  # with other weights
     inputs = sized(student, 48, 64, 3)
     before = expected(other, inputs)
