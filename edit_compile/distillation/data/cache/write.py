@@ -91,9 +91,7 @@ class Producer(Protocol):
         ...
 
 
-def write_cache(
-    folder: Path, producer: Producer, header: dict[str, Any], *, shard_size: int, samples: int | None
-) -> Index:
+def write_cache(folder: Path, producer: Producer, header: dict[str, Any], *, shard_size: int, samples: int | None) -> Index:
     """Write a cache, or finish one that was begun the same way. Several processes, which must all call this, take a shard each at a time.
 
     Args:
