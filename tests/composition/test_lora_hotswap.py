@@ -50,6 +50,7 @@ def expected(model, state):
     return output(student)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exchanged_without_compiling_again(model):
     first, second = adapter(model, 4, 1), adapter(model, 6, 2)
     student = student_of(model)

@@ -190,7 +190,7 @@ def test_blocks_without_weights_run_any_student_of_the_structure(students, tmp_p
 
 def test_blocks_are_pt2_files(students, tmp_path):
     with pytest.raises(ec.ExportError, match=r"code of blocks is for torch: a \.pt2 file, not onnx"):
-        ec.export(students("demo/dit"), tmp_path / "blocks.onnx", blocks=True)
+        ec.export(students("pixart"), tmp_path / "blocks.onnx", blocks=True)
 
 
 # ------------------------------------------------------------------ what is refused
@@ -198,7 +198,7 @@ def test_blocks_are_pt2_files(students, tmp_path):
 
 def test_formats_are_told_by_their_names_or_endings(students, tmp_path):
     with pytest.raises(ec.ExportError, match=r"student\.tflite: there is no such format; there are: pt2 \(\.pt2\), onnx"):
-        ec.export(students("demo/dit"), tmp_path / "student.tflite")
+        ec.export(students("pixart"), tmp_path / "student.tflite")
 
 
 @pytest.mark.parametrize("format", ["onnx", "executorch"])
@@ -211,19 +211,19 @@ def test_missing_packages_are_named_before_anything_is_done(students, tmp_path, 
     monkeypatch.setattr(importlib.util, "find_spec", without)
     monkeypatch.setattr("edit_compile.extras.find_spec", without)
     with pytest.raises(ec.EditCompileError, match=r"needs (onnx, onnxruntime, onnxscript|executorch).*: pip install"):
-        ec.export(students("demo/dit"), tmp_path / FILES[format])
+        ec.export(students("pixart"), tmp_path / FILES[format])
 
 
 def test_a_file_that_is_there_is_not_replaced_unasked(students, tmp_path):
     (tmp_path / "student.pt2").write_text("mine")
     with pytest.raises(ec.ExportError, match=r"student\.pt2 exists already; .* replace it with --overwrite"):
-        ec.export(students("demo/dit"), tmp_path / "student.pt2")
+        ec.export(students("pixart"), tmp_path / "student.pt2")
     assert (tmp_path / "student.pt2").read_text() == "mine"
 
 
 def test_what_cannot_vary_is_said_in_one_line(students, tmp_path):
     with pytest.raises(ec.ConfigError, match=r"dynamic=\['hight'\]: a list of names, of batch, frames, height, width, text"):
-        ec.export(students("demo/dit"), tmp_path / "student.pt2", dynamic=["hight"])
+        ec.export(students("pixart"), tmp_path / "student.pt2", dynamic=["hight"])
 
 
 def test_no_file_is_left_of_one_that_is_not_the_student(students, tmp_path, monkeypatch):
@@ -244,7 +244,7 @@ def test_no_file_is_left_of_one_that_is_not_the_student(students, tmp_path, monk
     with pytest.raises(
         ec.ExportError, match=r"student\.pt2 is not the student: at .* its output differs by 1\.0e\+00 of the largest value"
     ):
-        ec.export(students("demo/dit"), tmp_path / "student.pt2", overwrite=True)
+        ec.export(students("pixart"), tmp_path / "student.pt2", sizes=[(80, 112)], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["student.pt2"]
     assert (tmp_path / "student.pt2").read_text() == "mine"
 
