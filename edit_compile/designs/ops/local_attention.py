@@ -257,7 +257,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, se
     """Call FlexAttention with what is added to the scores of each key, (B or 1, H or 1, keys)."""
     score = None
     if bias is not None:
-        added = bias.expand(q.shape[0], q.shape[1], -1)
+        added = _in_memory(bias).expand(q.shape[0], q.shape[1], -1)
 
         def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + added[b, h, j]
@@ -266,6 +266,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, se
     y, beside = flex_attention(q, k, v, score, seen, scale, kernel_options=_flex_options(q.dtype), return_aux=AuxRequest(lse=True))
     assert beside.lse is not None
     return y, beside.lse.clamp(min=NO_WEIGHT).unsqueeze(-1)
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """Write what the kernel reads to memory: Inductor would compute it inside the kernel, and fails where that depends on open sizes."""
+    return x.new_zeros(x.shape).scatter(-1, torch.arange(x.shape[-1], device=x.device).expand_as(x), x)
 
 
 def _flex_options(dtype: torch.dtype) -> Any:
@@ -281,7 +286,8 @@ def _block_mask(own_nS: Tensor, exists_nS: Tensor, grid: Grid3, window: Window) 
     """List which blocks each block's queries see; as seeing is mutual, they are those whose queries see the block's keys."""
     _, height, width = grid
     number, exists = own_nS.flatten(), exists_nS.flatten()
-    frame, row, column = number // (height * width), number // width % height, number % width
+    frame, row, column = _in_memory(torch.stack([number // (height * width), number // width % height, number % width])).unbind()
+    exists = _in_memory(exists)
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return exists[j] & window.sees(frame[i] - frame[j], row[i] - row[j], column[i] - column[j])
