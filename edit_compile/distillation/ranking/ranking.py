@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from edit_compile.config import LinearizeConfig, Rule, parse_options
-from edit_compile.designs import AUTO, KEEP, find_design
+from edit_compile.designs import AUTO, AUTOMATIC_OPTIONS, KEEP, find_design
 from edit_compile.distillation.ranking.budget import parse_budget
 from edit_compile.distillation.ranking.choose import Choices, Selection
 from edit_compile.errors import ConfigError, EditCompileError
@@ -27,7 +27,7 @@ class DesignCandidate(Frozen):
     """A design that competes for the sites."""
 
     design: str = AUTO
-    """A design's name, or "auto"."""
+    """A design's name, "auto" or "fast"."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the design."""
 
@@ -38,7 +38,7 @@ class DesignCandidate(Frozen):
     @property
     def brings(self) -> tuple[str, ...]:
         """The designs that it brings for sites of another kind, which do not compete."""
-        if self.design == AUTO:
+        if self.design in AUTOMATIC_OPTIONS:
             return ()
         design = find_design(self.design)
         return tuple(other.name for other, _ in design.companions(parse_options(design, self.options)))
@@ -46,7 +46,7 @@ class DesignCandidate(Frozen):
     @property
     def kinds(self) -> set[str]:
         """The kinds of the sites that it competes for: not those of the designs that it brings."""
-        return {"attention"} if self.design == AUTO else {find_design(self.design).kind}
+        return {"attention"} if self.design in AUTOMATIC_OPTIONS else {find_design(self.design).kind}
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -240,7 +240,7 @@ def _options(design: str, fields: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"candidates: {design}: its options are a mapping from names, not {nested!r}")
     options = {**nested, **fields}
     try:
-        if design == AUTO:
+        if design in AUTOMATIC_OPTIONS:
             LinearizeConfig(design=design, options=options)
         else:
             parse_options(find_design(design), options)
