@@ -3,8 +3,8 @@
     python benchmarks/first_picture.py --write benchmarks/results/DATE-first-picture.md
     python benchmarks/first_picture.py --only demo/dit --runs 1
 
-For an idle machine. The student is saved first. Timed are reading it (or making the teacher), the first forward of compiled blocks, and first
-forwards at five other sizes; graphs are those of torch.compile. Full-width structures are cut to one block of each kind, with random weights.
+For an idle machine. The student is saved first. Timed are reading it, the first forward of compiled blocks, and first forwards at five
+other sizes; graphs are those of torch.compile. Full-width structures are cut to one block of each kind, with random weights.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def main() -> None:
     if arguments.write is not None:
         where = f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end"
         note = f"Medians of {arguments.runs} processes each, in turns; {where}; {time.strftime('%Y-%m-%d')}."
-        write_text(arguments.write, f"# The first picture\n\n`python benchmarks/first_picture.py`\n\n{note}\n\n{markdown_table(HEAD, table)}\n")
+        parts = ("# The first picture", "`python benchmarks/first_picture.py`", note, markdown_table(HEAD, table))
+        write_text(arguments.write, "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

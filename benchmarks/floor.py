@@ -80,7 +80,8 @@ def rows(case: Case, report: BenchReport) -> Iterator[tuple[str, ...]]:
 
 def measure(case: Case, runs: int) -> BenchReport:
     """Time the teacher, the bound and the conversions of a case in turns."""
-    conversions = {", ".join(f"{key} {value}" for key, value in each.items()) or "default": LinearizeConfig(**each) for each in case.conversions}
+    conversions = {", ".join(f"{key} {value}" for key, value in each.items()): LinearizeConfig(**each) for each in case.conversions}
+    conversions = {name or "default": config for name, config in conversions.items()}
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads((ARCHITECTURES / f"{case.model}.json").read_text()) | case.changes
         source = Path(folder) / "config.json"
@@ -105,10 +106,12 @@ def main() -> None:
         print(*report.impossible.values(), sep="\n", flush=True)
         if arguments.write is not None:
             command = "python benchmarks/floor.py" + "".join(f" --only {each}" for each in arguments.only or ())
-            note = f"{report.machine}, torch {report.torch}, bfloat16, compiled; {report.runs} rounds in turns; medians and quartiles of rounds"
-            load = f"load average {os.getloadavg()[0]:.1f} at the end, {time.strftime('%Y-%m-%d')}"
-            text = f"# Shares of bound and floor\n\n`{command}`\n\n{note}; {load}.\n\n{markdown_table(HEAD, table)}\n"
-            write_text(arguments.write, text)
+            note = f"{report.machine}, torch {report.torch}, bfloat16, compiled; {report.runs} rounds in turns; medians and quartiles; "
+            load = f"load average {os.getloadavg()[0]:.1f} at the end, {time.strftime('%Y-%m-%d')}."
+            write_text(
+                arguments.write,
+                "\n\n".join(("# Shares of bound and floor", f"`{command}`", note + load, markdown_table(HEAD, table))) + "\n",
+            )
 
 
 if __name__ == "__main__":

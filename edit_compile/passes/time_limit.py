@@ -50,7 +50,7 @@ def _watcher(what: str, limit: float | None, analysis: SymbolicAnalysis) -> Iter
             now = time.monotonic()
             if now - said > _WORD:
                 said = now
-                then = f"; if symbolic analysis takes more than {limit:.0f} s, the sizes of the example are taken as they are" if limit else ""
+                then = f"; after {limit:.0f} s of symbolic analysis the sizes of the example would be taken as they are" if limit else ""
                 log.warning("capturing %s: %.0f s so far%s", what, now - start, then)
             with lock:
                 if limit is not None and not done.is_set() and analysis.began is not None and analysis.seconds_so_far() > limit:
