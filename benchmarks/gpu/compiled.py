@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.gpu.step import Row, Unit, Work, in_ms, short
 
 MODELS = {"pixart-sigma": 2, "sd3.5-medium": 2, "flux-dev": 2, "demo/mm-dit": None}  # and to how many blocks of a kind they are cut
-_TINY_MODELS = {"demo/mm-dit": None}
+_TINY_MODELS = {"demo/mm-dit": 1}
 SIZES, _TINY_SIZES = ((512, 512), (768, 512), (1024, 1024), (1024, 768), (2048, 2048), (1536, 1024)), ((16, 16), (24, 16), (32, 32))
 
 
@@ -80,7 +80,8 @@ def _export(name: str, blocks: int | None, work: Work) -> list[Row]:
     from edit_compile.deployment.run import export
 
     made, rows = _Models(name, blocks, work), []
-    for what, options in {"a package": {}, "code of blocks": {"blocks": True}}.items():
+    kinds: dict[str, dict[str, Any]] = {"a package": {}, **({} if work.tiny else {"code of blocks": {"blocks": True}})}
+    for what, options in kinds.items():
         path = work.folder / f"{name.replace('/', '-')}.pt2"
         began = time.perf_counter()
         found = export(made.subjects["student"], path, sizes=made.sizes[1:3], overwrite=True, **options)
@@ -108,7 +109,8 @@ class _Models:
         from edit_compile.passes.site_graph import ADDED
 
         is_demo, options = name.startswith("demo/"), {"blocks": blocks, "device": work.device.type, "dtype": work.dtype}
-        model: Any = load_model(name).model if is_demo else random_model(f"arch/{name}", **options).model
+        source = name if is_demo else f"arch/{name}"
+        model: Any = load_model(source).model if blocks is None else random_model(source, **options).model
         model = torch.nn.Module.to(model, work.device, work.dtype)  # of diffusers, `to` warns of modules that are meant to stay in float32
         student = linearize(model)
         generator = torch.Generator().manual_seed(0)
