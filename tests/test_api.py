@@ -101,8 +101,9 @@ def test_nothing_selected_changes_nothing(model, example):
     assert type(student.blocks[1].attn) is toy.ToyAttention
 
 
-def test_untrained_text_rows_are_the_teachers(model, student):
+def test_untrained_text_rows_are_the_teachers(model, example):
     """With full text keys, text queries attend as before until training starts."""
+    student = ec.linearize(model, ec.LinearizeConfig(text_keys="full"), example_inputs=example)
     rows = {}
 
     def keep(name):

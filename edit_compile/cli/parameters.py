@@ -81,7 +81,7 @@ class _DesignOption(click.Option):
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         from edit_compile.designs import design_names
 
-        self.help = f"auto, fast (the cheapest form of the same that is as good in the study), or one of: {', '.join(design_names())}"
+        self.help = f"auto, fast (its cheapest form of like quality), or one of: {', '.join(design_names())}"
         return super().get_help_record(ctx)
 
 
