@@ -27,7 +27,7 @@ class _Names(click.ParamType):  # type: ignore[type-arg]
 @click.command(
     cls=Command,
     examples="""export distilled --format pt2
-export distilled --format onnx -o student.onnx --size 1024 --size 1536x768
+export distilled --format onnx -o student.onnx --size 1024
 export distilled --blocks -o blocks.pt2""",
 )
 @converted_model_argument
