@@ -20,7 +20,7 @@ from edit_compile.student.handle import ConvertedModel, unwrap
 from edit_compile.student.lora import files_for_others, lora_names, plain_name, without_lora
 from edit_compile.student.site import converted_sites
 from edit_compile.student.standalone import write_standalone
-from edit_compile.student.weights import check_finite, is_on_disk, original_state, trained_tensors, written_weights
+from edit_compile.student.weights import check_finite, is_on_disk, original_state, shared_tensors, trained_tensors, written_weights
 from edit_compile.tensor_files import Entry, in_order
 from edit_compile.torch_internals import is_quantized, is_sharded
 
@@ -114,7 +114,8 @@ def _check_values(student: ConvertedModel) -> None:
 
 def _changed(student: ConvertedModel) -> list[str]:
     """Name the weights that are to be saved because they are not the base's any more, though nothing was unshared."""
-    changed = written_weights(student, thoroughly=True)
+    tensors = shared_tensors(student)  # of which quantized ones, outside of the sites, are made of the base again
+    changed = [name for name in written_weights(student, thoroughly=True) if not is_quantized(tensors[name])]
     named = student.named_parameters(remove_duplicate=False)
     saved = {plain_name(student, name) for name, parameter in named if parameter.is_floating_point()}
     if lost := [name for name in changed if name not in saved]:

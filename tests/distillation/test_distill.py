@@ -225,7 +225,7 @@ def test_the_command_distills_a_demo_model(demo_recipe, tmp_path):
 def test_of_several_processes_one_speaks(demo_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # as in the second process; that there is no first one does not matter here
     reports = []
-    monkeypatch.setattr("edit_compile.distillation.run.distill", lambda *args, report, **options: reports.append(report))
+    monkeypatch.setattr("edit_compile.distillation.run.distill", lambda *args, announce, **options: reports.append(announce))
     result = CliRunner().invoke(main, ["distill", str(demo_recipe), "-o", str(tmp_path / "out"), "--push-to-hub", "me/student"])
     assert (result.exit_code, result.output) == (0, "")
     assert reports == [None]
