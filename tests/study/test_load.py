@@ -45,7 +45,7 @@ def test_a_recipe_beside_the_study_is_found(tmp_path, monkeypatch):
         ({"budget": {"steps": 5, "seconds": 3}}, r"budget: give either steps or seconds"),
         ({"configurations": {"a/b": {}}}, r"configurations\.a/b: a name is made of letters"),
         ({"configurations": {"a": {}, "A": {}}}, "differ in case only"),
-        ({"configurations": {"a": {"convert": {"desing": "edit"}}}}, r"configuration 'a': .*desing.*did you mean 'design'"),
+        ({"configurations": {"a": {"convert": {"desing": "edit"}}}}, r"configuration 'a': .*desing.*did you mean design"),
         ({"configurations": {"a": {"stages.7.lr": 1}}}, r"configuration 'a': stages\.7\.lr=1: stages has elements 0 to 0"),
         ({"configurations": {"a": {}, "b": {"model": "demo/mm-dit"}}}, "configuration 'b' is of another model, demo/mm-dit"),
         ({"recipe": "demo-dti"}, "no recipe 'demo-dti'.*did you mean demo-dit"),
