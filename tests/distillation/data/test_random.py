@@ -90,4 +90,4 @@ def test_what_a_step_costs_is_measured_at_any_size(tmp_path, monkeypatch, capsys
     assert float(found["seconds of a step"]) > 0
     with_teacher, alone = (float(found[name]) for name in ("the recipe's losses", "the student alone (task loss)"))
     assert 1 < with_teacher / alone < 2
-    assert "bf16, train: attention, 2 steps" in output.read_text()
+    assert "bf16, train: lora, 2 steps" in output.read_text()
