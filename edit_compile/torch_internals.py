@@ -378,7 +378,8 @@ def broken_condition(inputs: Mapping[str, Tensor], sizes: list[tuple[int, ...]])
                 values[size.node.expr], shapes = other, size.node.shape_env
                 named.setdefault(size.node.expr, sympy.Symbol(f"{name}.shape[{dim}]"))
     for guard in shapes.guards if shapes is not None else ():
-        if guard.expr.free_symbols and guard.expr.free_symbols <= values.keys() and guard.expr.subs(values) == sympy.false:
+        known = bool(guard.expr.free_symbols) and guard.expr.free_symbols <= values.keys()
+        if known and not isinstance(guard.expr, sympy.Ne) and guard.expr.subs(values) == sympy.false:  # of !=, sizes met one special size
             return str(guard.expr.subs(named))
     return None
 

@@ -34,7 +34,7 @@ def backends_used(student, inputs):
         for name, module in list(sys.modules.items()):
             if name.startswith("diffusers.models") and getattr(module, "dispatch_attention_fn", None) is original:
                 patch.setattr(module, "dispatch_attention_fn", noted)
-        return student(**inputs)[0], asked
+        return student(**inputs)[0], tuple(asked)
 
 
 def test_what_stays_softmax_follows_the_backend_and_sites_do_not_ask_for_one(case):

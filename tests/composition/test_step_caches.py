@@ -21,7 +21,7 @@ from diffusers import (
 import edit_compile as ec
 import toy
 from edit_compile.student.site import converted_sites
-from families import FAMILIES
+from families import COLUMNS, FAMILIES, ROWS
 
 STEPS = 8
 NEVER, BUT_THE_FIRST, ALWAYS = (2000, 3000), (-1, 990), (-1, 1001)  # ranges of timesteps in which attention may be skipped
@@ -119,14 +119,19 @@ def test_the_teacher_is_refused_beside_a_cache_which_would_mix_the_two(student, 
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_cache_dit_on_a_student(student, skips):
+def test_cache_dit_on_a_student_whose_grid_is_stated(student, skips):
+    """cache-dit calls FLUX's blocks from a forward of its own, so that the model's does not read the grid."""
     cache_dit = pytest.importorskip("cache_dit")
     sampler = Sampler(copy.deepcopy(student))
     expected, calls = sampler(), sampler.calls
     options = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 2, "enable_separate_cfg": False}
     config = cache_dit.DBCacheConfig(num_inference_steps=STEPS, residual_diff_threshold=10.0 if skips else 1e-12, **options)
     cache_dit.enable_cache(sampler.model, cache_config=config)
-    got = sampler()
+    with pytest.raises(ec.GridError, match=r"ran outside the model's forward.*wrap the call in edit_compile\.grid"):
+        sampler()
+    cache_dit.refresh_context(sampler.model, cache_config=config)
+    with ec.grid(sampler.model, ROWS, COLUMNS):
+        got = sampler()
     assert (sampler.calls < calls) is skips
     error = (got - expected).norm() / expected.norm()
     assert (0 < error < CLOSE["first block"]) if skips else error < 1e-6
