@@ -52,7 +52,7 @@ def child(name: str, folder: str, student: bool) -> dict[str, Any]:
         compiled.get_submodule(path).compile(**REGIONAL)
     seconds = []
     for side in sides:
-        inputs = inputs_for_size(model, side, side, dtype=dtype).inputs
+        inputs = inputs_for_size(model, side, side, device=torch.device("cpu"), dtype=dtype).inputs
         start = time.perf_counter()
         with torch.no_grad():
             compiled(**inputs)
