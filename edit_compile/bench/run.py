@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from edit_compile.adapters.family import Extent, lookup_family
+from edit_compile.adapters.hub_access import first_line
 from edit_compile.adapters.inputs import ImageInputs, default_sizes, inputs_for_size
 from edit_compile.adapters.random_model import random_model
 from edit_compile.bench.conversion_cost import size_in_words
@@ -291,7 +292,7 @@ def _problem_of(call: Callable[[], Any], times: int) -> str | None:
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    return f"ran out of memory: {str(error).splitlines()[0]}"
+    return f"ran out of memory: {first_line(error)}"
 
 
 def _device(name: str | None) -> torch.device:
@@ -299,7 +300,7 @@ def _device(name: str | None) -> torch.device:
     try:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"there is no device {chosen!r}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"there is no device {chosen!r}: {first_line(error)}") from error
     return torch.device(chosen)
 
 

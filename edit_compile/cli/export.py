@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from edit_compile.cli.command import Command, print_json, say
-from edit_compile.cli.parameters import Size, check_folder, converted_model_argument, dtype_option
+from edit_compile.cli.parameters import Names, Size, check_folder, converted_model_argument, dtype_option
 from edit_compile.errors import ConfigError
 from edit_compile.progress import working
 
 _SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "executorch": ".pte"}
-
-
-class _Names(click.ParamType):  # type: ignore[type-arg]
-    """Names with commas between them."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
 @click.command(
@@ -35,7 +25,7 @@ export distilled --blocks -o blocks.pt2""",
 @click.option("--blocks", is_flag=True, help="write the code of the repeated blocks alone, without weights")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="the file to write; default: the model's name")
 @click.option("--size", "sizes", multiple=True, type=Size(), help="PX or [FRAMESx]HEIGHTxWIDTH to make it from and compare at; repeatable")
-@click.option("--dynamic", type=_Names(), metavar="LIST", help="what may vary, of batch,frames,height,width,text; default: all but text")
+@click.option("--dynamic", type=Names(), metavar="LIST", help="what may vary, of batch,frames,height,width,text; default: all but text")
 @click.option(
     "--example-inputs",
     "inputs_files",

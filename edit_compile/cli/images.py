@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edit_compile.cli.command import Command, print_json, print_table, say
-from edit_compile.cli.parameters import Size, check_folder, converted_model_argument, dtype_option
+from edit_compile.cli.parameters import Names, Size, check_folder, converted_model_argument, dtype_option
 from edit_compile.errors import ConfigError
 from edit_compile.extras import need
 from edit_compile.progress import working
@@ -62,7 +62,13 @@ evaluate distilled --prompts prompts.txt --samples 200 --json""",
 @converted_model_argument
 @click.option("--prompts", type=click.Path(path_type=Path), required=True, help="a text file with a prompt a line")
 @click.option("--images", type=click.Path(path_type=Path), help="a folder of real images for the FIDs; default: the teacher's images")
-@click.option("--metrics", metavar="NAMES", help="of clip-score, fid-inception, fid-clip and lpips, with commas; default: all")
+@click.option(
+    "--metrics",
+    type=Names(),
+    default=(),
+    metavar="NAMES",
+    help="of clip-score, fid-inception, fid-clip and lpips, with commas; default: all",
+)
 @click.option("--samples", type=click.IntRange(min=1), help="images by teacher and student each; default: one a prompt")
 @click.option("--size", type=Size(), help="PX or HEIGHTxWIDTH; default: the model's")
 @click.option("--steps", type=click.IntRange(min=1), help="sampling steps; default: the pipeline's")
@@ -75,7 +81,7 @@ evaluate distilled --prompts prompts.txt --samples 200 --json""",
 @dtype_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file; images go beside it; default: evaluation.json in MODEL")
 def evaluate(
-    model: str, prompts: Path, metrics: str | None, size: tuple[int, ...] | None, clip_name: str | None, as_json: bool, **options: Any
+    model: str, prompts: Path, metrics: tuple[str, ...], size: tuple[int, ...] | None, clip_name: str | None, as_json: bool, **options: Any
 ) -> None:
     """Sample from teacher and student for many prompts and judge the images: CLIP score, FIDs, LPIPS. Resumes if interrupted.
 
@@ -90,9 +96,7 @@ def evaluate(
         from edit_compile.evaluation.run import evaluate as run
         from edit_compile.report.evaluation_table import evaluation_table
     height, width = size or (None, None)
-    names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
-
-    found = run(model, prompts, metrics=names, height=height, width=width, clip_name=clip_name, **options).to_dict()
+    found = run(model, prompts, metrics=metrics, height=height, width=width, clip_name=clip_name, **options).to_dict()
     if as_json:
         print_json(found)
     else:

@@ -39,6 +39,15 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return tuple(map(int, numbers * 2 if len(numbers) == 1 else numbers))
 
 
+class Names(click.ParamType):  # type: ignore[type-arg]
+    """Names with commas between them."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+
 class TokenCount(click.ParamType):  # type: ignore[type-arg]
     """A number of image tokens, or one of the words for how to find it."""
 

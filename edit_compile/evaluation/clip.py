@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edit_compile.adapters.hub_access import first_line
 from edit_compile.errors import ConfigError
 
 DEFAULT = "openai/clip-vit-large-patch14"
@@ -60,7 +61,7 @@ class Clip(nn.Module):
             self.images: Any = CLIPImageProcessor.from_pretrained(name, local_files_only=True)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"--clip {name} cannot be loaded as a CLIP model: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"--clip {name} cannot be loaded as a CLIP model: {first_line(error)}") from error
         finally:
             quiet.setLevel(level)
         self.config, self.num_features = self.model.config, int(self.model.config.projection_dim)
