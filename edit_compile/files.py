@@ -63,6 +63,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def user_cache() -> Path:
+    """Return the folder that this package keeps measurements in, by user: $XDG_CACHE_HOME/edit_compile.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edit_compile"
+
+
 def sha256(path: Path) -> str:
     """Hash a file's content with SHA-256."""
     with path.open("rb") as file:
