@@ -12,6 +12,7 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import edit_compile as ec
@@ -23,6 +24,8 @@ from edit_compile.distillation.ranking.sets import Sets
 from edit_compile.distillation.ranking.subject import RankedModel
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.files import alone_in, write_text
+from edit_compile.progress import listening
+from edit_compile.report.progress_lines import ProgressLines
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 RANDOM_ORDERS = 5
@@ -53,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     ranking = Ranking.read(args.ranking)
     model = RankedModel(Recipe.model_validate(ranking.recipe), ranking.candidates, RankingFolder(args.ranking))
-    sets = Sets(model, lambda progress: print(progress.what, file=sys.stderr) if progress.done else None)
+    sets = Sets(model)
     in_model = [site.path for site in ranking.sites if site.path in ranking.choices.best]
     source = random.Random(0)
     orders = [source.sample(in_model, len(in_model)) for _ in range(RANDOM_ORDERS)]
@@ -68,7 +71,7 @@ def main() -> None:
         "| budget | chosen | first | last | random |",
         "|---|---|---|---|---|",
     ]
-    with alone_in(args.ranking, "ranks in", ec.DistillError):
+    with alone_in(args.ranking, "ranks in", ec.DistillError), listening(ProgressLines(partial(print, file=sys.stderr))):
         for share in args.budgets:
             budget = f"flops <= {share:g}x"
             kinds = [[in_model], [in_model[::-1]], orders]

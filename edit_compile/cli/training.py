@@ -164,7 +164,7 @@ def rank(
         find_recipe(recipe)
     check_folder(output or Path("rankings") / Path(model).resolve().name)
     with working("importing PyTorch"):
-        from edit_compile.distillation.console import print_ranking, show_ranking
+        from edit_compile.distillation.console import print_ranking
         from edit_compile.distillation.ranking.rank import rank as run
         from edit_compile.distillation.ranking.rank import ranking_folder, recipe_for
         from edit_compile.distillation.recipe.load import load_recipe
@@ -172,8 +172,7 @@ def rank(
     resolved = load_recipe(recipe or recipe_for(model), overrides)
     listed = read_list("--candidates", candidates) if candidates is not None else None
     try:
-        with show_ranking() as report:
-            found = run(model, folder, recipe=resolved, candidates=listed, report=report, **options)
+        found = run(model, folder, recipe=resolved, candidates=listed, **options)
     except (Interrupted, KeyboardInterrupt) as stopped:
         click.echo(f"{str(stopped) or 'stopped'}. To continue: {same_command()}", err=True)
         sys.exit(stopped_status())

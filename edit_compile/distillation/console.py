@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -12,11 +10,9 @@ from rich.markup import escape
 
 from edit_compile.bench.devices import USUAL_SHARE
 from edit_compile.distillation.dry_run import Estimate
-from edit_compile.distillation.ranking.measure import RankingProgress
 from edit_compile.distillation.ranking.ranking import Ranking
 from edit_compile.distillation.ranking.tables import TextTable, sets_table, sites_table, title, untaken
 from edit_compile.distillation.run import Result
-from edit_compile.progress import Work, working
 from edit_compile.report.folded_table import FoldedTable
 from edit_compile.report.tables import format_si, plan_summary
 from edit_compile.report.terminal import make_console
@@ -39,23 +35,6 @@ def print_result(result: Result, as_json: bool) -> None:
         size, teacher, student, speedup = speed.row
         console.print(f"one forward at {size}: {teacher} ms teacher, {student} ms student, {speedup}")
     console.print(f"{duration_in_words(result.seconds)} of training; the student is in {result.folder}")
-
-
-@contextmanager
-def show_ranking() -> Iterator[Callable[[RankingProgress], None]]:
-    """Yield a callback for the parts of a ranking, each of which is a piece of work."""
-    with ExitStack() as stack:
-        part: Work | None = None
-
-        def update(at: RankingProgress) -> None:
-            nonlocal part
-            if part is None or part.what != at.what:
-                stack.pop_all().close()
-                part = stack.enter_context(working(at.what, at.total, at.done))
-            part.note = "" if at.loss is None else f"loss {at.loss:.3g}"
-            part.advance(at.done - part.done)
-
-        yield update
 
 
 def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:

@@ -28,10 +28,12 @@ from edit_compile.distillation.ranking.rank import ranking_recipe, recipe_for
 from edit_compile.distillation.ranking.subject import RankedModel
 from edit_compile.distillation.train import checkpoints
 from edit_compile.files import claimed
+from edit_compile.progress import listening
 
 STEPS, SIDE = 4, 16
 FILES = ("ranking.json", "ranking.md", "pareto.png", "settings.json", "sets.json", "fits", "chosen")
 COMPETING = ["edit", {"design": "kv-compress", "layer_norm": False}, "keep"]
+CANDIDATES = ["edit (1 of 2)", "kv-compress (layer_norm=False) (2 of 2)"]
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +88,31 @@ def planned_once():
         yield
 
 
+class Heard:
+    """Notes the steps of measuring, under the candidate or set that they are of."""
+
+    def __init__(self):
+        self.open, self.told = [], []
+
+    def began(self, work):
+        self.open.append(work.what)
+
+    def advanced(self, work):
+        if work.what in ("layerwise fit", "one site at a time", "timing sites"):
+            self.told.append((self.open[0], work.what, work.done, work.total))
+
+    def ended(self, work):
+        self.open.remove(work.what)
+
+    def closed(self):
+        pass
+
+
 @pytest.fixture(scope="module")
 def ranked(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranked") / "r"
-    told = []
-    return folder, rank(model, folder, sites=["flops <= 0.95x"], report=told.append), told
+    folder, heard = tmp_path_factory.mktemp("ranked") / "r", Heard()
+    with listening(heard):
+        return folder, rank(model, folder, sites=["flops <= 0.95x"]), heard.told
 
 
 def copied(ranked, tmp_path):
@@ -108,7 +130,11 @@ def test_every_site_is_measured_for_every_candidate(ranked):
         assert all(m.error > 0 and len(m.bins) == 2 for m in site.measures)
     assert ranking.image_tokens == (SIDE // 2) ** 2
     assert {path.name for path in folder.iterdir()} == set(FILES)
-    assert [at.done for at in told if at.what == "edit: layerwise fit"] == list(range(1, STEPS + 1))
+    fits = [(name, "layerwise fit", step, STEPS) for name in CANDIDATES for step in range(1, STEPS + 1)]
+    assert [at for at in told if at[1] == "layerwise fit"] == fits
+    assert [at for at in told if at[1] == "one site at a time"] == [
+        (name, "one site at a time", n, 3) for name in CANDIDATES for n in (1, 2, 3)
+    ]
     assert ec.Ranking.read(folder) == ranking
     page = (folder / "ranking.md").read_text()
     assert "| rank | site | edit | kv-compress (layer_norm=False) |" in page
@@ -168,15 +194,16 @@ def test_a_finished_ranking_measures_nothing_again(ranked, model, tmp_path, monk
     for name in ("Trainer", "error_sums", "cost"):
         monkeypatch.setattr(measuring, name, None)
     monkeypatch.setattr(sets_module, "validate", None)
-    told = []
-    assert rank(model, folder, sites=["flops <= 0.95x"], report=told.append) == ranked[1]
-    assert not told
+    with listening(heard := Heard()):
+        assert rank(model, folder, sites=["flops <= 0.95x"]) == ranked[1]
+    assert not heard.told
 
 
 def test_a_candidate_that_is_added_is_all_that_is_measured(ranked, model, tmp_path):
-    folder, told = copied(ranked, tmp_path), []
-    found = ec.rank(model, folder, recipe=recipe(model), candidates=[{"design": "edit", "reduction": 8}, *COMPETING], report=told.append)
-    assert {at.what for at in told if "fit" in at.what} == {"edit (reduction=8): layerwise fit"}
+    folder, heard = copied(ranked, tmp_path), Heard()
+    with listening(heard):
+        found = ec.rank(model, folder, recipe=recipe(model), candidates=[{"design": "edit", "reduction": 8}, *COMPETING])
+    assert {name for name, *_ in heard.told} == {"edit (reduction=8) (1 of 3)"}
     old = {site.path: [(m.design, m.error) for m in site.measures] for site in ranked[1].sites}
     assert {site.path: [(m.design, m.error) for m in site.measures[1:]] for site in found.sites} == old
 
@@ -232,9 +259,9 @@ def test_a_signal_stops_between_batches(ranked, model, tmp_path, monkeypatch):
     with pytest.raises(ec.Interrupted, match="stopped measuring edit after 1 of 3 batches"):
         rank(model, folder)
     monkeypatch.undo()
-    told = []
-    assert rank(model, folder, report=told.append).sites == ranked[1].sites
-    assert [at.done for at in told] == [2, 3]
+    with listening(heard := Heard()):
+        assert rank(model, folder).sites == ranked[1].sites
+    assert [done for _, _, done, _ in heard.told] == [2, 3]
 
 
 def test_time_is_measured_where_it_is_asked_for(ranked, model, tmp_path, monkeypatch):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,52 +25,28 @@ from edit_compile.distillation.train.interrupt import Interrupt
 from edit_compile.distillation.train.train_context import only_trainable
 from edit_compile.distillation.train.trainer import Trainer
 from edit_compile.errors import DistillError, GridError, Interrupted
+from edit_compile.progress import working
 from edit_compile.student.checkpoint import save
 
 _RUNS, _WARMUP = 15, 3  # timed calls
 
 
-@dataclass(frozen=True)
-class RankingProgress:
-    """How far a part of a ranking is.
-
-    Attributes:
-        what: is being done.
-        done, total: in steps or batches.
-        loss: of a fit.
-    """
-
-    what: str
-    done: int
-    total: int
-    loss: float | None = None
-
-
-Report = Callable[[RankingProgress], None]
-
-
-def fit(context: Context, phase: Phase, folder: CandidateFolder, base: str, interrupt: Interrupt, report: Report, name: str) -> None:
+def fit(context: Context, phase: Phase, folder: CandidateFolder, base: str, interrupt: Interrupt) -> None:
     """Fit all sites of a student to their teacher's, or go on with it, and save the student.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint was saved.
         DistillError: too many consecutive steps had to be skipped, or a checkpoint could not be written.
     """
-
-    def tell(row: Mapping[str, Any]) -> None:
-        report(RankingProgress(f"{name}: layerwise fit", row["step"], row["steps"], row.get("loss")))
-
     with only_trainable(context.student, set(trained_parameters(context.student, context.recipe.train))):
-        trainer = Trainer(context, folder.checkpoints, tell, interrupt, {}, lambda total: None, [phase])
+        trainer = Trainer(context, folder.checkpoints, lambda row: None, interrupt, {}, lambda total: None, [phase])
         trainer.run(load_newest(folder.checkpoints))
     save(context.student, folder.path, base=base)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
 
 @torch.no_grad()
-def measure_errors(
-    context: Context, phase: Phase, paths: Sequence[str], folder: CandidateFolder, interrupt: Interrupt, report: Report, name: str
-) -> None:
+def measure_errors(context: Context, phase: Phase, paths: Sequence[str], folder: CandidateFolder, interrupt: Interrupt, name: str) -> None:
     """Measure the model's error with each of some sites converted and all others as they were, or go on with it.
 
     Raises:
@@ -80,17 +55,18 @@ def measure_errors(
     batches, known = validation_batches(context), folder.errors()
     nothing = [[0.0] * 4] * context.recipe.validation.timestep_bins
     sums = {path: torch.tensor(known.sums[path] if known.batches else nothing, dtype=torch.float64) for path in paths}
-    for done in range(known.batches, len(batches)):
-        if interrupt.requested:
-            raise Interrupted(f"stopped measuring {name} after {done} of {len(batches)} batches")
-        bins, batch = samples_of(context, phase.height, phase.width, phase.frames, batches[done])
-        with teacher(context.student) as model:
-            expected = context.predict(model, batch)
-        for path in paths:
-            with teacher(context.student, students=[path]) as model:
-                sums[path].index_add_(0, bins, error_sums(context.predict(model, batch), expected))
-        folder.write(ErrorSums(fit=known.fit, batches=done + 1, sums={path: _rows(found) for path, found in sums.items()}))
-        report(RankingProgress(f"{name}: one site at a time", done + 1, len(batches)))
+    with working("one site at a time", len(batches), known.batches) as work:
+        for done in range(known.batches, len(batches)):
+            if interrupt.requested:
+                raise Interrupted(f"stopped measuring {name} after {done} of {len(batches)} batches")
+            bins, batch = samples_of(context, phase.height, phase.width, phase.frames, batches[done])
+            with teacher(context.student) as model:
+                expected = context.predict(model, batch)
+            for path in paths:
+                with teacher(context.student, students=[path]) as model:
+                    sums[path].index_add_(0, bins, error_sums(context.predict(model, batch), expected))
+            folder.write(ErrorSums(fit=known.fit, batches=done + 1, sums={path: _rows(found) for path, found in sums.items()}))
+            work.advance()
 
 
 def _rows(sums: Tensor) -> tuple[tuple[float, float, float, float], ...]:
@@ -153,6 +129,7 @@ def measure_times(student: nn.Module, size: Extent, paths: Sequence[str]) -> Tim
         calls = partial(site.edit_teacher, *args, **kwargs), partial(site.forward, *args, **kwargs)
         before, after, *_ = compare_calls(*calls, runs=_RUNS, warmup=_WARMUP)
         saved[path] = before.median - after.median
+        work.advance()
 
     def as_it_is() -> None:
         with teacher(student):
@@ -160,7 +137,8 @@ def measure_times(student: nn.Module, size: Extent, paths: Sequence[str]) -> Tim
 
     handles = [student.get_submodule(path).register_forward_hook(partial(compare, path), with_kwargs=True) for path in paths]
     try:
-        student(**inputs)  # the grid is known inside
+        with working("timing sites", len(paths)) as work:
+            student(**inputs)  # the grid is known inside
     finally:
         for handle in handles:
             handle.remove()

@@ -18,16 +18,7 @@ from edit_compile.designs import KEEP
 from edit_compile.distillation.models import check_frames_of
 from edit_compile.distillation.ranking.budget import parse_budget
 from edit_compile.distillation.ranking.folder import CandidateFolder, RankingFolder, Times
-from edit_compile.distillation.ranking.measure import (
-    RankingProgress,
-    Report,
-    count_costs,
-    errors_of,
-    fit,
-    inputs_at,
-    measure_errors,
-    measure_times,
-)
+from edit_compile.distillation.ranking.measure import count_costs, errors_of, fit, inputs_at, measure_errors, measure_times
 from edit_compile.distillation.ranking.plot import plot_ranking
 from edit_compile.distillation.ranking.ranking import DesignCandidate, Measure, RankedSite, Ranking, parse_candidates
 from edit_compile.distillation.ranking.sets import Sets
@@ -41,6 +32,7 @@ from edit_compile.distillation.train.interrupt import Interrupt, interruptible
 from edit_compile.errors import ConfigError, DistillError, Interrupted, NoExampleInputsError
 from edit_compile.files import alone_in, write_text
 from edit_compile.ir.plan import SiteKind
+from edit_compile.progress import working
 from edit_compile.student.fingerprint import fingerprint
 
 STEPS = 300  # of the layerwise fit where the recipe has none
@@ -57,7 +49,6 @@ def rank(
     size: Extent | None = None,
     steps: int | None = None,
     time: bool = False,
-    report: Report | None = None,
 ) -> Ranking:
     """Measure what converting each of a model's sites does to its output, and saves.
 
@@ -73,7 +64,6 @@ def rank(
         size: in pixels, at which FLOPs are counted and time is measured. Default: the recipe's last stage's.
         steps: of the layerwise fit. Default: the recipe's.
         time: measure every site's time as well.
-        report: told how far it is.
 
     Raises:
         ConfigError, RecipeError: a candidate, a budget or the recipe is wrong, or a candidate takes no site.
@@ -86,7 +76,7 @@ def rank(
     competing = parse_candidates(list(candidates)) if candidates is not None else _candidates_of(settled)
     folder, last = RankingFolder(ranking_folder(model, output)), phases_of(settled)[-1]
     ranked = RankedModel(settled, competing, folder)
-    ranker = Ranker(ranked, size or video_size(last.height, last.width, last.frames), time, report or (lambda progress: None))
+    ranker = Ranker(ranked, size or video_size(last.height, last.width, last.frames), time)
     with alone_in(folder.path, "ranks in", DistillError), interruptible() as interrupt:
         return ranker.run(sites, interrupt)
 
@@ -152,7 +142,6 @@ class Ranker:
     model: RankedModel
     size: Extent
     time: bool
-    report: Report
 
     @property
     def folder(self) -> RankingFolder:
@@ -170,8 +159,9 @@ class Ranker:
         self.folder.open(model.recipe, hashlib.sha256(weights.encode()).hexdigest())
         check_frames_of(model.recipe, loaded)
         self._prepare(sites)
-        for number in range(len(model.candidates)):
-            self._measure(number, interrupt)
+        for number, candidate in enumerate(model.candidates):
+            with working(f"{candidate} ({number + 1} of {len(model.candidates)})"):
+                self._measure(number, interrupt)
         ranking = self._assembled()
         for text in sites:
             ranking.choose(text)  # whatever is wrong with one is told before the first is converted
@@ -216,16 +206,13 @@ class Ranker:
     def _measure(self, number: int, interrupt: Interrupt) -> None:
         model, phase = self.model, self.model.phase
         candidate, paths, folder = model.candidates[number], list(model.taken[number]), model.candidate_folder(number)
-        name, fitted = str(candidate), cache(lambda: model.fitted(number))
+        fitted = cache(lambda: model.fitted(number))
         if not folder.fitted:
-            fit(model.context(model.converted(number)), phase, folder, model.base, interrupt, self.report, name)
+            fit(model.context(model.converted(number)), phase, folder, model.base, interrupt)
         if folder.errors().batches * model.recipe.validation.batch_size < model.recipe.validation.samples:
-            measure_errors(model.context(fitted()), phase, paths, folder, interrupt, self.report, name)
+            measure_errors(model.context(fitted()), phase, paths, folder, interrupt, str(candidate))
         if self.time and self._times_here(folder) is None:
-            what = f"{name}: timing {len(paths)} sites"
-            self.report(RankingProgress(what, 0, 1))
             folder.write(measure_times(fitted(), self.size, paths), self.size)
-            self.report(RankingProgress(what, 1, 1))
 
     def _times_here(self, folder: CandidateFolder) -> Times | None:
         """Return the times that were measured on this machine."""
@@ -284,7 +271,7 @@ class Ranker:
 
     def _with_checked_sets(self, ranking: Ranking, asked: Sequence[str], interrupt: Interrupt) -> Ranking:
         """Convert what budgets choose, and measure it: of FLOPs from a part of what can be saved to all of it, and what was asked for."""
-        sets, checked = Sets(self.model, self.report), []
+        sets, checked = Sets(self.model), []
         for budget in dict.fromkeys([*ranking.choices.budgets(_CHECKS), *asked]):
             if interrupt.requested:
                 raise Interrupted("stopped before all chosen sets were converted and measured")

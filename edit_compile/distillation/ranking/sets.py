@@ -11,12 +11,12 @@ from edit_compile.api import plan_with_forwards
 from edit_compile.distillation.evaluate.validation import validate
 from edit_compile.distillation.ranking.choose import Selection
 from edit_compile.distillation.ranking.folder import SetError
-from edit_compile.distillation.ranking.measure import RankingProgress, Report
 from edit_compile.distillation.ranking.ranking import CheckedSet, Ranking
 from edit_compile.distillation.ranking.subject import RankedModel
 from edit_compile.errors import DistillError
 from edit_compile.ir.plan import SitePlan
 from edit_compile.passes.planner import CompiledPlan
+from edit_compile.progress import working
 from edit_compile.student.checkpoint import save
 from edit_compile.student.convert import install
 
@@ -26,7 +26,6 @@ class Sets:
     """The sets of one ranking."""
 
     model: RankedModel
-    report: Report
 
     def checked(self, ranking: Ranking, budget: str, *, keep: bool) -> CheckedSet:
         """Convert what a budget chooses, as fitted, and measure it, unless that was done; with `keep` the student is saved."""
@@ -48,11 +47,9 @@ class Sets:
         return CheckedSet(sites=budget, converted=converted, flops=selection.flops, predicted=selection.error, measured=measured)
 
     def _error(self, student: nn.Module, budget: str) -> float:
-        phase, what = self.model.phase, f"{budget}: all of its sites at once"
-        self.report(RankingProgress(what, 0, 1))
-        found = validate(self.model.context(student), phase.height, phase.width, phase.frames).total
-        self.report(RankingProgress(what, 1, 1))
-        return found
+        phase = self.model.phase
+        with working(f"{budget}: all of its sites at once"):
+            return validate(self.model.context(student), phase.height, phase.width, phase.frames).total
 
     def _converted(self, ranking: Ranking, selection: Selection, numbers: Mapping[str, int]) -> nn.Module:
         """Convert the chosen sites, each with the weights of its candidate's fit."""
