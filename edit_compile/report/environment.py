@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edit_compile.version import __version__
+from edit_compile.words import bytes_in_words
 
 _LIBRARIES = (
     "torch",
@@ -71,7 +72,7 @@ def _devices() -> list[dict[str, str]]:
     found = [{"name": "cpu", "what": f"{cpu()}, {threads}"}]
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
-        what = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"
+        what = f"{device.name}, {bytes_in_words(device.total_memory)}, compute capability {device.major}.{device.minor}"
         found.append({"name": f"cuda:{number}", "what": what})
     if torch.backends.mps.is_available():
         found.append({"name": "mps", "what": "available"})

@@ -19,7 +19,7 @@ class FoldedTable:
     """A table whose columns go on below, with the first one repeated, where the terminal is too narrow: no number is cut.
 
     Attributes:
-        head: titles, whose words may stand below each other.
+        head: titles, whose words stand below each other where the table is too wide otherwise.
         rows: of cells, with markup.
         left: the numbers of columns that are aligned to the left.
         bold: the numbers of rows.
@@ -31,8 +31,10 @@ class FoldedTable:
     bold: Container[int] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        widths = [self._width(number) for number in range(len(self.head))]
-        widths[0] = min(widths[0], options.max_width // 2)
+        cells = [self._width(number) for number in range(len(self.head))]
+        widths = [max(width, cell_len(title)) for width, title in zip(cells, self.head, strict=True)]
+        if sum(widths) + _GAP * (len(widths) - 1) > options.max_width:
+            widths = [min(cells[0], options.max_width // 2), *cells[1:]]
         room, part = options.max_width - widths[0], list[int]()
         for number, width in list(enumerate(widths))[1:]:
             if part and room < width + _GAP:

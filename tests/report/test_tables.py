@@ -11,6 +11,8 @@ from rich.console import Console
 from edit_compile.bench import Cost, CostReport, SiteCost
 from edit_compile.ir.plan import Plan, Refusal, SitePlan, SizesOfInputs
 from edit_compile.ir.tokens import Grid, TokenLayout
+from edit_compile.report.evaluation_table import evaluation_table
+from edit_compile.report.folded_table import FoldedTable
 from edit_compile.report.tables import cost_summary, cost_table, format_si, plan_summary
 
 
@@ -91,6 +93,49 @@ def test_costs_say_up_front_where_nothing_is_gained(width):
 def test_costs_that_pay_warn_of_nothing():
     paying = CostReport(10, 1, (cost(64, 200, 100),), {}, 5, 16)
     assert "No gain" not in shown(cost_table(paying), 80)
+
+
+def test_tables_keep_their_numbers_whole_at_any_width():
+    table = FoldedTable(("", "image tokens", "FLOPs before", "FLOPs after"), [("1024 x 1024", "4,096", "3.91 P", "1.08 P")])
+    assert shown(table, 60).splitlines()[:2] == [
+        "             image tokens  FLOPs before  FLOPs after",
+        "1024 x 1024         4,096        3.91 P       1.08 P",
+    ]
+    narrow = shown(table, 32)
+    assert max(map(len, narrow.splitlines())) <= 32
+    assert [line.split() for line in narrow.splitlines() if "1024" in line] == [
+        ["1024", "x", "1024", "4,096", "3.91", "P"],
+        ["1024", "x", "1024", "1.08", "P"],
+    ]
+
+
+def test_an_evaluation_fits_into_80_columns():
+    network = "openai/clip-vit-large-patch14, projected embeddings of images"
+    common = {"network": network, "resize": "bicubic to 224 px", "libraries": {"torchmetrics": "1.8.2"}}
+    result = {
+        "model": "distilled",
+        "samples": 5000,
+        "height": 1024,
+        "width": 1024,
+        "seeds": (0, 4999),
+        "sampling": {"steps": None, "guidance": 5.0, "dtype": "bfloat16"},
+        "real": None,
+        "metrics": [
+            {"name": "fid-clip", "teacher": None, "student": 12.34567, "better": "lower", "against": "the teacher's images", **common},
+            {
+                "name": "lpips",
+                "teacher": None,
+                "student": 0.1,
+                "better": "lower",
+                "against": "the teacher's image of the same noise",
+                **common,
+            },
+        ],
+    }
+    lines = shown(evaluation_table(result), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split()[:5] == ["fid-clip", "12.35", "lower", "the", "teacher's"] for line in lines)
+    assert " ".join(lines).count("torchmetrics 1.8.2") == 1
 
 
 def test_cost_summary_is_json():
