@@ -7,6 +7,7 @@ Public names are imported when they are first used: `import edit_compile` alone 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from edit_compile.adapters.record_inputs import record
     from edit_compile.api import audit, compile, grid, linearize, plan, teacher
     from edit_compile.bench.conversion_cost import cost
+    from edit_compile.bench.kernels import measure_kernels
     from edit_compile.bench.latency import compare_speed
     from edit_compile.bench.min_tokens import set_min_tokens
     from edit_compile.config import LinearizeConfig, Rule
@@ -69,6 +71,7 @@ _HOMES = {  # the same imports, for `__getattr__`
     "adapters.record_inputs": ("record",),
     "api": ("audit", "compile", "grid", "linearize", "plan", "teacher"),
     "bench.conversion_cost": ("cost",),
+    "bench.kernels": ("measure_kernels",),
     "bench.latency": ("compare_speed",),
     "bench.min_tokens": ("set_min_tokens",),
     "config": ("LinearizeConfig", "Rule"),
@@ -169,6 +172,7 @@ __all__ = [
     "load_exported",
     "load_model",
     "load_pipeline",
+    "measure_kernels",
     "merge_lora",
     "plan",
     "plan_of",
@@ -188,7 +192,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562), once."""
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])  # Python suggests
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
 

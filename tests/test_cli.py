@@ -266,6 +266,9 @@ def test_sample_says_what_it_cannot_sample(run, converted, tmp_path, options, me
         (("convert", "demo/dit", "--standalone", "--min-tokens", "20"), 2, "--standalone writes no original attention"),
         (("sample", "--prompt", "x", "-o", "grid.bmp", "demo/dit"), 1, "images are written as .png, .jpg, .jpeg, .webp, .gif, not as .bmp"),
         (("evaluate", "demo/dit", "--prompts", "nowhere.txt"), 1, "error: --prompts nowhere.txt: there is no such file"),
+        (("evaluate", "demo/dit", "--prompts", __file__, "--images", "nowhere"), 1, "error: --images nowhere: there is no such folder"),
+        (("bench", "demo/dit", "--plot", "speed.txt"), 1, "error: speed.txt: plots are written as ."),
+        (("report", ".", "-o", "page.txt"), 1, "error: -o page.txt: the page is an .html file"),
         (("inspect", "demo/dit", "--example-inputs", "nowhere.yaml"), 1, "error: --example-inputs nowhere.yaml: there is no such file"),
     ],
 )
@@ -331,6 +334,16 @@ def test_addresses_and_names_of_recipes_stand_for_models(tmp_path, monkeypatch):
     assert converted_model(f"https://huggingface.co/{medium}?x=1") == medium
     (tmp_path / "sd3.5-medium").mkdir()
     assert original_model("sd3.5-medium") == "sd3.5-medium"
+    (tmp_path / "mine.yaml").write_text(f"model: {medium}")
+    assert original_model("mine.yaml") == medium
+    with pytest.raises(ec.ModelNotFoundError, match=r"runs/mine does not exist yet: `edit-compile distill mine.yaml` makes it"):
+        converted_model("mine.yaml")
+    (tmp_path / "runs" / "mine").mkdir()
+    assert converted_model("mine.yaml") == "runs/mine"
+    for content, said in (("model: [", "mine.yaml is not valid YAML"), ("- a", "mine.yaml is not a recipe: it names no model")):
+        (tmp_path / "mine.yaml").write_text(content)
+        with pytest.raises(ec.RecipeError, match=said):
+            original_model("mine.yaml")
 
 
 def test_names_complete():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -13,6 +15,7 @@ from rich.console import Console
 
 import edit_compile as ec
 from edit_compile.cli import main
+from edit_compile.cli.command import say
 from edit_compile.progress import each, listening, working
 from edit_compile.report.compare_samples import SampleOptions, open_sampler
 from edit_compile.report.progress_display import ProgressDisplay
@@ -137,6 +140,16 @@ def test_pipelines_tell_of_their_steps(steps):
     with listening(heard):
         assert len(sample_many(["a"], [0])) == 1
     assert heard.told[-1] == ("ended", "sampling: steps", steps or 4)
+
+
+def test_lines_are_folded_between_words_on_a_terminal_alone(monkeypatch, capsys):
+    line = "125,640 parameters added, saved to converted-of-a-long-name"
+    monkeypatch.setenv("COLUMNS", "40")
+    for terminal, said in ((False, [line]), (True, ["125,640 parameters added, saved to", "converted-of-a-long-name"])):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        with click.Context(main):
+            say(line)
+        assert capsys.readouterr().err.splitlines() == said
 
 
 @pytest.mark.parametrize("columns", [None, "80"])

@@ -38,8 +38,8 @@ def main(modules: tuple[str, ...]) -> None:
         _import(name)
 
 
-for command in (inspect, convert, recipe, distill, sample, evaluate, export, bench, compare, report, rank, cache, env):
-    main.add_command(command)
+for _each in (inspect, convert, recipe, distill, sample, evaluate, export, bench, compare, report, rank, cache, env):
+    main.add_command(_each)
 
 
 def _import(name: str) -> None:

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -168,9 +170,12 @@ def same_command(*more: str, without: str = "") -> str:
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, unless -q was given."""
-    if not is_quiet():
-        click.echo(line, err=True)
+    """Print a line on stderr, on a terminal folded between words, unless -q was given."""
+    if is_quiet():
+        return
+    if sys.stderr.isatty():
+        line = textwrap.fill(line, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    click.echo(line, err=True)
 
 
 def print_json(content: Any) -> None:

@@ -81,7 +81,14 @@ evaluate distilled --prompts prompts.txt --samples 200 --json""",
 @dtype_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file; images go beside it; default: evaluation.json in MODEL")
 def evaluate(
-    model: str, prompts: Path, metrics: tuple[str, ...], size: tuple[int, ...] | None, clip_name: str | None, as_json: bool, **options: Any
+    model: str,
+    prompts: Path,
+    images: Path | None,
+    metrics: tuple[str, ...],
+    size: tuple[int, ...] | None,
+    clip_name: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Sample from teacher and student for many prompts and judge the images: CLIP score, FIDs, LPIPS. Resumes if interrupted.
 
@@ -92,11 +99,13 @@ def evaluate(
         raise click.UsageError("--size: PX or HEIGHTxWIDTH; only images are evaluated")
     if not prompts.exists():
         raise ConfigError(f"--prompts {prompts}: there is no such file")
+    if images is not None and not images.is_dir():
+        raise ConfigError(f"--images {images}: there is no such folder")
     with working("importing PyTorch"):
         from edit_compile.evaluation.run import evaluate as run
         from edit_compile.report.evaluation_table import evaluation_table
     height, width = size or (None, None)
-    found = run(model, prompts, metrics=metrics, height=height, width=width, clip_name=clip_name, **options).to_dict()
+    found = run(model, prompts, images=images, metrics=metrics, height=height, width=width, clip_name=clip_name, **options).to_dict()
     if as_json:
         print_json(found)
     else:

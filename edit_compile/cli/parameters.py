@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 from edit_compile.adapters.model_names import architectures, check_name, is_on_hub, with_revision, without_address
 from edit_compile.demo.names import SOURCES
 from edit_compile.distillation.ranking.budget import BUDGET_FORMS
-from edit_compile.distillation.recipe.names import find_recipe, model_of, shipped_recipes
+from edit_compile.distillation.recipe.names import find_recipe, is_recipe_file, model_of, shipped_recipes
 from edit_compile.errors import CheckpointError, ConfigError, ModelNotFoundError
 from edit_compile.extras import need
 
@@ -118,13 +118,14 @@ def model_argument(resolve: Callable[[str], str], what: str) -> Decorator:
 
 
 def any_model(name: str) -> str:
-    """Return what a model is loaded by, converted or not: of a recipe's name the recipe's model, of a hub page's address the id.
+    """Return what a model is loaded by, converted or not: of a recipe its model, of a hub page's address the id.
 
     Raises:
         ModelNotFoundError: it cannot be a model; names the most similar one.
+        RecipeError: it is a recipe's file that names no model.
     """
     name = without_address(name)
-    if not Path(name).exists() and name in shipped_recipes():
+    if is_recipe_file(name) or (not Path(name).exists() and name in shipped_recipes()):
         return model_of(name)
     check_name(name, shipped_recipes())
     if name.startswith("timm/"):
@@ -158,18 +159,19 @@ def _base_in(folder: Path) -> str:
 
 
 def converted_model(name: str) -> str:
-    """Return the folder of a converted model: of a recipe's name the folder that `distill` writes, of a hub page's address the id.
+    """Return the folder of a converted model: of a recipe the folder that `distill` writes, of a hub page's address the id.
 
     Raises:
         ModelNotFoundError: there is no such folder, and it is not a hub id.
     """
     name = without_address(name)
-    if is_on_hub(name) or name in SOURCES or Path(name).expanduser().exists():
+    is_recipe = is_recipe_file(name)
+    if not is_recipe and (is_on_hub(name) or name in SOURCES or Path(name).expanduser().exists()):
         return name
-    run = Path("runs") / name
+    run = Path("runs") / (Path(name).stem if is_recipe else name)
     if run.is_dir():
         return str(run)
-    if name in shipped_recipes():
+    if is_recipe or name in shipped_recipes():
         raise ModelNotFoundError(f"{run} does not exist yet: `edit-compile distill {name}` makes it")
     there = [str(path) for place in ("runs", "converted") for path in sorted(Path(place).glob("*")) if path.is_dir()]
     similar = get_close_matches(name, there, 1)
@@ -177,12 +179,28 @@ def converted_model(name: str) -> str:
     raise ModelNotFoundError(f"{name} does not exist; give the folder of a converted model or of a finished run, or a hub id{hint}")
 
 
-original_model_argument = model_argument(
-    original_model, "hub id or page, folder, config.json, demo/NAME, arch/NAME, timm/NAME or a recipe's name"
-)
+original_model_argument = model_argument(original_model, "hub id or page, folder, config.json, demo/NAME, arch/NAME, timm/NAME or a recipe")
 converted_model_argument = model_argument(
     converted_model,
-    "the folder of a checkpoint, its pipeline or a finished run, the hub id of one, or the name of a recipe whose run is in runs/",
+    "the folder of a checkpoint, its pipeline or a finished run, the hub id of one, or a recipe whose run is in runs/",
+)
+
+
+_CONVERSION_OPTIONS = (
+    original_model_argument,
+    click.option("--design", cls=_DesignOption, type=DESIGN, metavar="NAME", default="auto", show_default=True),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="an option of the designs, as in YAML; repeatable"),
+    click.option("--include", multiple=True, metavar="GLOB", help="over module paths; repeatable; default: *"),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="over module paths; repeatable"),
+    click.option(
+        "--example-inputs",
+        "inputs_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="YAML with the arguments of one forward, x: {shape: [2, 4, 12, 20]}; pipelines and known models need none",
+    ),
+    click.option("--ranking", type=click.Path(path_type=Path), metavar="FILE", help="convert the sites that a ranking chooses; see `rank`"),
+    click.option("--sites", metavar="BUDGET", help=f"which of them: {BUDGET_FORMS}; default: all"),
 )
 
 
@@ -204,34 +222,20 @@ def conversion_options(command: Callable[..., Any]) -> Callable[..., Any]:
         sites: str | None,
         **options: Any,
     ) -> Any:
-        given: dict[str, Any] = {**({"design": design} if design != "auto" else {}), **({"include": include} if include else {})}
-        given |= {**_settings(settings), **({"exclude": exclude} if exclude else {})}
-        given |= {name: value for name, value in (("ranking", ranking), ("sites", sites)) if value is not None}
         _check_design(design)
         if inputs_file is not None and not inputs_file.is_file():
             raise ConfigError(f"--example-inputs {inputs_file}: there is no such file")
-        config = functools.partial(_config, **given)
+        asked = {"design": None if design == "auto" else design, "include": include or None, "exclude": exclude or None}
+        given = {name: value for name, value in {**asked, "ranking": ranking, "sites": sites}.items() if value is not None}
+        config = functools.partial(_config, **given, **_settings(settings))
         return command(model=model, config=config, example_inputs=functools.partial(_example_inputs, inputs_file), **options)
 
-    options = [
-        original_model_argument,
-        click.option("--design", cls=_DesignOption, type=DESIGN, metavar="NAME", default="auto", show_default=True),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="an option of the designs, as in YAML; repeatable"),
-        click.option("--include", multiple=True, metavar="GLOB", help="over module paths; repeatable; default: *"),
-        click.option("--exclude", multiple=True, metavar="GLOB", help="over module paths; repeatable"),
-        click.option(
-            "--example-inputs",
-            "inputs_file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="YAML with the arguments of one forward, x: {shape: [2, 4, 12, 20]}; pipelines and known models need none",
-        ),
-        click.option(
-            "--ranking", type=click.Path(path_type=Path), metavar="FILE", help="convert the sites that a ranking chooses; see `rank`"
-        ),
-        click.option("--sites", metavar="BUDGET", help=f"which of them: {BUDGET_FORMS}; default: all"),
-    ]
-    return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
+    return _with(_CONVERSION_OPTIONS, wrapped)
+
+
+def _with(options: Sequence[Decorator], command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add options to a command, in this order."""
+    return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def _check_design(name: str) -> None:
@@ -293,13 +297,8 @@ def recipe_argument(command: Callable[..., Any]) -> Callable[..., Any]:
         chosen = [] if model_option is None else [("model", with_revision(any_model(model_option), revision))]
         return command(recipe=recipe, overrides=(*chosen, *overrides), **options)
 
-    options = [
-        click.argument("recipe", type=RECIPE),
-        click.option("--model", "model_option", type=MODEL, metavar="MODEL", help="instead of the recipe's model"),
-        revision_option,
-        overrides_option,
-    ]
-    return functools.reduce(lambda inner, option: option(inner), reversed(options), wrapped)
+    model = click.option("--model", "model_option", type=MODEL, metavar="MODEL", help="instead of the recipe's model")
+    return _with((click.argument("recipe", type=RECIPE), model, revision_option, overrides_option), wrapped)
 
 
 overrides_option = click.option(

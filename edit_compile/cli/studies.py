@@ -81,6 +81,8 @@ def report(run: str, output: Path | None, as_json: bool) -> None:
     """
     need("distill", "edit-compile report", "matplotlib")
     name = converted_model(run)
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"-o {output}: the page is an .html file")
     if output is None and is_on_hub(name):
         raise ConfigError(f"{name} is on the hub: say where the page is written, with -o FILE.html")
     with working("importing PyTorch"):

@@ -76,8 +76,11 @@ def bench(
         import torch
 
         from edit_compile.bench.run import Bench
+        from edit_compile.report.bench_plot import check_plot, plot_bench
         from edit_compile.report.bench_table import bench_summary, bench_table
 
+    if plot is not None:
+        check_plot(plot)
     conversions = _conversions(designs)
     with working(f"making {model} and its conversions"):
         made = Bench.make(model, conversions, dtype=getattr(torch, dtype), **options)
@@ -87,8 +90,6 @@ def bench(
     else:
         print_table(bench_table(report))
     if plot is not None:
-        from edit_compile.report.bench_plot import plot_bench
-
         plot_bench(report, plot)
         say(f"plotted to {plot}")
 

@@ -9,12 +9,26 @@ from edit_compile.bench.subjects import BOUND
 from edit_compile.errors import ConfigError
 
 
+def check_plot(path: Path) -> None:
+    """Refuse a file that cannot be a plot, before anything is timed.
+
+    Raises:
+        ConfigError: its ending is none that matplotlib writes.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(f"{path}: plots are written as .{', .'.join(sorted(known))}, not as {path.suffix or 'a file without an ending'}")
+
+
 def plot_bench(report: BenchReport, path: Path) -> None:
     """Plot seconds of a forward over image tokens, with quartiles, both axes logarithmic; floors are dotted, the bound is dashed.
 
     Raises:
-        ConfigError: the file's ending is none of an image.
+        ConfigError: as `check_plot`.
     """
+    check_plot(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -38,7 +52,4 @@ def plot_bench(report: BenchReport, path: Path) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be plotted: {error}") from error
+    figure.savefig(path, dpi=150)

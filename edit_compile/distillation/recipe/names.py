@@ -28,11 +28,27 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(f"no recipe {str(name)!r}: neither a file nor one of the shipped ones; {suggestion(str(name), shipped_recipes())}")
 
 
-def model_of(name: str) -> str:
-    """Return the model of a shipped recipe."""
-    import yaml
+def is_recipe_file(name: str) -> bool:
+    """Say whether a name is that of a YAML file."""
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
-    return str(yaml.safe_load(find_recipe(name).read_text())["model"])
+
+def model_of(name: str) -> str:
+    """Return the model of a recipe, given its file or a shipped one's name.
+
+    Raises:
+        RecipeError: the file names none.
+    """
+    from edit_compile.yaml_text import parse_yaml, read_text
+
+    path = find_recipe(name)
+    try:
+        content = parse_yaml(read_text(path))
+    except ValueError as error:
+        raise RecipeError(f"{path} {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model"), str):
+        raise RecipeError(f"{path} is not a recipe: it names no model")
+    return str(content["model"])
 
 
 def about(name: str) -> str:
