@@ -305,7 +305,7 @@ class Run:
             speeds = measure_speeds(self.context)
         before = ValidationResult.from_dict(trainer.before)
         result = Result(self.folder.path, self.student.model, before, after, trainer.seconds, speeds, self.data)
-        self._write_grid(trainer.progress.total)
+        self._write_grid(trainer.progress.total, after.total)
         if self.accelerator.is_main_process:
             plot_losses(self.folder.rows(), self.recipe, (before.total, after.total), self.folder.path / "losses.png")
             plan, base = plan_of(self.student.model).model_copy(update={"min_tokens": self.min_tokens}), self.student.base
@@ -346,9 +346,9 @@ class Run:
             self.accelerator.log({name: value for name, value in row.items() if isinstance(value, int | float)}, step=row["total"])
         self.report(row)
 
-    def _write_grid(self, total: int) -> None:
+    def _write_grid(self, total: int, error: float | None = None) -> None:
         with self._optional("the sample grid"):
-            self.grids.save(self.folder.samples(total))
+            self.grids.save(self.folder.samples(total), error)
 
     @contextmanager
     def _optional(self, what: str, *, alone: bool = False) -> Iterator[None]:

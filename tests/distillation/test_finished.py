@@ -50,10 +50,13 @@ def result(tmp_path_factory):
 def test_images_are_sampled_on_the_way_and_at_the_end(result):
     names = sorted(path.name for path in (result.folder / "samples").iterdir())
     assert names == [f"{total:08d}.png" for total in (3, 6, 9, 12)]
-    first, last = (np.asarray(Image.open(result.folder / "samples" / name)) for name in (names[0], names[-1]))
+    first, second, _, last = (np.asarray(Image.open(result.folder / "samples" / name)) for name in names)
     assert first.shape == last.shape
     assert first.std() > 10
-    assert (first != last).any()
+    headings = [grid[:46] for grid in (first, second, last)]
+    assert (headings[0] == headings[1]).all()
+    assert (headings[0] != headings[2]).any()  # the last one has the error
+    assert (first != last)[46:].any()
 
 
 def test_drawing_changes_nothing_about_the_run(result, tmp_path):
@@ -164,6 +167,15 @@ class Page(HTMLParser):
         self.text += data
         if self.open[-1:] == ["h2"]:
             self.headings.append(data)
+
+
+def test_the_report_says_what_the_data_were(result, tmp_path):
+    folder = shutil.copytree(result.folder, tmp_path / "run")
+    found = json.loads((folder / "result.json").read_text())
+    data = {"found": 1200, "held_out": 24, "skipped": 0, "shapes": {"512x768": 1176}}
+    (folder / "result.json").write_text(json.dumps(found | {"data": data}))
+    text = Page(write_report(folder).read_text()).text
+    assert "found1,200held out24skipped0trained on at 512 x 768 px1,176" in text
 
 
 def test_the_command_makes_the_report_again(result, tmp_path):

@@ -31,10 +31,13 @@ class GridSampler:
     frames: int | None = None
     teacher_latents: Tensor | None = field(default=None, init=False)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, error: float | None = None) -> None:
         """Write a grid as PNG: caption, teacher, student; of videos an animated GIF too, beside it.
 
         Does nothing where the data has no latents, or they cannot be decoded.
+
+        Args:
+            error: the student's, which its heading says.
         """
         context, count = self.context, self.context.recipe.samples.count
         if context.recipe.data.recorded_calls:
@@ -52,7 +55,8 @@ class GridSampler:
                 self.teacher_latents = sample(context, schedule, model, start, visited)
         student_latents = sample(context, schedule, context.student, start, visited)
         if context.accelerator.is_main_process:
-            columns = [("teacher", self._images(self.teacher_latents)), ("student", self._images(student_latents))]
+            name = "student" if error is None else f"student, error {error:.3g}"
+            columns = [("teacher", self._images(self.teacher_latents)), (name, self._images(student_latents))]
             captions = batch.captions or [""] * count
             save_image(image_grid(captions, columns), path)
             if columns[0][1][0].ndim == 4:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,13 +84,13 @@ def html_summary(folder: Path) -> str:
     before, after, speeds = result.before, result.after, result.speeds
     sections = [
         _facts(before, after, speeds, result.seconds),
-        _section("Images", _samples(run), "Teacher and student from the same noise, without guidance."),
+        _section("Images", _samples(run), "Teacher and student from the same noise, without guidance; edit-compile sample draws with it."),
         _section("Losses", _plot(folder / "losses.png")),
         _section(
             "Validation error", _table(("", "converted", "distilled"), before.rows_until(after)), f"{MEASURE}; {after.samples} samples."
         ),
         _section("Speed", _speeds(speeds), "Of one image, teacher and student in turns, on the machine that trained."),
-        _section("Data", _table(("", ""), list(result.data.items()))),
+        _section("Data", _table(("", ""), _data_rows(result.data))),
         _section("Made with", f"<p>{escape(str(result.machine))}</p>"),
     ]
     return "".join(sections)
@@ -145,6 +145,13 @@ def _samples(run: RunFolder) -> str:
 
 def _plot(path: Path) -> str:
     return _figure(path.read_bytes(), "") if path.is_file() else ""
+
+
+def _data_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name the numbers of a data summary; of its shapes each one."""
+    shapes = {f"trained on at {size.replace('x', ' x ')} px": count for size, count in found.get("shapes", {}).items()}
+    counts = {name.replace("_", " "): count for name, count in found.items() if name != "shapes"} | shapes
+    return [(name, f"{count:,}") for name, count in counts.items()]
 
 
 def _speeds(speeds: Sequence[Speed]) -> str:
