@@ -154,7 +154,7 @@ finally:
 @pytest.mark.parametrize(
     ("command", "extra", "named"),
     [
-        ("distill demo-dit", "distill", "edit-compile distill needs datasets, matplotlib, tensorboard"),
+        ("distill demo-dit", "distill", "edit-compile distill needs datasets, matplotlib, peft, tensorboard"),
         ("cache demo-dit -o cached", "distill", "edit-compile cache needs datasets"),
         ("rank demo/dit", "distill", "edit-compile rank needs datasets"),
         ("compare designs-dit-64", "distill", "edit-compile compare needs datasets"),

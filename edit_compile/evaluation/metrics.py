@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from edit_compile.errors import ConfigError
 from edit_compile.evaluation import clip
+from edit_compile.extras import import_extra
 
 _INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 _ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -94,12 +94,9 @@ class Metric(ABC):
         return self.against
 
     def check_libraries(self) -> None:
-        """Raise ConfigError if a library is missing."""
+        """Raise EditCompileError if a library is missing."""
         for library in self.libraries:
-            try:
-                importlib.import_module(library.replace("-", "_"))
-            except Exception as error:  # RuntimeError too, where a library was built for another version of torch
-                raise ConfigError(f"{self.name} needs {library}: pip install 'edit_compile[eval]' ({error})") from error
+            import_extra("eval", self.name, library.replace("-", "_"))
 
     def versions(self) -> dict[str, str]:
         """Return the versions of its libraries."""
@@ -240,7 +237,8 @@ def chosen_metrics(names: Sequence[str], clip_name: str) -> list[Metric]:
     """Make metrics by name, all if there are no names, and look whether they can be computed.
 
     Raises:
-        ConfigError: a name is unknown, a library is missing, or weights are not at hand; names what to fetch.
+        ConfigError: a name is unknown, or weights are not at hand; names what to fetch.
+        EditCompileError: a library is missing; names it.
     """
     for name in names:
         if name not in METRICS:

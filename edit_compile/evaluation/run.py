@@ -112,7 +112,8 @@ def evaluate(
         options: height, width, steps, guidance, seed and dtype, as of `sample`.
 
     Raises:
-        ConfigError: an option is wrong, a library is missing, or weights are not at hand; nothing was sampled.
+        ConfigError: an option is wrong, or weights are not at hand; nothing was sampled.
+        EditCompileError: a library is missing.
         CheckpointError: the folder does not hold a converted model, or its base cannot be loaded.
     """
     folder = Path(without_address(str(folder))).expanduser()

@@ -7,7 +7,6 @@ Checkpoints name the weights as the original model does; `plain_name` translates
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import sys
@@ -23,7 +22,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from edit_compile.errors import ConfigError, EditCompileError, some_of
+from edit_compile.extras import import_extra
 from edit_compile.frozen import first_problem
+from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.handle import Conversion, ConvertedModel, Lora, unwrap
 from edit_compile.student.site import TEACHER, converted_sites
 from edit_compile.torch_internals import is_sharded
@@ -157,7 +158,12 @@ def adapt_teachers(model: ConvertedModel) -> None:
         if isinstance(layer, OffForTeachers):
             layer.__class__ = type(layer).__bases__[1]
     for path, site in converted_sites(model).items():
-        inside = {name.removeprefix(f"{path}."): layer for name, layer in layers.items() if name.startswith(f"{path}.")}
+        own = f"{path}.{ADDED}."  # what the original does not have
+        inside = {
+            name.removeprefix(f"{path}."): layer
+            for name, layer in layers.items()
+            if name.startswith(f"{path}.") and not name.startswith(own)
+        }
         if inside:
             site.__dict__[TEACHER] = _with_adapters(site.edit_teacher, inside)
 
@@ -269,10 +275,7 @@ def files_for_others(lora: Lora, tensors: dict[str, Tensor]) -> dict[str, bytes]
 
 
 def _peft() -> Any:
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise EditCompileError(f"LoRA needs PEFT: pip install 'edit_compile[lora]' ({error})") from error
+    return import_extra("lora", "LoRA", "peft")
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -195,8 +195,10 @@ def test_glob_that_matches_nothing_and_missing_peft_are_named(tmp_path, monkeypa
     with pytest.raises(ec.ConfigError, match=r"lora.targets: 'blocks.\*.mlp' matches no Linear outside the converted sites; there are: "):
         run(tmp_path, train="lora", lora={"targets": ["blocks.*.mlp"]})
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ec.EditCompileError, match=r"LoRA needs PEFT: pip install 'edit_compile\[lora\]'"):
+    with pytest.raises(ec.EditCompileError, match=r"distill needs peft: pip install 'edit_compile\[distill\]'"):
         run(tmp_path, train="lora")
+    with pytest.raises(ec.EditCompileError, match=r"LoRA needs peft: pip install 'edit_compile\[lora\]'"):
+        ec.add_lora(toy_distill.student(), rank=2)
 
 
 def test_options_without_effect_are_refused():

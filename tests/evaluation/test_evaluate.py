@@ -256,7 +256,17 @@ def test_the_names_of_weights_are_those_that_the_libraries_load():
 @pytest.mark.parametrize("library", ["torchmetrics", "torch_fidelity"])
 def test_a_library_that_is_not_installed_is_named(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ec.ConfigError, match=r"fid-inception needs torch.*: pip install 'edit_compile\[eval\]'"):
+    with pytest.raises(ec.EditCompileError, match=rf"fid-inception needs {library}: pip install 'edit_compile\[eval\]'"):
+        chosen_metrics(["fid-inception"], "")
+
+
+def test_a_library_that_is_broken_says_how(tmp_path, monkeypatch):
+    (tmp_path / "torch_fidelity.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_fidelity", raising=False)
+    with pytest.raises(
+        ec.EditCompileError, match=r"torch_fidelity, which cannot be imported \(operator torchvision::nms .*\): pip install"
+    ):
         chosen_metrics(["fid-inception"], "")
 
 
