@@ -16,6 +16,7 @@ from edit_compile.adapters.pipelines import denoiser_of, with_denoiser
 from edit_compile.adapters.record_inputs import inputs_of
 from edit_compile.adapters.step_cache import step_cache_of
 from edit_compile.config import LinearizeConfig
+from edit_compile.designs.ops.kernels.choice import Kernels, choose_kernels
 from edit_compile.errors import AuditError, ConfigError, EditCompileError, PlanError
 from edit_compile.ir import input_spec
 from edit_compile.ir.plan import Plan, SizesOfInputs
@@ -280,11 +281,13 @@ def _require_no_step_cache(model: nn.Module) -> None:
         )
 
 
-def compile(student: Model, **options: Any) -> Model:
+def compile(student: Model, *, kernels: Kernels = "auto", **options: Any) -> Model:
     """Compile the repeated blocks that hold the sites with torch.compile, in place, dynamic in resolution.
 
     Args:
         student: a converted model, or what holds one: a pipeline, DDP, PEFT.
+        kernels: whether Triton kernels compute linear attention and the compressor where nothing is trained: "auto" where
+            `measure_kernels` found them to win on this device, and nowhere if it never ran; "always"; or "never".
         options: of torch.compile; `dynamic=True` and `fullgraph=True` unless given.
 
     Returns:
@@ -292,8 +295,10 @@ def compile(student: Model, **options: Any) -> Model:
 
     Raises:
         EditCompileError: nothing in it is converted.
+        ConfigError: `kernels` is none of these words, or "always" without Triton and a CUDA device.
     """
     model = unwrap(student)
+    choose_kernels(model, kernels)
     keep_graphs_in_order()  # for threads that call it at once
     for path in repeated_blocks(model):
         model.get_submodule(path).compile(**{**REGIONAL, **options})

@@ -143,7 +143,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale:
         from kernel to kernel. None where no kernel computes this, gradients are needed, or the graph is to run without torch's kernels.
     """
     one_type, width, aten = q.dtype == k.dtype == v.dtype, q.shape[-1], torch.ops.aten
-    if not one_type or width != v.shape[-1] or q.shape[0] * q.shape[2] == 0 or _needs_gradients(q, k, v, bias) or _is_exported():
+    if not one_type or width != v.shape[-1] or q.shape[0] * q.shape[2] == 0 or needs_gradients(q, k, v, bias) or is_exported():
         return None
     kernels = _fused_kernels(q.device.type, q.device.index)
     if not kernels:
@@ -168,7 +168,8 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _needs_gradients(*tensors: Tensor | None) -> bool:
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Say whether what is computed of tensors here is differentiated."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -182,7 +183,7 @@ def exporting_for_torch() -> Iterator[None]:
         yield
 
 
-def _is_exported() -> bool:
+def is_exported() -> bool:
     """Say whether a graph is made that other programs read: decomposed, as for ONNX, the kernel on CPUs loses its logarithm."""
     return (torch.compiler.is_exporting() and not _torch_runs_exports) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -16,8 +17,10 @@ from edit_compile.adapters.load_model import load_model
 from edit_compile.bench.high_water import free_memory, measured_peak
 from edit_compile.bench.run import Bench
 from edit_compile.demo import models as demo
+from edit_compile.designs.ops.kernels import operators
 from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention
 from edit_compile.distillation import distill, load_recipe
+from interpreted_kernels import expected_attention
 
 pytestmark = [pytest.mark.filterwarnings("default")]
 CUDA = torch.device("cuda")
@@ -107,6 +110,66 @@ def test_linear_attention_and_its_gradients(dtype: torch.dtype):
             found = torch.autograd.grad(y.float().square().sum(), given)
             assert relative_error(y, expected) < TOLERANCES[dtype]
             assert max(map(relative_error, found, wanted)) < 5 * TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", ["relu", "elu"])
+@pytest.mark.parametrize("channels", [64, 72, 128, 40])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@torch.no_grad()
+def test_linear_attention_by_its_triton_kernel(dtype: torch.dtype, channels: int, features: str):
+    compiled = torch.compile(operators.linear_attention, fullgraph=True, dynamic=True)
+    for queries, keys in ((256, 64), (1000, 2250)):
+        q, k, v = operands(queries, keys, channels, dtype)
+        for mask in (None, text_mask("boolean", keys, dtype)):
+            expected, log_expected = expected_attention(*(x.cpu() for x in (q, k, v)), None if mask is None else mask.cpu(), features)
+            for way in (operators.linear_attention, compiled):
+                y, log_normaliser = way(q, k, v, mask, features)
+                assert relative_error(y, expected) < TOLERANCES[dtype]
+                torch.testing.assert_close(log_normaliser.double().cpu(), log_expected, atol=100 * TOLERANCES[dtype], rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@torch.no_grad()
+def test_compressors_by_their_triton_kernel(dtype: torch.dtype):
+    compress = torch.ops.edit_compile.depthwise
+    compiled = torch.compile(lambda *given: compress(*given, 2), fullgraph=True, dynamic=True)
+    convs = [nn.Conv2d(1152, 1152, 3, 2, 1, groups=1152).to(CUDA, dtype) for _ in range(2)]
+    weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
+    for rows, columns in ((16, 24), (33, 31)):
+        generator = torch.Generator().manual_seed(rows)
+        tokens = torch.randn(2, 2, rows * columns, 1152, generator=generator).to(CUDA, dtype)
+        images = [x.unflatten(1, (rows, columns)).movedim(-1, 1) for x in tokens]
+        expected = [conv.double().cpu()(image.double().cpu()) for conv, image in zip(copy.deepcopy(convs), images, strict=True)]
+        for found in (
+            compress(images, weights, biases, 2),
+            compress(images[:1], weights[:1], biases[:1], 2),
+            compiled(images, weights, biases),
+        ):
+            for y, wanted in zip(found, expected, strict=False):
+                assert relative_error(y, wanted) < TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_student_compiled_with_kernels_computes_what_it_does_on_the_cpu():
+    torch.compiler.reset()
+    student, sizes = student_of("auto"), ((32, 32), (48, 40), (64, 64))
+    expected = {size: student(**inputs(student, *size))[0] for size in sizes}
+    ec.compile(student.to(CUDA), kernels="always")
+    for size in sizes:
+        assert relative_error(student(**inputs(student, *size, CUDA))[0], expected[size]) < 1e-3
+
+
+@pytest.mark.gpu
+def test_kernels_are_measured_once(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    student = student_of("auto").to(CUDA, torch.bfloat16)
+    found = ec.measure_kernels(student)
+    assert {len(each.kernel) for each in found} == {2}
+    assert [each.problem for each in found] == [None] * len(found)
+    assert ec.measure_kernels(student) == found
 
 
 DESIGNS = ("auto", "sana", "linfusion", "kv-compress", "linear-mm-alpha", "clear", "local-linear")

@@ -181,13 +181,14 @@ def test_the_script_runs_a_step_and_says_what_is_left(tmp_path: Path):
     assert left["kernels"] == "done"
     assert left["compile"].startswith("0 of ")
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [row["event"] for row in rows] == ["run", *["begin", "end"] * 3]
+    assert [row["event"] for row in rows] == ["run", *["begin", "end"] * 4]
 
 
 @pytest.mark.slow
 def test_kernels(tmp_path: Path):
     results, rows = rehearsed("kernels", tmp_path)
-    kinds = {"exact eta", "linear core", "compressor", "window of radius 4", "window of radius 4, and backward"}
+    kinds = {"exact eta", "linear core", "compressor", "window of radius 4", "window of radius 4, and backward", "both compressors"}
+    kinds |= {"Triton: linear_attention", "Triton: depthwise"}
     assert {row["what"] for row in rows} >= kinds
     assert all(row["ms"] > 0 for row in rows)
     assert all(row["relative error"] < 1e-4 for row in rows if "relative error" in row)

@@ -1,4 +1,4 @@
-"""Kernels against what Inductor makes of the same formulas: windows by FlexAttention or in blocks, exact eta, the linear core."""
+"""Kernels against what Inductor makes of the same formulas: windows by FlexAttention or in blocks, exact eta, the linear core, Triton."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RUNS, _TINY_RUNS = 7, 2
 
 def units(tiny: bool) -> list[Unit]:
     models = _TINY_HEADS if tiny else HEADS
-    kinds: dict[str, Callable[..., list[Row]]] = {"windows": _windows, "eta": _eta, "linear": _linear}
+    kinds: dict[str, Callable[..., list[Row]]] = {"windows": _windows, "eta": _eta, "linear": _linear, "Triton": _triton}
     return [Unit(f"{kind} {name}", partial(run, name, *sizes)) for kind, run in kinds.items() for name, sizes in models.items()]
 
 
@@ -113,6 +113,40 @@ def _linear(name: str, heads: int, channels: int, text: int, work: Work) -> list
         )
         ways = {"compiled": partial(compress, x, shape), "copies": lambda x=x: (x.clone(), x[:, ::4].clone())}
         rows += _forward({"what": "compressor", **what}, ways, work)
+    return rows
+
+
+def _triton(name: str, heads: int, channels: int, text: int, work: Work) -> list[Row]:
+    """Compare the Triton kernels with Inductor's forms, as `measure_kernels` does, and time the compressors of K and V in one kernel."""
+    import torch
+
+    from edit_compile.bench.kernels import compare
+    from edit_compile.designs.ops.conv_modules import SpatialCompressor
+    from edit_compile.designs.ops.kernels.choice import KernelCase
+
+    rows, width, weight = [], heads * channels, torch.empty(1, device=work.device, dtype=work.dtype)
+    linear = KernelCase(operator="linear_attention", sizes=(heads, channels, channels), features="relu")
+    for case in (linear, KernelCase(operator="depthwise", sizes=(width, 2))):
+        found = compare(case, weight, tuple(_sides(work)), _TINY_RUNS if work.tiny else _RUNS, **work.compiler)
+        for side, triton, inductor in zip(_sides(work), found.kernel, found.inductor, strict=True):
+            row = {"what": f"Triton: {case.operator}", "heads": f"{name}: {heads} x {channels}", "tokens": side**2}
+            row |= {"ms": in_ms(triton), "Inductor's ms": in_ms(inductor), "is used": str(found.wins)}
+            rows.append({**row, "relative error": short(found.kernel_error)})
+    modules = [SpatialCompressor(width).to(work.device, work.dtype).conv for _ in range(2)]
+    weights, biases = [conv.weight for conv in modules], [conv.bias for conv in modules]
+    ways: dict[str, Callable[..., Any]] = {
+        "convolutions": lambda *images: [conv(image) for conv, image in zip(modules, images, strict=True)],
+        "a kernel each": lambda *images: [
+            torch.ops.edit_compile.depthwise([image], [conv.weight], [conv.bias], 2)[0] for conv, image in zip(modules, images, strict=True)
+        ],
+        "one kernel": lambda *images: torch.ops.edit_compile.depthwise(images, weights, biases, 2),
+    }
+    compiled = {way: work.compile(call) for way, call in ways.items()}
+    for side in _sides(work):
+        tokens = torch.randn(2, side * side, width, device=work.device, dtype=work.dtype)
+        images = [x.unflatten(1, (side, side)).movedim(-1, 1) for x in tokens.split(1)]
+        what = {"what": "both compressors", "heads": f"{name}: {heads} x {channels}", "tokens": side * side}
+        rows += _forward(what, {way: partial(call, *images) for way, call in compiled.items()}, work, reference="convolutions")
     return rows
 
 

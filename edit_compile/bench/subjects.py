@@ -13,10 +13,12 @@ from torch import nn
 from edit_compile.adapters.inputs import ImageInputs
 from edit_compile.api import REGIONAL, plan_with_forwards, repeated_blocks
 from edit_compile.bench.flops import count_flops
+from edit_compile.bench.kernels import measure_kernels
 from edit_compile.bench.memory import peak_memory
 from edit_compile.bench.site_parts import layouts_noted, parts_by_site
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs import NO_ATTENTION
+from edit_compile.designs.ops.kernels.choice import choose_kernels
 from edit_compile.designs.ops.parts import Part
 from edit_compile.errors import PlanError
 from edit_compile.passes.capture import meta_copy, meta_inputs
@@ -84,6 +86,9 @@ def make_subjects(model: nn.Module, conversions: Mapping[str, LinearizeConfig], 
         student = install(model, found)
         subjects.append(Subject(name, student, meta_copy(student, None), tuple(converted_sites(student))))
     if compiled:
+        for subject in subjects[1:]:
+            measure_kernels(subject.model)
+            choose_kernels(subject.model, "auto")
         blocks = repeated_blocks(subjects[-1].model)
         for path in blocks:
             for subject in subjects:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import PositiveInt, model_validator
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from edit_compile.designs.base import QKV, Design, Tap, Tokens, Verdict, thinned_grid
 from edit_compile.designs.ops.conv_modules import TEMPORAL_TAPS, ConvFusion, SpatialCompressor, Temporal
 from edit_compile.designs.ops.feature_maps import FeatureMap, feature_map, feature_map_parts
-from edit_compile.designs.ops.linear_attention import masked_linear_attention
+from edit_compile.designs.ops.kernels.choice import KernelCase
+from edit_compile.designs.ops.linear_attention import linear_attention, matching_heads
 from edit_compile.designs.ops.parts import Part, Product
 from edit_compile.designs.ops.site_checks import GRID_DIMS, first_problem, linear_attention_parts
 from edit_compile.frozen import Frozen
@@ -32,6 +33,7 @@ class Edit(Design):
     """
 
     name = "edit"
+    triton_kernel: Callable[..., tuple[Tensor, Tensor] | None] | None = None  # that computes linear attention where nothing is trained
 
     class Options(Frozen):
         """EDiT's options. The defaults are the paper's where it states one; the README names the others.
@@ -85,6 +87,7 @@ class Edit(Design):
         self.query = _module(options.query, "query", site, options)
         self.key = _module(options.key, "key", site, options)
         self.value = _module(options.value, "value", site, options)
+        self.features, self.head_sizes = options.features, (site.heads, site.head_dim, site.value_dim)
         self.query_features = feature_map(options.features, site.heads, site.head_dim)
         self.key_features = feature_map(options.features, site.key_heads, site.head_dim)
 
@@ -104,7 +107,22 @@ class Edit(Design):
                 yield Tap(before, module)
 
     def forward(self, x: QKV, tokens: Tokens) -> Tensor:
-        return masked_linear_attention(self.query_features(x.query), self.key_features(x.key), x.value, x.mask)
+        return self.linear_attention(x.query, x.key, x.value, x.mask)[0]
+
+    def linear_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute linear attention of the features of Q and K, and the logarithm of its normaliser."""
+        if self.triton_kernel is not None:
+            found = self.triton_kernel(q, matching_heads(q, k), matching_heads(q, v), mask, self.features)
+            if found is not None:
+                return found
+        return linear_attention(self.query_features(q), matching_heads(q, self.key_features(k)), matching_heads(q, v), mask)
+
+    @property
+    def kernel_case(self) -> KernelCase | None:
+        """What a kernel would compute here; None where feature maps are learned."""
+        return (
+            None if self.features == "learned" else KernelCase(operator="linear_attention", sizes=self.head_sizes, features=self.features)
+        )
 
     @classmethod
     def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:

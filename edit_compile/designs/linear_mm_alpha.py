@@ -55,6 +55,10 @@ class LinearMMAlpha(Edit):
             key = key * (counts / counts.amax()).to(key.dtype).unsqueeze(-1)  # only their ratios matter
         return masked_linear_attention(self.query_features(x.query), key, x.value, x.mask)
 
+    @property
+    def kernel_case(self) -> None:
+        """Have no kernel: it would not know of the weights of keys."""
+
     @classmethod
     def parts(cls, site: Site, grid: Sequence[int], others: int, options: Any) -> tuple[Part, ...]:
         queries, keys = sequence_lengths(site, math.prod(grid), compressed_tokens(site, grid, options), others)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edit_compile.designs.base import QKV, Tokens, Verdict
 from edit_compile.designs.edit import Edit, compressed_tokens
 from edit_compile.designs.ops.key_masks import key_weights
-from edit_compile.designs.ops.linear_attention import attention_with_normaliser, linear_attention, matching_heads
+from edit_compile.designs.ops.linear_attention import attention_with_normaliser, matching_heads
 from edit_compile.designs.ops.parts import Part
 from edit_compile.designs.ops.site_checks import (
     has_other_queries,
@@ -72,8 +72,7 @@ class MMEdit(Edit):
         keys, q_I = tokens.of_keys.thinned(self.stride), tokens.image(x.query)
         key, value = matching_heads(x.query, x.key), matching_heads(x.query, x.value)
         mask_I, mask_P = (keys.image(x.mask, -1), keys.others(x.mask, -1)) if x.mask is not None else (None, None)
-        features_I = matching_heads(x.query, self.key_features(keys.image(x.key)))
-        linear, log_linear = linear_attention(self.query_features(q_I), features_I, keys.image(value), mask_I)
+        linear, log_linear = self.linear_attention(q_I, keys.image(x.key), keys.image(x.value), mask_I)
         if self.eta == "exact":
             softmax, log_softmax = attention_with_normaliser(q_I, keys.others(key), keys.others(value), mask_P, self.scale)
             eta = torch.sigmoid(log_linear - log_softmax)

@@ -37,7 +37,7 @@ from edit_compile.version import __version__
 MODULE = "linear_attention_model"  # the file's name, without its ending
 _PREFIX = "Linear"
 _CONFIG = "config.json"
-_MODULE_STATE = frozenset(vars(nn.Module()))
+_MODULE_STATE = frozenset({*vars(nn.Module()), "triton_kernel"})  # a kernel is chosen for one device
 _TEACHER = re.compile(r"^    if \w+\.edit_teacher_is_on\(\):\n        return [^\n]*\n", re.M)
 _DEFAULT = re.compile(r"_defaults\['(\w+)'\]")
 

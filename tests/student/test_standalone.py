@@ -1,6 +1,7 @@
 """Models with their code beside their weights: exact where this package is not, readable, and refused where that cannot be."""
 
 import ast
+import copy
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from torch import nn
 
 import edit_compile as ec
 import toy
+from edit_compile.designs.ops.kernels import choice
 from edit_compile.student.site import converted_sites
 from edit_compile.student.standalone import MODULE
 from families import FAMILIES
@@ -95,6 +97,14 @@ def test_diffusers_asks_before_it_runs_the_code(pixart, tmp_path):
 
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_chosen_kernels_stay_here(pixart, tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "can_run", lambda device: True)
+    student = copy.deepcopy(pixart[1])
+    ec.compile(student, kernels="always", backend="eager")
+    assert drawn_alone(student, pixart[2], tmp_path / "saved") == "LinearPixArtTransformer2DModel"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edit_compile.designs.ops.kernels.choice import KernelCase
 from edit_compile.errors import ConfigError
 
 MAX_GROUPS = 32
@@ -112,7 +113,12 @@ class SpatialCompressor(nn.Module):
 
     Raises:
         ConfigError: frames are to be thinned without a temporal kernel: those between would be lost.
+
+    Attributes:
+        triton_kernel: what computes the depthwise convolution where nothing is trained, if that is to be a kernel.
     """
+
+    triton_kernel: Callable[..., Tensor | None] | None = None
 
     def __init__(
         self, channels: int, *, stride: int = 2, temporal: Temporal = "none", temporal_stride: int = 1, identity: bool = True
@@ -129,5 +135,14 @@ class SpatialCompressor(nn.Module):
                 self.conv.weight[:, :, 1, 1] = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        compressed = per_frame(self.conv, x)
+        compressed = per_frame(self._convolved, x)
         return compressed if self.temporal is None else self.temporal(compressed)
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        found = None if self.triton_kernel is None else self.triton_kernel(self.conv, x)
+        return self.conv(x) if found is None else found
+
+    @property
+    def kernel_case(self) -> KernelCase:
+        """What a kernel would compute here."""
+        return KernelCase(operator="depthwise", sizes=(self.conv.out_channels, self.conv.stride[0]))
