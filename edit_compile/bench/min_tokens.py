@@ -11,7 +11,7 @@ from torch import nn
 
 from edit_compile.adapters.family import Extent
 from edit_compile.adapters.inputs import default_sizes, pixels_per_token, tokens_of_size
-from edit_compile.bench.conversion_cost import cost
+from edit_compile.bench.conversion_cost import cost, size_in_words
 from edit_compile.bench.latency import compare_speed
 from edit_compile.bench.roofline import known_roofline
 from edit_compile.errors import ConfigError, EditCompileError, GridError
@@ -20,6 +20,7 @@ from edit_compile.student.handle import conversion_of, unwrap
 MinTokens = int | Literal["predicted", "measured"]
 SMALLEST_SIDE = 4  # in image tokens, of what is measured
 _RUNS = 5
+_LONG = 2.0  # seconds of a forward, at which larger sizes are not tried: one of twice the side takes up to sixteen times as long
 
 
 def set_min_tokens(student: Any, tokens: MinTokens) -> int:
@@ -83,21 +84,29 @@ def _predicted(model: nn.Module) -> int:
 def _measured(model: nn.Module) -> int:
     """Return the image tokens of the smallest square at which the student is no slower; 0 if it nowhere is."""
     *_, usual = default_sizes(model)
+    fast: set[int] = set()
 
     def size_of(side: int) -> Extent:
         pixels = side * pixels_per_token(model)
         return (*usual[:-2], pixels, pixels)
 
-    def is_fast(side: int) -> bool:
+    def is_fast_at(side: int) -> bool:
         try:
             (row,) = compare_speed(model, [size_of(side)], runs=_RUNS, warmup=1)
         except GridError as error:
             raise EditCompileError(
                 f"{type(model).__name__}: the student is no faster at any size that it can be measured at: {error}"
             ) from error
-        return row.speedup.median >= 1
+        if row.speedup.median >= 1:
+            fast.add(side)
+        elif row.student.median > _LONG and not fast:
+            slow = size_in_words(size_of(side))
+            raise EditCompileError(
+                f"{type(model).__name__}: the student is still the slower one at {slow} px: give a number of image tokens"
+            )
+        return side in fast
 
-    side = smallest_side(is_fast, math.isqrt(cost(model).break_even_tokens or 0))
+    side = smallest_side(is_fast_at, math.isqrt(cost(model).break_even_tokens or 0))
     if side == SMALLEST_SIDE:
         return 0
     *frames, height, width = size_of(side)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,13 @@ from pydantic import ValidationError
 from edit_compile.bench.machine import cpu
 from edit_compile.bench.turns import seconds_of
 from edit_compile.designs.ops.parts import Part, Softmax
-from edit_compile.files import write_text
+from edit_compile.files import user_cache, write_text
 from edit_compile.frozen import Frozen
 
 _SIDES = (512, 1024, 2048, 4096)  # of products
 _SOFTMAX = (1, 8, 2048, 64)
 _IMAGE = (1, 512, 64, 64)
+_BUSY = 1.5  # times as fast as what is kept: that was measured beside other work
 _LONG = 0.2  # seconds, after which larger products are not tried
 _DEPTHWISE = 27  # products of so few terms are depthwise convolutions
 
@@ -52,6 +52,11 @@ class Roofline(Frozen):
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    def or_better(self, other: Roofline) -> Roofline:
+        """Take the better of each rate: what else runs on a machine makes them worse, and nothing makes them better."""
+        rates = {name: max(getattr(self, name), getattr(other, name)) for name in ("product", "softmax", "depthwise", "bandwidth")}
+        return self.model_copy(update=rates | {"overhead": min(self.overhead, other.overhead)})
+
     def seconds(self, part: Part) -> float:
         """Predict the seconds of a part of a design."""
         if isinstance(part, Softmax):
@@ -63,10 +68,15 @@ class Roofline(Frozen):
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Read the rates of a device, or measure them if that was not done before with this version of torch and as many threads."""
+    """Read the rates of a device, or measure them.
+
+    They are measured if that was not done before with this version of torch and as many threads, or if products are much faster now,
+    for then the machine was busy; the better of each rate is kept.
+    """
     found = known_roofline(device, dtype)
-    if found is None:
-        found = _measured(device, dtype)
+    if found is None or _products(device, dtype, _SIDES[:1]) > _BUSY * found.product:
+        measured = _measured(device, dtype)
+        found = measured if found is None else found.or_better(measured)
         with suppress(OSError, RuntimeError):  # a home that cannot be written, or none: they are measured again next time
             _file(device, dtype).parent.mkdir(parents=True, exist_ok=True)
             write_text(_file(device, dtype), found.model_dump_json(indent=2))
@@ -99,20 +109,14 @@ def _conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _file(device: torch.device, dtype: torch.dtype) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edit_compile"
     number = hashlib.sha256(repr(_conditions(device, dtype)).encode()).hexdigest()[:16]
-    return folder / f"roofline-{number}.json"
+    return user_cache() / f"roofline-{number}.json"
 
 
 @torch.no_grad()
 def _measured(device: torch.device, dtype: torch.dtype) -> Roofline:
     make = partial(torch.randn, device=device, dtype=dtype)
-    product = 0.0
-    for side in _SIDES:
-        seconds = _best(partial(torch.mm, make(side, side), make(side, side)), device)
-        product = max(product, 2 * side**3 / seconds)
-        if seconds > _LONG:
-            break
+    product = _products(device, dtype, _SIDES)
     batch, heads, tokens, channels = _SOFTMAX
     query = make(*_SOFTMAX)
     softmax = Softmax(tokens, tokens, channels, channels, batch * heads).flops / _best(
@@ -125,6 +129,19 @@ def _measured(device: torch.device, dtype: torch.dtype) -> Roofline:
     overhead = _best(partial(torch.add, make(1), 1), device, repeats=100)
     rates: dict[str, Any] = {"product": product, "softmax": softmax, "depthwise": depthwise, "bandwidth": bandwidth, "overhead": overhead}
     return Roofline(**_conditions(device, dtype), **rates)
+
+
+@torch.no_grad()
+def _products(device: torch.device, dtype: torch.dtype, sides: Sequence[int]) -> float:
+    """Return the most FLOPs a second of products of square matrices."""
+    most = 0.0
+    for side in sides:
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        seconds = _best(partial(torch.mm, a, a), device)
+        most = max(most, 2 * side**3 / seconds)
+        if seconds > _LONG:
+            break
+    return most
 
 
 def _best(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:

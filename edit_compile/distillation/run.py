@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,10 @@ from edit_compile.adapters.denoise import denoise as denoise_by_family
 from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.adapters.pipeline_calls import call_as_recorded
 from edit_compile.api import plan_of
+from edit_compile.bench.conversion_cost import CostReport, cost
 from edit_compile.bench.machine import Machine
 from edit_compile.bench.min_tokens import min_tokens_set
+from edit_compile.bench.roofline import known_rates
 from edit_compile.distillation.context import Context, Denoise, trained_parameters
 from edit_compile.distillation.data import DataSource, open_source
 from edit_compile.distillation.data.records import write_skipped
@@ -54,7 +56,7 @@ from edit_compile.distillation.train.step import weights_of_timesteps
 from edit_compile.distillation.train.trackers import settings_of
 from edit_compile.distillation.train.train_context import only_trainable, raise_recompile_limit
 from edit_compile.distillation.train.trainer import Trainer
-from edit_compile.errors import DistillError, EditCompileError
+from edit_compile.errors import DistillError, EditCompileError, NoExampleInputsError
 from edit_compile.extras import need
 from edit_compile.files import alone_in
 from edit_compile.progress import working
@@ -309,7 +311,7 @@ class Run:
         if self.accelerator.is_main_process:
             plot_losses(self.folder.rows(), self.recipe, (before.total, after.total), self.folder.path / "losses.png")
             plan, base = plan_of(self.student.model).model_copy(update={"min_tokens": self.min_tokens}), self.student.base
-            card = model_card(self.recipe, plan, base, before, after, speeds, self.folder.images())
+            card = model_card(self.recipe, plan, base, before, after, speeds, self.folder.images(), self._costs())
             self.folder.finish(result.to_dict(), card)
             with self._optional("report.html", alone=True), working("writing the report"):
                 write_report(self.folder.path)
@@ -318,6 +320,13 @@ class Run:
         if self.accelerator.is_main_process:
             write_skipped(self.folder.path, skipped)
         return result
+
+    def _costs(self) -> CostReport | None:
+        """Count the FLOPs of the conversion; not where nobody knows the model's inputs, nor of a share of the parameters."""
+        if not shards(self.accelerator):
+            with self._optional("the count of FLOPs", alone=True), suppress(NoExampleInputsError):
+                return cost(self.student.model, pipeline=self.student.base, rates=known_rates())
+        return None
 
     def _place(self, model: nn.Module, trained: Collection[str]) -> None:
         """Put a model on its devices, in the recipe's precision and in evaluation mode: teacher and student must see the same.

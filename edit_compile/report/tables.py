@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -56,16 +56,24 @@ def cost_table(report: CostReport) -> RenderableType:
     share = report.added / report.parameters
     lines = [*_warnings(report), f"{format_si(report.added)} parameters added to {format_si(report.parameters)} ({share:.1%})"]
     table = _plain_table("FLOPs of one forward")
-    predicted = ("predicted",) if report.rates is not None else ()
-    for name in ("px", "image tokens", "text tokens", "before", "after", "ratio", *predicted):
+    head, *rows = cost_rows(report)
+    for name in head:
         table.add_column(name, justify="right")
-    for cost in report.costs:
+    for cost, cells in zip(report.costs, rows, strict=True):
         style = "green" if cost.ratio >= BREAK_EVEN else "red"
-        sizes = (cost.size, f"{cost.image:,}", "" if cost.text is None else f"{cost.text:,}")
-        faster = [f"{cost.seconds_before / cost.seconds_after:.2f}x"] if cost.seconds_before and cost.seconds_after else []
-        table.add_row(*sizes, format_si(cost.before), format_si(cost.after), f"[{style}]{cost.ratio:.2f}x[/]", *faster)
+        table.add_row(*(f"[{style}]{cell}[/]" if name == "ratio" else cell for name, cell in zip(head, cells, strict=True)))
     errors = [f"[dim]{escape(reason)}[/]" for reason in report.errors.values()]
     return Group(*lines, *([table] if report.costs else []), *_meaning(report), *errors)
+
+
+def cost_rows(report: CostReport) -> Iterator[tuple[str, ...]]:
+    """Yield the head of a table of FLOPs, and its row for each size; with predicted speed-ups where a machine's rates are known."""
+    predicted = ("predicted",) if report.rates is not None else ()
+    yield "px", "image tokens", "text tokens", "before", "after", "ratio", *predicted
+    for cost in report.costs:
+        sizes = (cost.size, f"{cost.image:,}", "" if cost.text is None else f"{cost.text:,}")
+        faster = f"{cost.seconds_before / cost.seconds_after:.2f}x" if cost.seconds_before and cost.seconds_after else ""
+        yield *sizes, format_si(cost.before), format_si(cost.after), f"{cost.ratio:.2f}x", *(faster for _ in predicted)
 
 
 def _meaning(report: CostReport) -> list[str]:

@@ -58,6 +58,15 @@ def test_rates_are_measured_once(cache, tmp_path):
     assert len(cache) == 3
 
 
+def test_rates_that_were_measured_on_a_busy_machine_are_measured_again(cache, monkeypatch, tmp_path):
+    kept = roofline(CPU, torch.float32)
+    (file,) = (tmp_path / "edit_compile").iterdir()
+    slow = kept.model_copy(update={"product": 1e6, "softmax": 1e6, "bandwidth": 2 * kept.bandwidth, "overhead": 1e-3})
+    file.write_text(slow.model_dump_json())
+    assert roofline(CPU, torch.float32) == kept.model_copy(update={"bandwidth": 2 * kept.bandwidth}) == known_roofline(CPU, torch.float32)
+    assert len(cache) == 2
+
+
 def test_rates_of_other_threads_are_others(cache, monkeypatch):
     roofline(CPU, torch.float32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 97)

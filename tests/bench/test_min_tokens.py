@@ -66,6 +66,17 @@ def test_measured_it_is_the_smallest_size_at_which_the_student_is_no_slower(monk
     assert ec.plan_of(student()).min_tokens == 11**2
 
 
+def test_measuring_ends_at_a_size_that_takes_seconds(monkeypatch: pytest.MonkeyPatch):
+    def compare(model: nn.Module, sizes, **options) -> list[SpeedRow]:
+        ((height, width),) = sizes
+        seconds = Timing(*[height / 500] * 3)
+        return [SpeedRow(height, width, seconds, seconds, Timing(0.9, 0.9, 0.9))]
+
+    monkeypatch.setattr(min_tokens, "compare_speed", compare)
+    with pytest.raises(ec.EditCompileError, match=r"still the slower one at \d+ x \d+ px: give a number"):
+        ec.set_min_tokens(student(), "measured")
+
+
 def _refuse() -> None:
     raise ec.GridError("too large")
 

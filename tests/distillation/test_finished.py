@@ -117,6 +117,15 @@ def test_the_card_names_the_base_as_the_hub_and_the_code_do(result, monkeypatch,
     assert code in card.text
 
 
+def test_the_card_has_the_flops_and_where_they_pay(result):
+    costs = ec.cost("demo/dit", [(32, 32), (128, 128)])
+    recipe, plan = toy_distill.recipe(**OPTIONS), ec.plan_of(result.student)
+    text = cards.model_card(recipe, plan, "demo/dit", result.before, result.after, result.speeds, (), costs)
+    assert f"It needs fewer from {costs.break_even_tokens:,} image tokens on." in text
+    assert f"| {costs.costs[1].ratio:.2f}x |" in text
+    assert "## FLOPs" not in (result.folder / "README.md").read_text()  # nobody knows the toy's inputs
+
+
 def test_the_losses_are_plotted(result):
     assert np.asarray(Image.open(result.folder / "losses.png")).std() > 10
 

@@ -11,11 +11,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from edit_compile.adapters.hub_access import card_of
 from edit_compile.adapters.model_names import hub_id, is_on_hub
+from edit_compile.bench.conversion_cost import CostReport
 from edit_compile.distillation.evaluate.speed import COLUMNS, Speed
 from edit_compile.distillation.evaluate.validation import MEASURE, ValidationResult
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.ir.plan import Plan
 from edit_compile.report.markdown import markdown_table
+from edit_compile.report.tables import cost_rows
 from edit_compile.words import without_paths
 
 THIS = "this folder"  # in a card's code; where it is uploaded, the repository's id
@@ -30,12 +32,14 @@ def model_card(
     after: ValidationResult,
     speeds: Sequence[Speed],
     images: Sequence[Path],
+    costs: CostReport | None = None,
 ) -> str:
     """Write Markdown with the hub's front matter: use, errors, speed, images, plan and recipe. It names no path of this machine.
 
     Args:
         base: where the base model is; None if unknown.
         images: files in the folder to show, relative to it.
+        costs: of the conversion, if they are known.
     """
     on_hub = base if base is not None and is_on_hub(base) else None
     known = on_hub or (base if base is not None and base.startswith("demo/") else None)
@@ -50,11 +54,23 @@ def model_card(
         markdown_table(("", "converted", "distilled"), before.rows_until(after)),
         "## Speed\n\nOf a forward of one image, on the machine it was trained on.",
         markdown_table(COLUMNS, [speed.row for speed in speeds]),
+        *_cost(costs),
         *(f"![{path.stem}]({path.as_posix()})" for path in images),
         f"## Plan\n\n```\n{plan}\n```",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(without_paths(recipe.model_dump(mode='json')), sort_keys=False)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _cost(report: CostReport | None) -> list[str]:
+    """Write the FLOPs before and after by size, and from how many image tokens on the conversion pays."""
+    if report is None or not report.costs:
+        return []
+    head, *rows = cost_rows(report)
+    of_rates = f" Predicted are speed-ups, compiled, {report.rates.dtype}, on {report.rates.device}." if report.rates is not None else ""
+    from_here = report.break_even_tokens
+    pays = f" It needs fewer from {from_here:,} image tokens on." if from_here else ""
+    return [f"## FLOPs\n\nOf one forward, before and after.{pays}{of_rates}", markdown_table(head, rows, range(1, len(head)))]
 
 
 def _metadata(plan: Plan, base: str | None, after: ValidationResult) -> ModelCardData:
