@@ -22,6 +22,7 @@ from edit_compile.distillation.recipe.schedule import phases_of
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.errors import ConfigError, GridError, NoExampleInputsError, StudyError
 from edit_compile.files import claimed, sha256
+from edit_compile.progress import working
 from edit_compile.student.lora import lora_names
 from edit_compile.study.drawn import Drawn, draw_by_recipe, draw_demo, has_features, real_features
 from edit_compile.study.measured import Measurement, Measurements, Wanted, identity_of_run, read_measured, write_measured
@@ -52,7 +53,8 @@ class Subject:
     @cached_property
     def student(self) -> Student:
         """The converted model, and where its base is."""
-        return self.load()
+        with working(f"loading {self.folder}"):
+            return self.load()
 
     @property
     def module(self) -> nn.Module:
@@ -139,7 +141,8 @@ class Measurer:
                 measured = measured.with_measure(kind, Measurement(reason=_OF_DEMOS_ONLY))
         for kind, settings, measure in self._of_conversion():
             if not measured.has(kind, settings):
-                measured = measured.with_measure(kind, self._of_alike(subject, kind, settings) or measure(subject, settings))
+                with working(f"measuring {kind}"):
+                    measured = measured.with_measure(kind, self._of_alike(subject, kind, settings) or measure(subject, settings))
                 write_measured(subject.folder, measured)
         if (self.is_demo or subject.draws) and self._lacks_drawn(subject.folder, measured):
             if self.is_demo:
@@ -219,7 +222,8 @@ class Measurer:
         teacher = None if is_teacher else Drawn.read(self.teacher, self.teacher_identity)
         if teacher is None and not is_teacher:
             raise StudyError(f"{self.teacher}: what the teacher drew cannot be read; remove the folder and compare again")
-        drawn, adherence = draw_demo(model, self.measures.samples, self.measures.sampling_steps)
+        with working(f"drawing {self.measures.samples} samples"):
+            drawn, adherence = draw_demo(model, self.measures.samples, self.measures.sampling_steps)
         drawn.save(folder, measured.model)
         settings = self._of_drawn()
         shares = {name: value for name, value in adherence.to_dict().items() if isinstance(value, float)}
@@ -230,7 +234,8 @@ class Measurer:
         """Let a model draw by the first run's recipe."""
         settings, reason = self._gallery_settings(), None
         try:
-            draw_by_recipe(self.recipe, load(), self.measures.gallery, teacher=is_teacher).save(folder, measured.model)
+            with working(f"drawing {self.measures.gallery} samples"):
+                draw_by_recipe(self.recipe, load(), self.measures.gallery, teacher=is_teacher).save(folder, measured.model)
         except (StudyError, ConfigError) as error:
             reason = str(error)
         return measured.with_measure("gallery", Measurement(settings=settings, reason=reason))

@@ -155,7 +155,8 @@ class Ranker:
             Interrupted, DistillError, ConfigError: as `rank`.
         """
         model, loaded = self.model, self.model.loaded.model
-        weights = json.dumps({name: [each.shape, each.values] for name, each in fingerprint(loaded.state_dict()).items()})
+        with working("reading the weights' fingerprint"):
+            weights = json.dumps({name: [each.shape, each.values] for name, each in fingerprint(loaded.state_dict()).items()})
         self.folder.open(model.recipe, hashlib.sha256(weights.encode()).hexdigest())
         check_frames_of(model.recipe, loaded)
         self._prepare(sites)

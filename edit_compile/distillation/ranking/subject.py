@@ -25,6 +25,7 @@ from edit_compile.distillation.train.distributed import make_accelerator, set_pr
 from edit_compile.errors import CheckpointError, ConfigError, DistillError
 from edit_compile.ir.plan import SiteKind, SitePlan
 from edit_compile.passes.planner import CompiledPlan
+from edit_compile.progress import working
 from edit_compile.student.checkpoint_format import read_index, read_tensors
 from edit_compile.student.convert import install
 from edit_compile.student.hub import find_checkpoint
@@ -48,8 +49,9 @@ class RankedModel:
             raise DistillError(f"{self.recipe.model} is converted already: rank the model that it was made from")
         torch.manual_seed(self.recipe.seed)  # of random weights
         data, name = self.recipe.data, self.recipe.model
-        check_data(self.recipe, load_model(name, structure_only=True))
-        loaded = load_model(name, dtype=self.recipe.dtype, random_weights=data.random_weights)
+        with working(f"loading {name}"):
+            check_data(self.recipe, load_model(name, structure_only=True))
+            loaded = load_model(name, dtype=self.recipe.dtype, random_weights=data.random_weights)
         if not loaded.has_weights:
             raise DistillError(f"{name} is structure only, without weights; data: {{kind: random}} ranks it with random weights")
         loaded.model.to(self.accelerator.device)
