@@ -54,10 +54,12 @@ class SampledImages:
         """
         file = self.path / _SETTINGS
         try:
-            before = json.loads(file.read_text()) if file.exists() else None
+            before = json.loads(file.read_bytes()) if file.exists() else None
+            if not isinstance(before, dict | None):
+                raise ValueError(f"{_SETTINGS} is damaged")
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(before or settings, indent=2))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{self.path} cannot be used: {error}; choose another file with -o") from error
         changed = sorted(name for name in settings if before is not None and before.get(name) != settings[name])
         if before is not None and changed:
@@ -174,6 +176,8 @@ def read_prompts(file: Path) -> list[str]:
         ConfigError: it cannot be read, or has none.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is not a regular file")
         found = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts {file} cannot be read: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mimetypes
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ MAX_PIXELS, MAX_RATIO, MAX_BYTES = 8192 * 8192, 16, 2**29
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: values that exchange height and width
 _BITS_PER_SAMPLE = 258  # of TIFF
 _AT_MOST_16_BITS = ("PNG", "PPM")  # the formats that Pillow may open in mode I, of 32 bits
+_ROWS = 512  # that are converted at a time, of images of whatever size
 
 
 def looks_like_image(name: str) -> bool:
@@ -52,13 +54,9 @@ def image_of(record: Record) -> Image.Image:
     try:
         with _opened(record) as image:
             white = _white(image)
-            upright = ImageOps.exif_transpose(image)
-            if white is not None:
-                upright = _of_eight_bits(upright, white)
-            if not upright.has_transparency_data:
-                return upright.convert("RGB")
-            layer = upright.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = image if white is None else _of_eight_bits(image, white)
+            return _on_white(upright) if upright.has_transparency_data else upright.convert("RGB")
     except BadSample:
         raise
     except Exception as error:
@@ -69,14 +67,23 @@ def _opened(record: Record) -> Image.Image:
     if isinstance(record.image, Image.Image):
         image = record.image.copy()
     else:
-        if isinstance(record.image, Path) and record.image.exists() and not record.image.is_file():
-            raise BadSample("it is not a regular file")  # reading from a pipe or a device may never end
-        image = Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image)
+        if isinstance(record.image, Path) and record.image.exists():
+            if not record.image.is_file():
+                raise BadSample("it is not a regular file")  # reading from a pipe or a device may never end
+            if (size := record.image.stat().st_size) > MAX_BYTES:
+                raise BadSample(f"it has {size:,} bytes, more than {MAX_BYTES:,}")
+        image = Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image, formats=_formats())
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: make it smaller")
     if max(image.size) > MAX_RATIO * min(image.size):
         raise BadSample(f"it has {image.width} x {image.height} pixels, a ratio above {MAX_RATIO}: crop it")
     return image
+
+
+@cache
+def _formats() -> list[str]:
+    """List the formats of the endings that are read. Pillow knows others, of which some start programs, as EPS does."""
+    return sorted({kind for ending, kind in Image.registered_extensions().items() if ending in IMAGE_SUFFIXES})
 
 
 def _white(image: Image.Image) -> float | None:
@@ -99,17 +106,26 @@ def _of_eight_bits(image: Image.Image, white: float) -> Image.Image:
     Raises:
         BadSample: they are not from 0 to `white`.
     """
-    values = np.asarray(image).astype(np.float64)
-    if not (values.min() >= 0 and values.max() <= white):
-        raise BadSample(f"its pixels reach from {values.min():g} to {values.max():g}: scale them to 0 to {white:g}")
-    eight = _grey(values / white)
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= white):
+        raise BadSample(f"its pixels reach from {low:g} to {high:g}: scale them to 0 to {white:g}")
+    scaled = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), _ROWS):
+        scaled[top : top + _ROWS] = (values[top : top + _ROWS].astype(np.float64) / white * 255).round()
+    eight = Image.fromarray(scaled)
     if isinstance(transparent := image.info.get("transparency"), int):
-        eight.putalpha(_grey(values != transparent))
+        eight.putalpha(Image.fromarray((values != transparent) * np.uint8(255)))
     return eight
 
 
-def _grey(values_HW: np.ndarray) -> Image.Image:
-    return Image.fromarray((values_HW * 255).round().astype(np.uint8))
+def _on_white(image: Image.Image) -> Image.Image:
+    """Put an image with transparent parts on white, some rows at a time."""
+    found = Image.new("RGB", image.size)
+    for top in range(0, image.height, _ROWS):
+        layer = image.crop((0, top, image.width, min(top + _ROWS, image.height))).convert("RGBA")
+        found.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"), (0, top))
+    return found
 
 
 def _reason(error: Exception) -> str:

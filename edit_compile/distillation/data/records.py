@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from edit_compile.errors import some_of
 from edit_compile.files import write_text
 
 CAPTION_KEYS = ("caption", "text", "prompt")
 SKIPPED_FILE = "unreadable.json"
-_MAX_CAPTION = 2**20  # bytes
+MAX_CAPTION = 2**20  # bytes
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +39,10 @@ class Record:
 
 
 class BadSample(Exception):
-    """A sample cannot be used; the message says why."""
+    """A sample cannot be used; the message says why, in what any file takes."""
+
+    def __str__(self) -> str:
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
 
 
 NamedRecord = tuple[str, Record | BadSample]
@@ -62,13 +66,17 @@ def fingerprint_of(parts: Iterable[object]) -> str:
     """Hash the text of some parts."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(f"{part}\n".encode("utf-8", "surrogateescape"))
+        found.update(f"{part}\n".encode("utf-8", "surrogatepass"))
     return found.hexdigest()
 
 
 def printable(path: str | Path) -> str:
-    """Return a path as text that any file or terminal takes: bytes that are no UTF-8 as `\\xff`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as text that any file or terminal takes: bytes that are no UTF-8 as `\\xff`, halves of characters as `\\ud800`."""
+    try:
+        content = os.fsencode(path)
+    except UnicodeEncodeError:
+        content = str(path).encode("utf-8", "backslashreplace")
+    return content.decode("utf-8", "backslashreplace")
 
 
 def log_skip(skipped: dict[str, str], name: str, reason: BadSample) -> None:
@@ -101,13 +109,24 @@ def captions_in(fields: Mapping[str, Any], key: str | None = None) -> tuple[str,
     """
     keys = [key] if key is not None else [name for name in CAPTION_KEYS if name in fields]
     if not keys or keys[0] not in fields:
-        raise BadSample(f"it has no {key or ' or '.join(CAPTION_KEYS)}, but {', '.join(map(str, fields)) or 'nothing'}")
+        raise BadSample(f"it has no {key or ' or '.join(CAPTION_KEYS)}, but {some_of(map(str, fields)) if fields else 'nothing'}")
     value = fields[keys[0]]
     found = value if isinstance(value, list) and value else [value]
     for text in found:
         if not isinstance(text, str) or not text.strip():
             raise BadSample(f"its {keys[0]} is {'empty' if text in ('', None, []) else f'not text but {text!r:.40}'}")
+        _check_text(text, keys[0])
     return tuple(text.strip() for text in found)
+
+
+def _check_text(text: str, key: str) -> None:
+    """Refuse a caption that no tokenizer takes: JSON can hold half of a character."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BadSample(f"its {key} is not text: {error}") from error
+    if size > MAX_CAPTION:
+        raise BadSample(f"its {key} has {size:,} bytes, more than {MAX_CAPTION:,}")
 
 
 def decoded_text(content: bytes) -> str:
@@ -116,8 +135,8 @@ def decoded_text(content: bytes) -> str:
     Raises:
         BadSample: it is not UTF-8, or too long for a caption.
     """
-    if len(content) > _MAX_CAPTION:
-        raise BadSample(f"its caption has {len(content):,} bytes, more than {_MAX_CAPTION:,}")
+    if len(content) > MAX_CAPTION:
+        raise BadSample(f"its caption has {len(content):,} bytes or more; a caption has at most {MAX_CAPTION:,}")
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

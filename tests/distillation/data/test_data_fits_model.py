@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import diffusers
 import pytest
 import torch
@@ -101,6 +103,21 @@ def test_files_that_are_not_there_are_named_before_weights_are_loaded(kind, tmp_
     if kind != "pipeline":  # which no demo model has
         with pytest.raises(ec.DistillError, match=where):
             make_student(found)
+
+
+def test_images_without_captions_are_named_before_weights_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("edit_compile.distillation.models.linearize", None)
+    folder = data_files.folder_of(tmp_path / "images", [(32, 32)] * 3, captions=False)
+    with pytest.raises(
+        ec.DistillError, match=r"none of the 3 images of .* can be used: .*000\.png: no metadata names it, and there is no 000"
+    ):
+        make_student(recipe("demo/dit", {"kind": "images", "path": str(folder)}))
+
+
+def test_prompts_from_a_pipe_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(ec.DistillError, match=r"prompts\.txt cannot be read: it is not a regular file"):
+        make_student(recipe("demo/dit", {"kind": "prompts", "path": str(tmp_path / "prompts.txt")}))
 
 
 def test_a_cache_of_a_model_with_other_channels_is_refused(tmp_path):

@@ -127,6 +127,42 @@ def test_what_is_no_regular_file_is_not_read(tmp_path, make):
         size_of(Record("x", tmp_path / "a.png", ("c",)))
 
 
+def test_very_large_files_are_not_read(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(stored(RGB, "PNG").image)
+    os.truncate(path, 2**40)
+    with pytest.raises(BadSample, match=r"it has 1,099,511,627,776 bytes, more than 536,870,912"):
+        size_of(Record("x", path, ("c",)))
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"\xd7\xcd\xc6\x9a" + bytes(200)])
+def test_formats_that_start_programs_are_not_read_whatever_their_ending(content):
+    with pytest.raises(BadSample, match="cannot identify image file"):
+        image_of(Record("x", content, ("c",)))
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "palette", "alpha"])
+def test_large_images_are_converted_a_part_at_a_time(kind):
+    values = np.random.default_rng(0).integers(0, 256, (1100, 70), np.uint8)
+    if kind == "16 bits":
+        record, expected = stored(Image.fromarray(values.astype(np.uint16) * 257), "PNG"), np.stack([values] * 3, -1)
+    else:
+        layer = Image.fromarray(np.stack([values, values[::-1], values.T.reshape(1100, 70), values], -1), "RGBA")
+        layer = layer.quantize(9) if kind == "palette" else layer
+        whole = layer.convert("RGBA")
+        record = stored(layer, "PNG")
+        expected = np.asarray(Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(image_of(record)), expected)
+
+
+def test_16_bits_take_little_more_memory_than_they_have():
+    record = stored(Image.fromarray(np.zeros((4096, 2048), np.uint16)), "PNG")
+    tracemalloc.start()
+    image_of(record)
+    assert tracemalloc.get_traced_memory()[1] < 8 * 4096 * 2048
+    tracemalloc.stop()
+
+
 @given(st.binary(max_size=300))
 def test_bytes_that_are_no_image_are_bad_samples(content):
     for cut in (content, b"\x89PNG\r\n\x1a\n" + content, b"II*\0" + content, b"GIF89a" + content):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -15,6 +17,7 @@ from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.buckets import Buckets
 from edit_compile.distillation.data.captioned_images import EncodedImages
 from edit_compile.distillation.data.map_style import MapStyleSource
+from edit_compile.distillation.data.records import BadSample, write_skipped
 from edit_compile.distillation.data.sources.images import ImageFolder
 
 SIZES = [(24, 24)] * 8 + [(20, 40)] * 6 + [(48, 24)] * 6
@@ -211,6 +214,60 @@ def test_lines_of_metadata_that_say_nothing_are_named(tmp_path, line):
     skipped = {}
     assert len(ImageFolder(folder, None, skipped)) == 2
     assert list(skipped) == [f"{folder}/metadata.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"text": "half of an emoji \ud83d"}, r"its text is not text: .*surrogates not allowed"),
+        ({"text": "x" * 2**20 + "y"}, r"its text has 1,048,577 bytes, more than 1,048,576"),
+        ({"text": ["fine", "\ud83d"]}, "its text is not text"),
+        ({f"{number}\ud83d": 1 for number in range(99)}, r"it has no caption or text or prompt, but file_name, 0\\ud83d, .* and 92 more"),
+    ],
+)
+def test_captions_that_no_tokenizer_takes_are_named(tmp_path, fields, reason):
+    folder = data_files.folder_of(tmp_path, SIZES[:1], captions=False)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "000.png"} | fields))
+    with pytest.raises(BadSample, match=reason) as error:
+        ImageFolder(folder, None, {}).record(0)
+    write_skipped(tmp_path, {"000.png": str(error.value)})
+    assert json.loads((tmp_path / "unreadable.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["\ud83d.png", "a" * 5000 + ".png", "a\0b.png", "x/" * 2000 + "y.png"])
+def test_metadata_that_names_what_no_file_can_be_called(tmp_path, name):
+    folder = data_files.folder_of(tmp_path / "images", SIZES[:3])
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    data = source(folder, held_out=1)
+    assert data.fingerprint()
+    data.batch(SQUARE)
+    assert len(data.skipped) == 1
+    write_skipped(tmp_path, data.skipped)
+
+
+def test_captions_and_metadata_without_end_are_not_read_whole(tmp_path):
+    folder = data_files.folder_of(tmp_path, SIZES[:3])
+    for name in ("000.txt", "metadata.jsonl"):
+        (folder / name).write_text("x")
+        os.truncate(folder / name, 2**28)
+    skipped = {}
+    tracemalloc.start()
+    dataset = ImageFolder(folder, None, skipped)
+    with pytest.raises(BadSample, match=r"its caption has 1,048,577 bytes or more"):
+        dataset.record(0)
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+    assert dataset.record(1).captions == ("image 1",)
+    assert f"{folder}/metadata.jsonl:1" in skipped
+
+
+def test_a_caption_that_vanishes_is_a_sample_less(tmp_path, monkeypatch):
+    folder = data_files.folder_of(tmp_path, SIZES[:2])
+    dataset = ImageFolder(folder, None, {})
+    (folder / "000.txt").unlink()
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    with pytest.raises(BadSample, match=r"its caption cannot be read: .*No such file"):
+        dataset.record(0)
 
 
 def test_metadata_that_names_a_device_is_not_read(tmp_path):

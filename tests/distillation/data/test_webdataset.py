@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import time
+import tracemalloc
 
 import pytest
 
@@ -152,6 +154,62 @@ def test_a_member_that_claims_more_than_there_is_costs_itself_alone(tmp_path, si
         dataset.record(3)
 
 
+def header(name, kind=None, size=0, fill=b""):
+    info = tarfile.TarInfo(name)
+    info.size = abs(size)
+    info.type = kind or info.type
+    raw = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:  # as a number in base 256
+        raw[124:136] = size.to_bytes(12, "big", signed=True)
+        raw[148:156] = b" " * 8
+        raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw) + fill
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        header("x.png", size=-512),
+        header("x", tarfile.XHDTYPE, -1024),
+        header("x", tarfile.GNUTYPE_LONGNAME, 2**33),
+        header("x", tarfile.XHDTYPE, 2**33),
+        header("x", tarfile.XHDTYPE, 13, b"13 path=a.png\n".ljust(512, b"\0")) * 1100,
+        header("x", tarfile.GNUTYPE_SPARSE, 512),
+        header("x", tarfile.XHDTYPE, 30, b"30 GNU.sparse.map=1,2,three,4\n".ljust(512, b"\0")) + header("x.png"),
+        header("x", tarfile.XHDTYPE, 8, b"99999999".ljust(512, b"\0")),
+    ],
+    ids=["back", "header back", "long name", "long header", "headers of headers", "cut sparse", "sparse", "length"],
+)
+def test_headers_that_are_none_end_their_shard_soon(tmp_path, damage):
+    whole = data_files.tar_of(tmp_path / "a.tar", members(range(3))).read_bytes().rstrip(b"\0")
+    with (tmp_path / "a.tar").open("wb") as file:
+        file.write(whole + bytes(-len(whole) % 512) + damage)
+        file.truncate(2**34)  # sparse: what is claimed is there
+    skipped = {}
+    before = time.process_time()
+    tracemalloc.start()
+    dataset = TarShards(str(tmp_path / "a.tar"), None, skipped)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+    assert time.process_time() - before < 10
+    assert [dataset.record(i).captions[0] for i in range(3)] == ["image 0", "image 1", "image 2"]
+    for index in range(3, len(dataset)):
+        with pytest.raises(BadSample):
+            dataset.record(index)
+
+
+@pytest.mark.parametrize("pattern", ["{0..999999999}.tar", "{000..999}/{000..999}.tar", "{0..99999999999999999999}.tar"])
+def test_ranges_that_stand_for_too_much_are_refused(tmp_path, pattern):
+    with pytest.raises(ec.DistillError, match=r"stands for more than 100,000 files|no files match"):
+        TarShards(str(tmp_path / pattern), None, {})
+
+
+def test_captions_of_a_shard_are_small(tmp_path):
+    data_files.tar_of(tmp_path / "a.tar", [("1.png", data_files.png(1)), ("1.json", b'{"caption": "' + b"x" * 2**24 + b'"}')])
+    with pytest.raises(BadSample, match=r"its json has 16,777,231 bytes, more than 16,777,216"):
+        TarShards(str(tmp_path / "a.tar"), None, {}).record(0)
+
+
 def test_shards_that_are_no_files_are_named(tmp_path):
     data_files.tar_of(tmp_path / "a.tar", members(range(2)))
     os.mkfifo(tmp_path / "b.tar")
@@ -163,6 +221,10 @@ def test_shards_that_are_no_files_are_named(tmp_path):
 
 def test_names_that_are_no_utf8_are_printable(tmp_path):
     data_files.tar_of(tmp_path / "a.tar", [(os.fsdecode(b"\xff.png"), data_files.png(1)), (os.fsdecode(b"\xff.txt"), b"image 1")])
-    dataset = TarShards(str(tmp_path / "a.tar"), None, {})
+    skipped = {}
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo(os.fsdecode(b"b.\xfe")))
+    dataset = TarShards(str(tmp_path / "a.tar"), None, skipped)
     assert dataset.name(0) == f"{tmp_path}/a.tar:\\xff"
     assert dataset.fingerprint()
+    assert skipped == {f"{tmp_path}/a.tar:b": "it has \\xfe, but no image of a kind that is read"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from edit_compile.adapters.hub_access import first_line
 from edit_compile.distillation.data.captioned_images import CaptionedImages
 from edit_compile.distillation.data.decode_image import IMAGE_SUFFIXES, looks_like_image
 from edit_compile.distillation.data.records import (
+    MAX_CAPTION,
     BadSample,
     Record,
     captions_in,
@@ -25,10 +27,11 @@ from edit_compile.distillation.data.records import (
     summarize,
 )
 from edit_compile.distillation.data.registry import register_data
-from edit_compile.errors import DistillError
+from edit_compile.errors import DistillError, EditCompileError
 from edit_compile.extras import need
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_MAX_LINE = 2**24  # bytes of metadata.jsonl
 
 
 @register_data("images")
@@ -42,8 +45,16 @@ class ImagesData(CaptionedImages):
     """The key or column of captions in the metadata. Default: caption, text or prompt."""
 
     def check_files(self, model: nn.Module) -> None:
-        """Find the folder."""
-        _check_folder(self.path)
+        """Find images with captions."""
+        skipped: dict[str, str] = {}
+        found = self.records(skipped)
+        for index in range(len(found)):
+            try:
+                found.record(index)
+                return
+            except BadSample as reason:
+                skipped.setdefault(found.name(index), str(reason))
+        raise DistillError(f"data.path: none of the {len(found)} images of {self.path} can be used: {summarize(skipped)}")
 
     def records(self, skipped: dict[str, str]) -> ImageFolder:
         """Open the folder; lines of metadata that cannot be read are added to `skipped`."""
@@ -99,50 +110,79 @@ class ImageFolder:
         beside = file.with_suffix(".txt")
         if not beside.is_file():
             raise BadSample(f"no metadata names it, and there is no {printable(beside.name)}")
-        return Record(self.name(index), file, captions_in({"caption": decoded_text(beside.read_bytes())}))
+        return Record(self.name(index), file, captions_in({"caption": decoded_text(_beginning(beside))}))
 
     def fingerprint(self) -> str:
         metadata = {file.parent / name for file in self.files for name in METADATA if name == METADATA[0] or (file.parent / name).is_file()}
         files = [*self.files, *(file.with_suffix(".txt") for file in self.files), *sorted(metadata)]
-        return fingerprint_of((os.path.relpath(file, self.path), file.stat().st_size if file.is_file() else None) for file in files)
+        return fingerprint_of((os.path.relpath(file, self.path), _size(file)) for file in files)
 
     def _read_metadata(self, file: Path, skipped: dict[str, str]) -> None:
         try:
-            rows = _READERS[file.suffix](file)
-        except (OSError, ValueError, csv.Error) as error:
+            for number, row in _READERS[file.suffix](file):
+                self._add_row(file, number, row, skipped)
+        except EditCompileError:
+            raise
+        except Exception as error:  # each format raises errors of its own
             skipped[printable(file)] = f"it cannot be read: {first_line(error)}"
-            return
-        for number, row in rows:
-            try:
-                fields = decoded_object(row) if isinstance(row, bytes) else row
-                if not fields["file_name"]:
-                    raise ValueError("it is empty")
-                image = Path(os.path.normpath(file.parent / fields["file_name"]))
-            except (BadSample, KeyError, TypeError, ValueError) as error:
-                what = "a JSON object" if isinstance(row, bytes) else "a row"
-                skipped[f"{printable(file)}:{number}"] = f"it is not {what} with a file_name: {error}"
-            else:
-                self.fields.setdefault(image, []).append(fields)
+
+    def _add_row(self, file: Path, number: int, row: Any, skipped: dict[str, str]) -> None:
+        try:
+            fields = decoded_object(row) if isinstance(row, bytes) else row
+            if not fields["file_name"]:
+                raise ValueError("it is empty")
+            image = Path(os.path.normpath(file.parent / fields["file_name"]))
+        except (BadSample, KeyError, TypeError, ValueError) as error:
+            what = "a JSON object" if isinstance(row, bytes) else "a row"
+            skipped[f"{printable(file)}:{number}"] = f"it is not {what} with a file_name: {error}"
+        else:
+            self.fields.setdefault(image, []).append(fields)
 
 
-def _lines(file: Path) -> list[tuple[int, bytes]]:
-    return [(number, line) for number, line in enumerate(file.read_bytes().splitlines(), 1) if line.strip()]
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    with file.open("rb") as opened:
+        for number, line in enumerate(iter(lambda: opened.readline(_MAX_LINE), b""), 1):
+            if line.strip():
+                yield number, line
 
 
-def _csv_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Read a CSV file with a head; returns its rows, and the lines that they end in."""
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read a CSV file with a head; yields its rows, and the lines that they end in."""
     reader = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""))
-    return [(reader.line_num, row) for row in reader]
+    for row in reader:
+        yield reader.line_num, row
 
 
-def _parquet_rows(file: Path) -> list[tuple[int, dict[str, Any]]]:
+def _parquet_rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     need("distill", str(file), "datasets")  # which brings pyarrow
     import pyarrow.parquet
 
-    return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
+    return enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
 
 
-_READERS: dict[str, Callable[[Path], Sequence[tuple[int, Any]]]] = {".jsonl": _lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_READERS: dict[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {".jsonl": _lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+def _beginning(file: Path) -> bytes:
+    """Read as much of a file as a caption may have, and a byte more.
+
+    Raises:
+        BadSample: it cannot be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            return opened.read(MAX_CAPTION + 1)
+    except OSError as error:
+        raise BadSample(f"its caption cannot be read: {error}") from error
+
+
+def _size(file: Path) -> int | None:
+    """Return a regular file's size in bytes; None if there is none of that name."""
+    try:
+        found = os.stat(file)  # noqa: PTH116 - the name may be one that no file can have
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _check_folder(path: Path) -> None:

@@ -86,6 +86,8 @@ def read_prompts(path: Path) -> list[str]:
         DistillError: it cannot be read, or has none.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         found = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DistillError(f"data.path: {path} cannot be read: {error}") from error

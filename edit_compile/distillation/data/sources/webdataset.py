@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import io
 import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +30,9 @@ from edit_compile.distillation.data.records import (
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.errors import DistillError
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_MAX_SHARDS = 100_000
+_MAX_CAPTION_FILE, _MAX_HEADER = 2**24, 2**20  # bytes
 
 
 @register_data("webdataset")
@@ -91,21 +95,24 @@ class TarShards:
             BadSample: it has no caption, or its bytes are missing.
         """
         sample = self.samples[index]
-        return Record(self.name(index), _read(sample, sample.image or ""), self._captions(sample))
+        return Record(self.name(index), _read(sample, sample.image or "", MAX_BYTES), self._captions(sample))
 
     def fingerprint(self) -> str:
         return fingerprint_of((sample.shard.name, sample.key, sorted(sample.parts.items())) for sample in self.samples)
 
     def _captions(self, sample: _Sample) -> tuple[str, ...]:
         ending, _, key = (self.caption or ("txt" if "txt" in sample.parts else "json")).partition(".")
-        content = _read(sample, ending)
+        content = _read(sample, ending, _MAX_CAPTION_FILE)
         if ending != "json":
             return captions_in({"caption": decoded_text(content)})
         return captions_in(decoded_object(content), key or None)
 
 
 def _shards(pattern: str) -> list[Path]:
-    found = [Path(file) for each in _expanded(pattern) for file in sorted(glob.glob(each))]  # noqa: PTH207 - the pattern may be absolute
+    patterns = list(islice(_expanded(pattern), _MAX_SHARDS + 1))
+    if len(patterns) > _MAX_SHARDS:
+        raise DistillError(f"data.path: {pattern} stands for more than {_MAX_SHARDS:,} files; * stands for those that there are")
+    found = [Path(file) for each in patterns for file in sorted(glob.glob(each))]  # noqa: PTH207 - the pattern may be absolute
     if not found:
         raise DistillError(f"data.path: no files match {pattern}")
     return found
@@ -133,7 +140,9 @@ def _contents(shard: Path, skipped: dict[str, str]) -> list[_Sample]:
         _separate(sample, samples)
     for sample in samples.values():
         if sample.image is None:
-            skipped[printable(f"{shard}:{sample.key}")] = f"it has {', '.join(sample.parts)}, but no image of a kind that is read"
+            skipped[printable(f"{shard}:{sample.key}")] = (
+                f"it has {printable(', '.join(sample.parts))}, but no image of a kind that is read"
+            )
     return [sample for sample in samples.values() if sample.image is not None]
 
 
@@ -158,6 +167,25 @@ def _separate(sample: _Sample, samples: dict[str, _Sample]) -> None:
         del samples[sample.key]
 
 
+class _Headers(io.BufferedReader):
+    """A tar file of which the headers alone are read, whatever lengths they claim."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return super().read(size)
+
+
+def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
+    before = -1
+    with _Headers(io.FileIO(shard)) as content, tarfile.open(fileobj=content, mode="r:") as tar:
+        while (file := tar.next()) is not None:
+            if file.offset <= before:  # what claims a negative size leads back, round and round
+                raise tarfile.ReadError("a file begins before the one before it")
+            before = file.offset
+            yield file
+
+
 def _regular_files(shard: Path, skipped: dict[str, str]) -> dict[str, tuple[int, int]]:
     """List the files of a shard by name, as (offset, bytes); links are what they lead to in the shard."""
     places: dict[str, tuple[int, int]] = {}
@@ -165,15 +193,14 @@ def _regular_files(shard: Path, skipped: dict[str, str]) -> dict[str, tuple[int,
     try:
         if not shard.is_file():
             raise OSError("it is not a regular file")
-        with tarfile.open(shard, "r:") as tar:
-            while (file := tar.next()) is not None:
-                if file.issym() or file.islnk():
-                    links[file.name] = file.linkname if file.islnk() else posixpath.join(posixpath.dirname(file.name), file.linkname)
-                elif file.isfile() and not file.issparse() and not posixpath.basename(file.name).startswith("."):
-                    places[file.name] = (file.offset_data, file.size)
-                elif looks_like_image(file.name):
-                    skipped[printable(f"{shard}:{file.name}")] = "it is hidden, or not a regular file"
-    except (tarfile.TarError, OSError, ValueError) as error:
+        for file in _members(shard):
+            if file.issym() or file.islnk():
+                links[file.name] = file.linkname if file.islnk() else posixpath.join(posixpath.dirname(file.name), file.linkname)
+            elif file.isfile() and not file.issparse() and not posixpath.basename(file.name).startswith("."):
+                places[file.name] = (file.offset_data, file.size)
+            elif looks_like_image(file.name):
+                skipped[printable(f"{shard}:{file.name}")] = "it is hidden, or not a regular file"
+    except Exception as error:  # the reader of headers runs into whatever a damaged one holds
         skipped[printable(shard)] = f"it cannot be read{f' after {len(places)} files' if places else ''}: {error}"
     for name, target in links.items():
         place = places.get(posixpath.normpath(target))
@@ -184,12 +211,12 @@ def _regular_files(shard: Path, skipped: dict[str, str]) -> dict[str, tuple[int,
     return places
 
 
-def _read(sample: _Sample, ending: str) -> bytes:
+def _read(sample: _Sample, ending: str, most: int) -> bytes:
     if ending not in sample.parts:
         raise BadSample(f"it has no {ending}, but {', '.join(sample.parts)}")
     offset, size = sample.parts[ending]
-    if size > MAX_BYTES:
-        raise BadSample(f"its {ending} has {size:,} bytes, more than {MAX_BYTES:,}")
+    if not 0 <= size <= most:
+        raise BadSample(f"its {ending} has {size:,} bytes, more than {most:,}" if size > 0 else f"its {ending} has a negative size")
     try:
         with sample.shard.open("rb") as file:
             file.seek(offset)
