@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
 try:
     import fcntl
@@ -24,6 +24,7 @@ except ImportError:  # on Windows
 _BEAT, _STALE = 10.0, 60.0  # seconds between signs of life in a lock's file, and after which its owner counts as gone
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _LEFT = 3600.0  # seconds after which a temporary file counts as left behind
+_SMALL = 2**28  # bytes
 _RETRY = 0.2  # seconds between attempts to get a lock
 
 
@@ -60,7 +61,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")
 
 
 def user_cache() -> Path:
@@ -70,6 +71,21 @@ def user_cache() -> Path:
         RuntimeError: the user has no home.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edit_compile"
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file that is to be small: JSON that somebody else may have written.
+
+    Raises:
+        OSError: it cannot be read, is so large that it cannot be what it should be, or is a pipe or a device, which may have no end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(_SMALL + 1)
+    if len(content) > _SMALL:
+        raise OSError(f"{path} has more than {_SMALL:,} bytes")
+    return content
 
 
 def sha256(path: Path) -> str:
@@ -134,7 +150,7 @@ def alone_in(folder: Path, doing: str, error: type[Exception]) -> Iterator[None]
 class _Claim:
     """A lock that is held: an open file, which a thread touches."""
 
-    def __init__(self, path: Path, file: IO[str]) -> None:
+    def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file, self._released = path, file, threading.Event()
         file.seek(0)
         file.truncate()
@@ -167,6 +183,8 @@ def _claim(path: Path) -> _Claim | None:
             try:
                 file, made = path.open("r+"), False
             except FileNotFoundError:
+                if path.is_symlink():
+                    raise
                 continue  # its owner has just removed it
         except FileNotFoundError:
             continue  # another process has just removed the folder
@@ -186,7 +204,7 @@ def _claim(path: Path) -> _Claim | None:
         file.close()
 
 
-def _lock(file: IO[str]) -> bool | None:
+def _lock(file: TextIO) -> bool | None:
     """Lock a file; returns whether that was possible, None where there are no locks."""
     if fcntl is None:
         return None
@@ -201,15 +219,15 @@ def _lock(file: IO[str]) -> bool | None:
     return True
 
 
-def _shows_life(path: Path, file: IO[str], *, anywhere: bool) -> bool:
+def _shows_life(path: Path, file: TextIO, *, anywhere: bool) -> bool:
     """Tell whether a lock's file was touched a short time ago, by the file system's clock; by another machine's process, or anywhere."""
-    if not anywhere and file.read() in ("", socket.gethostname()):
+    if not anywhere and file.buffer.read() in (b"", socket.gethostname().encode()):
         return False
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as now:
         return os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime < _STALE
 
 
-def _is_at(path: Path, file: IO[str]) -> bool:
+def _is_at(path: Path, file: TextIO) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

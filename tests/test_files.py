@@ -13,7 +13,7 @@ import time
 import pytest
 
 from edit_compile import files
-from edit_compile.files import claimed, replacing, write_text
+from edit_compile.files import claimed, read_small, replacing, write_text
 
 LOAD = """
 import importlib.util, os, signal, sys
@@ -127,6 +127,26 @@ def test_another_machine_holds_a_lock_while_it_shows_signs_of_life(tmp_path, mon
         assert mine
         assert not free(path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_none_is_an_error_or_replaced(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    with pytest.raises(OSError, match="No such file"):
+        free(tmp_path / "link")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    os.utime(tmp_path / "bytes", (0, 0))
+    assert free(tmp_path / "bytes")
+
+
+def test_small_files_are_read_and_others_refused(tmp_path, monkeypatch):
+    (tmp_path / "small").write_bytes(b"1234")
+    monkeypatch.setattr(files, "_SMALL", 4)
+    assert read_small(tmp_path / "small") == b"1234"
+    (tmp_path / "large").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("large", "has more than 4 bytes"), ("pipe", "is not a regular file"), ("none", "No such file")):
+        with pytest.raises(OSError, match=message):
+            read_small(tmp_path / name)
 
 
 def test_who_holds_a_lock_shows_signs_of_life(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from edit_compile.adapters.family import DiffusionFamily, lookup_family
 from edit_compile.adapters.hub_access import hub_file
 from edit_compile.adapters.load_model import LoadedModel
 from edit_compile.adapters.pipelines import PIPELINE_INDEX
+from edit_compile.files import read_small
 
 _IMAGES = ("image", "images", "control_image", "mask_image", "video")  # of pipelines' calls
 _MADE_FOR_TEXT_ALONE_TOO = ("Flux2Pipeline", "Flux2KleinPipeline")
@@ -44,6 +45,6 @@ def _pipeline_class(name: str) -> Any:
     index = Path(name) / PIPELINE_INDEX
     try:
         path = index if Path(name).is_dir() else hub_file(name, index.name)
-        return getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
-    except (OSError, ValueError, KeyError, TypeError):
+        return getattr(diffusers, json.loads(read_small(path))["_class_name"], None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -19,6 +19,7 @@ from edit_compile.adapters.pipelines import DENOISERS, PIPELINE_INDEX, dtype_kwa
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
 from edit_compile.extras import need
+from edit_compile.files import read_small
 
 _CONFIG = "config.json"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
@@ -154,9 +155,12 @@ def _variant_in(folder: Path) -> str | None:
     """Return the variant of a folder's weights (fp16) if there are none without one.
 
     Raises:
-        ModelNotFoundError: there are no weights.
+        ModelNotFoundError: there are no weights, or in what cannot hold any.
     """
-    names = sorted(path.name for path in folder.glob("diffusion_pytorch_model*"))
+    files = sorted(folder.glob("diffusion_pytorch_model*"))
+    if (strange := next((file for file in files if not file.is_file()), None)) is not None:
+        raise ModelNotFoundError(f"{strange} is not a regular file, or a link to nowhere")
+    names = [file.name for file in files]
     if any(_PLAIN_WEIGHTS.fullmatch(name) for name in names):
         return None
     variants = [found[1] for name in names if (found := _VARIANT.fullmatch(name))]
@@ -167,8 +171,8 @@ def _variant_in(folder: Path) -> str | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        config = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelNotFoundError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"{path} is not a model's config: it holds a {type(config).__name__}")

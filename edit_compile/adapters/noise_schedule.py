@@ -15,6 +15,7 @@ from torch import Tensor
 from edit_compile.adapters.hub_access import hub_file
 from edit_compile.adapters.sampler_timesteps import timesteps_of_pipeline
 from edit_compile.errors import DistillError
+from edit_compile.files import read_small
 
 Prediction = Literal["rectified-flow", "epsilon", "v-prediction"]
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow_prediction": "rectified-flow"}
@@ -155,8 +156,10 @@ def schedule_of_pipeline(pipeline: str) -> NoiseSchedule:
     folder = Path(pipeline)
     try:
         path = folder / "scheduler" / _FILE if folder.is_dir() else hub_file(pipeline, f"scheduler/{_FILE}")
-        return replace(schedule_of(json.loads(path.read_text())), pipeline=pipeline)
-    except (OSError, ValueError) as error:
+        return replace(schedule_of(json.loads(read_small(path))), pipeline=pipeline)
+    except DistillError:
+        raise
+    except Exception as error:  # a scheduler raises whatever its settings run into
         raise DistillError(f"{pipeline}: scheduler/{_FILE} cannot be read: {error}; set prediction: in the recipe") from error
 
 

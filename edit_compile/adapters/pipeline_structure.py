@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edit_compile.adapters.hub_access import first_line, hub_files
 from edit_compile.adapters.pipelines import PIPELINE_INDEX
-from edit_compile.errors import ModelNotFoundError
+from edit_compile.errors import EditCompileError, ModelNotFoundError
+from edit_compile.files import read_small
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth", "*.onnx*", "*.msgpack", "*.h5", "*.gguf")
 
@@ -30,10 +31,19 @@ def pipeline_structure(name: str) -> Any:
     """Assemble the pipeline of a folder or hub id without its weights.
 
     Raises:
-        ModelNotFoundError: a part of it is missing, or of a library that is not installed.
+        ModelNotFoundError: a part of it is missing or damaged, or of a library that is not installed.
     """
     folder = pipeline_files(name)
-    index = json.loads((folder / PIPELINE_INDEX).read_text())
+    try:
+        return _assembled(folder)
+    except EditCompileError:
+        raise
+    except Exception as error:  # its parts raise whatever their files run into
+        raise ModelNotFoundError(f"{folder / PIPELINE_INDEX}: no pipeline can be made of it: {first_line(error)}") from error
+
+
+def _assembled(folder: Path) -> Any:
+    index = json.loads(read_small(folder / PIPELINE_INDEX))
     settings = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
     kind = _find_class("diffusers", index["_class_name"], folder)
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edit_compile.errors import CheckpointError
-from edit_compile.files import flush, sha256
+from edit_compile.files import claimed, flush, read_small, sha256
 from edit_compile.frozen import Frozen, first_problem
 from edit_compile.student.fingerprint import TensorPrint
 from edit_compile.student.handle import Lora
@@ -32,6 +32,7 @@ from edit_compile.version import __version__, made_by_another
 FORMAT = 2
 INDEX = "edit_compile.json"
 WEIGHTS = "edit_compile-*.safetensors"
+_LOCK = ".edit_compile.lock"
 HERE = "."  # as a base: the checkpoint's own folder, which also holds the original model
 
 
@@ -71,7 +72,8 @@ def write(folder: Path, tensors: Mapping[str, Entry], others: dict[str, bytes], 
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
     try:
-        _write(folder, tensors, others, entries)
+        with claimed(folder / _LOCK, wait=True):  # two savers would each clear the other's files away
+            _write(folder, tensors, others, entries)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be written: {error}; what it held before is as it was") from error
 
@@ -82,7 +84,7 @@ def _write(folder: Path, tensors: Mapping[str, Entry], others: dict[str, bytes],
         temporary = Path(name)
         digest = write_tensors(temporary / "tensors", tensors)
         index = Index(tensors=f"edit_compile-{digest[:12]}.safetensors", sha256=digest, **entries)
-        (temporary / "index").write_text(index.model_dump_json())
+        (temporary / "index").write_text(index.model_dump_json(), "utf-8")
         for name, content in others.items():
             (temporary / name).write_bytes(content)
             flush(temporary / name)
@@ -128,7 +130,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_small(path))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no checkpoint: {INDEX} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -150,6 +152,8 @@ def read_tensors(folder: Path, index: Index) -> dict[str, Tensor]:
     if Path(index.tensors).name != index.tensors or index.tensors in ("", ".", ".."):
         raise CheckpointError(f"{folder / INDEX} names {index.tensors!r}, a path outside the folder")
     path = folder / index.tensors  # may be a link, as in the hub's cache: the hash says whether it is the right file
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file")
     try:
         if sha256(path) != index.sha256:
             raise CheckpointError(f"{path} is damaged: it does not have the hash that {INDEX} gives")

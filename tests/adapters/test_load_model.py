@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -196,6 +197,12 @@ def test_weights_that_are_truncated_or_a_pointer_are_named(folder):
     assert "the weights cannot be read: Unable to load weights from checkpoint file" in refusal(folder)
     weights_of(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
     assert "git-lfs" in refusal(folder)
+
+
+def test_weights_in_a_pipe_are_refused(folder):
+    weights_of(folder).unlink()
+    os.mkfifo(weights_of(folder))
+    assert refusal(folder) == "/diffusion_pytorch_model.safetensors is not a regular file, or a link to nowhere"
 
 
 def test_weights_that_lack_a_parameter_or_have_another_shape_are_refused(folder):

@@ -76,6 +76,18 @@ def test_a_missing_part_is_named(unet_folder, tmp_path):
         pipeline_structure(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "[" * 100_000, "{}", '{"_class_name": 3}', '{"_class_name": "DDPMScheduler", "vae": ["os", "system"]}', "\xff"],
+)
+def test_an_index_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "model_index.json").write_text(content, "latin-1")
+    with pytest.raises(
+        ec.ModelNotFoundError, match=r"model_index\.json: no pipeline can be made of it|which is not installed or has no such"
+    ):
+        pipeline_structure(str(tmp_path))
+
+
 @pytest.mark.slow
 def test_costs_are_counted_at_any_size_of_a_pipelines_folder(unet_folder):
     report = ec.cost(str(unet_folder), sizes=[(64, 96), (512, 512)])
