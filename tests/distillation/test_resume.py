@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from bitsandbytes.optim import AdamW8bit
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import edit_compile as ec
 import toy_distill
 from edit_compile.adapters.noise_schedule import NoiseSchedule
+from edit_compile.cli import main
 from edit_compile.distillation import distill
 from edit_compile.distillation.data.prefetch import prefetch
+from edit_compile.distillation.output.plot import plot_losses
 from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.distillation.train import checkpoints
 from edit_compile.distillation.train.checkpoints import _checksum, list_checkpoints
@@ -198,7 +203,7 @@ def test_a_finished_run_leaves_no_checkpoints(tmp_path):
         run(tmp_path, resume=True, overwrite=True)
 
 
-@pytest.mark.parametrize("damage", ["tensors", "json", "version", "numbers"])
+@pytest.mark.parametrize("damage", ["tensors", "json", "numbers"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, straight, damage, caplog):
     newest = list_checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
     if damage == "tensors":
@@ -208,7 +213,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, str
         (newest / "state.json").write_text("{")
     else:
         content = json.loads((newest / "state.json").read_text())
-        (newest / "state.json").write_text(json.dumps(content | ({"version": 99} if damage == "version" else {"before": {"total": 0.1}})))
+        (newest / "state.json").write_text(json.dumps(content | {"before": {"total": 0.1}}))
     result = run(tmp_path, resume=True)
     assert f"checkpoint {newest} cannot be used" in caplog.text
     assert same(result, straight)
@@ -242,6 +247,41 @@ def test_checkpoints_of_another_version_name_it(tmp_path, maker, named):
         rewrite(path, version=1, package_version=maker)
     with pytest.raises(ec.DistillError, match=f"00000008: it was made by version {named} of edit_compile, this is version"):
         run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("reason", ["version", "disk"])
+def test_a_checkpoint_that_may_be_sound_is_neither_passed_over_nor_removed(tmp_path, straight, reason, monkeypatch):
+    newest = list_checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
+    if reason == "version":
+        rewrite(newest, version=99, package_version="9.0")
+        message = rf"{newest}: it was made by version 9\.0 .*; continue with that version, or choose another folder"
+    else:
+        real = checkpoints.sha256
+
+        def sha256(path):
+            if path.parent == newest:
+                raise OSError(5, "Input/output error")
+            return real(path)
+
+        monkeypatch.setattr(checkpoints, "sha256", sha256)
+        message = rf"{newest}: it cannot be read: .*Input/output error; once it can be"
+    with pytest.raises(ec.DistillError, match=message):
+        run(tmp_path, resume=True)
+    assert newest in list_checkpoints(tmp_path / "checkpoints")
+    monkeypatch.undo()
+    if reason == "disk":
+        assert same(run(tmp_path, resume=True), straight)
+
+
+def test_copies_of_checkpoints_are_neither_counted_nor_removed(tmp_path):
+    newest = list_checkpoints(unfinished(tmp_path) / "checkpoints")[-1]
+    copies = [newest.with_name(name) for name in ("00000004-good", "1", "00000008.bak")]
+    for copied in copies:
+        shutil.copytree(newest, copied)
+    with pytest.raises(ec.DistillError, match="no more data"):
+        run(tmp_path, fails(9), resume=True, keep_last=1, save_every=1)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["00000009"]
+    assert all((copied / "state.json").is_file() for copied in copies)
 
 
 def test_a_run_whose_recipe_this_version_cannot_read_names_its_version(tmp_path):
@@ -294,6 +334,8 @@ def test_another_run_is_not_overwritten(tmp_path):
         (["recipe.yaml", "result.json", "edit_compile.json"], r"has a finished run: replace it with --overwrite \(overwrite=\)"),
         (["edit_compile.json"], "holds a converted model: replace it"),
         (["notes.txt", ".hidden"], r"is not empty \(notes.txt\): replace it"),
+        (["recipe.yaml"], r"is not empty \(recipe.yaml\): replace it"),  # its author's, perhaps
+        (["recipe.yaml", "metrics.jsonl", "notes.txt"], r"is not empty \(metrics.jsonl, notes.txt, recipe.yaml\): replace it"),
     ],
 )
 def test_what_a_folder_holds_is_replaced_only_if_that_is_asked_for(tmp_path, files, message):
@@ -309,6 +351,19 @@ def test_what_a_folder_holds_is_replaced_only_if_that_is_asked_for(tmp_path, fil
     assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "metrics.jsonl", *foreign}
 
 
+def test_a_recipe_beside_its_authors_own_files_stays(tmp_path, monkeypatch):
+    """`distill recipe.yaml -o .`"""
+    monkeypatch.chdir(tmp_path)
+    recipe = toy_distill.recipe(model="demo/dit")
+    Path("recipe.yaml").write_text(f"# mine\n{yaml.safe_dump(recipe.model_dump(mode='json'))}")
+    (tmp_path / "samples").mkdir()
+    before = {path: path.read_text() if path.is_file() else None for path in tmp_path.rglob("*")}
+    result = CliRunner().invoke(main, ["distill", "recipe.yaml", "-o", "."])
+    assert result.exit_code == 1
+    assert "is not empty (recipe.yaml, samples): replace it with --overwrite" in result.stderr
+    assert {path: path.read_text() if path.is_file() else None for path in tmp_path.rglob("*")} == before
+
+
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
     with claimed(tmp_path / "run" / ".lock"), pytest.raises(ec.DistillError, match=r"another process distils into .*run, or did"):
         run(tmp_path / "run")
@@ -321,6 +376,18 @@ def test_a_damaged_row_of_metrics_costs_that_row_only(tmp_path):
     folder.metrics.write_text("".join(f"{row}\n" for row in rows))
     folder._prepare(toy_distill.recipe(), 3)
     assert [row["total"] for row in folder.rows()] == [1, 2]
+
+
+def test_whatever_stands_in_the_metrics_they_can_be_read_and_plotted(tmp_path):
+    folder = RunFolder(tmp_path)
+    sound = [{"phase": "stage 1", "total": 1, "loss": 0.5}, {"total": 2, "loss": 0.25}]
+    junk = [b"\xff\xfe", b"\0" * 50, b"[" * 100_000, b'{"total": 3, "loss": "x"}', b'{"total": 3, "loss": NaN}', b'{"total": true}']
+    junk += [b'{"total": 3, "phase": 1}', b'{"total": 3, "loss": null}', b'{"total": -1}', b"9" * 5000]
+    folder.metrics.write_bytes(b"\n".join([*junk, *(json.dumps(row).encode() for row in sound), b'{"total": 2, "lo']))
+    assert folder.rows() == sound
+    folder._prepare(toy_distill.recipe(), 2)
+    assert folder.rows() == sound
+    plot_losses(folder.rows(), toy_distill.recipe(), (1.0, 0.5), tmp_path / "losses.png")
 
 
 def test_what_changes_no_result_may_change_on_resuming(tmp_path, straight):

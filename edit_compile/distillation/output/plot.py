@@ -39,8 +39,8 @@ def plot_losses(rows: Sequence[MetricsRow], recipe: Recipe, errors: tuple[float,
     if all(error > 0 for error in errors):
         axes.plot((0, last), errors, "kD:", linewidth=0.8, markersize=5, label="validation error", clip_on=False, zorder=3)
     begin = 0
-    for number, phase in enumerate(dict.fromkeys(row["phase"] for row in rows)):
-        end = max(row["total"] for row in rows if row["phase"] == phase)
+    for number, phase in enumerate(dict.fromkeys(row.get("phase", "") for row in rows)):
+        end = max(row["total"] for row in rows if row.get("phase", "") == phase)
         axes.axvspan(begin, end, color="0.5", alpha=0.06 + 0.08 * (number % 2), linewidth=0)
         axes.text(begin, 1.01, f" {phase}", transform=axes.get_xaxis_transform(), fontsize="small")
         begin = end
@@ -70,9 +70,9 @@ def plot_speeds(speeds: Sequence[Speed], path: Any) -> None:
 
 def _points_by_phase(rows: Sequence[MetricsRow], recipe: Recipe, name: str) -> Iterator[list[Point]]:
     weights: Mapping[str, Mapping[str, float]] = {phase.name: phase.losses or {} for phase in phases_of(recipe)}
-    for phase in dict.fromkeys(row["phase"] for row in rows):
+    for phase in dict.fromkeys(row.get("phase", "") for row in rows):
         weight = weights.get(phase, {}).get(name, 1.0)
-        found = [(row["total"], weight * row[name]) for row in rows if row["phase"] == phase and row.get(name, 0) > 0]
+        found = [(row["total"], weight * row[name]) for row in rows if row.get("phase", "") == phase and row.get(name, 0) > 0]
         if found and weight > 0:
             yield found
 

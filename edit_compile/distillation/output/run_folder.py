@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from edit_compile.version import made_by_another
 # What must not be taken for a later run's. What others measured of the student says which one that was.
 _OF_A_RUN = ("result.json", INDEX, "README.md", "losses.png", "report.html")
 _FOLDERS_OF_A_RUN = ("checkpoints", "samples", "trackers")
+_BEGUN = {"recipe.yaml", "metrics.jsonl", "data.json", *_FOLDERS_OF_A_RUN}  # what a run may leave before its first checkpoint
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class RunFolder:
         if (self.path / INDEX).exists():
             return "holds a converted model:"
         names = sorted(path.name for path in self.path.glob("[!.]*"))
-        if names and not (self.path / "recipe.yaml").exists():
-            return f"is not empty ({some_of(names)}):"
-        return None
+        if self.metrics.exists() and _BEGUN.issuperset(names):
+            return None  # a recipe alone may be its author's
+        return f"is not empty ({some_of(names)}):" if names else None
 
     def open(self, recipe: Recipe, *, resume: bool, writes: bool) -> Checkpoint | None:
         """Find what to continue from, or None to begin; then nothing of another run is left. All processes must call this, after `check`.
@@ -113,14 +115,15 @@ class RunFolder:
             for name in _FOLDERS_OF_A_RUN:
                 shutil.rmtree(self.path / name, ignore_errors=True)
         remove_after(self.checkpoints, total)
-        rows = self.metrics.read_text().splitlines(keepends=True) if total and self.metrics.exists() else []
-        kept = [row for row in rows if row.endswith("\n") and 0 <= _total(row) <= total]
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))  # says that this is a run
-        write_text(self.metrics, "".join(kept))
+        rows = self.rows() if total and self.metrics.exists() else []
+        kept = [row for row in rows if row["total"] <= total]
+        write_text(self.metrics, "".join(map(_line, kept)))  # says that this is a run
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
     def rows(self) -> list[MetricsRow]:
-        """Read all rows of metrics."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        """Read all rows of metrics but those that are damaged."""
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        return [row for line in lines if line.endswith(b"\n") and (row := _row(line)) is not None]
 
     def images(self) -> list[Path]:
         """List the loss plot and the last sample grid, relative to the folder."""
@@ -130,7 +133,7 @@ class RunFolder:
     def add(self, row: MetricsRow) -> None:
         """Append a row of metrics."""
         with self.metrics.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.write(_line(row))
 
     def finish(self, result: dict[str, Any], model_card: str) -> None:
         """Write the model card and the result, and remove the checkpoints."""
@@ -139,10 +142,21 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
-def _total(row: str) -> int:
-    """Return the number of steps that a row of metrics is about; -1 if the row is damaged."""
+def _line(row: MetricsRow) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _row(line: bytes) -> MetricsRow | None:
+    """Read a row of metrics: numbers by name, one of them the total of steps, and the phase; None if it is damaged."""
     try:
-        found = json.loads(row)["total"]
-    except (ValueError, KeyError, TypeError):
-        return -1
-    return found if isinstance(found, int) else -1
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("total")) is not int or row["total"] < 0:
+        return None
+    sound = all(isinstance(value, str) if name == "phase" else _is_number(value) for name, value in row.items())
+    return row if sound else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))

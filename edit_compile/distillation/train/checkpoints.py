@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from edit_compile.version import __version__, made_by_another
 
 FORMAT = 4
 _JSON, _TEMPORARY = "state.json", "unfinished-"
+_NAME = re.compile(r"\d{8,18}")
 _FAILURES = (OSError, ValueError, RecursionError, SafetensorError)
 log = logging.getLogger(__name__)
 
@@ -162,8 +164,9 @@ def checkpoint_path(folder: Path, total: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if (path / _JSON).is_file())
+    """List the complete checkpoints of a folder, oldest first; copies of other names are their owner's."""
+    named = (path for path in folder.glob("[0-9]*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in named if (path / _JSON).is_file()), key=lambda path: int(path.name))
 
 
 def describe_last(folder: Path) -> str:
@@ -173,34 +176,53 @@ def describe_last(folder: Path) -> str:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """Open the newest usable checkpoint; others are logged and passed over. None if there is no checkpoint.
+    """Open the newest checkpoint that is not damaged; damaged ones are logged and passed over. None if there is no checkpoint.
 
     All processes must call this, and get the same: each verifies some of the files.
 
     Raises:
-        DistillError: there are some, but none can be used.
+        DistillError: all are damaged, or one that may be sound cannot be used: it was made by another version, or cannot be read now.
     """
     reasons = []
     found: list[Path] = gathered([list_checkpoints(folder)])[0]
     for path in reversed(found):
         opened: list[Checkpoint] = []
-        try:
-            in_all(functools.partial(_open, path, opened), _FAILURES)
+        problems = [problem for problem in gathered([_problem(path, opened)]) if problem is not None]
+        if not problems:
             return opened[0]
-        except _FAILURES as error:
-            if process()[0] == 0:
-                log.warning("checkpoint %s cannot be used: %s; trying the one before", path, error)
-            reasons.append(f"{path.name}: {error}")
+        damaged, reason = min(problems)
+        if not damaged:
+            raise DistillError(f"{path}: {reason}")
+        if process()[0] == 0:
+            log.warning("checkpoint %s cannot be used: %s; trying the one before", path, reason)
+        reasons.append(f"{path.name}: {reason}")
     if reasons:
         raise DistillError(f"no checkpoint in {folder} can be used: {reasons[0]}; remove the folder to start again")
     return None
 
 
+def _problem(path: Path, opened: list[Checkpoint]) -> tuple[bool, str] | None:
+    """Try to open a checkpoint; returns whether it is damaged, and why it cannot be used, or adds it to a list."""
+    try:
+        _open(path, opened)
+    except _AnotherVersion as error:
+        return False, f"{error}; continue with that version, or choose another folder"
+    except (FileNotFoundError, ValueError, RecursionError, SafetensorError) as error:
+        return True, str(error)
+    except OSError as error:
+        return False, f"it cannot be read: {error}; once it can be, continue, or move it away to continue from the one before"
+    return None
+
+
+class _AnotherVersion(Exception):
+    """Another version of this package made a checkpoint, in another format."""
+
+
 def _open(path: Path, opened: list[Checkpoint]) -> None:
     """Check a checkpoint's JSON and this process's share of its files, and add it to a list."""
-    content = json.loads((path / _JSON).read_text())
+    content = json.loads((path / _JSON).read_bytes())
     if isinstance(content, dict) and content.get("version", FORMAT) != FORMAT:
-        raise ValueError(f"it was {made_by_another(content.get('package_version'))}")
+        raise _AnotherVersion(f"it was {made_by_another(content.get('package_version'))}")
     try:
         metadata = CheckpointMetadata.model_validate(content)
     except ValidationError as error:
@@ -225,7 +247,7 @@ def _checksum(content: dict[str, Any]) -> str:
 def remove_after(folder: Path, total: int) -> None:
     """Remove the checkpoints after a number of steps: a run that resumes from there could not use them, and would keep them."""
     for path in list_checkpoints(folder):
-        if path > checkpoint_path(folder, total):
+        if int(path.name) > total:
             _remove(path)
 
 
