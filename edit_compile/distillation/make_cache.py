@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edit_compile.distillation.data.buckets import Shape
-from edit_compile.distillation.data.cache.format import Index, read_index, resolution_key
+from edit_compile.distillation.data.cache.format import INDEX, Index, read_index, resolution_key
 from edit_compile.distillation.data.cache.write import write_cache
 from edit_compile.distillation.data.source import SourceContext
 from edit_compile.distillation.data.sources.cached import CachedDataset
 from edit_compile.distillation.models import load_original
-from edit_compile.distillation.processes import join_processes
+from edit_compile.distillation.processes import join_processes, process
 from edit_compile.distillation.recipe.schedule import phases_of
 from edit_compile.distillation.recipe.schema import Recipe
 from edit_compile.distillation.train.peers import watching_peers
+from edit_compile.errors import DistillError
+from edit_compile.files import alone_in
 from edit_compile.frozen import dump_except
 
 SHARD_SIZE, BATCH = 128, 8
@@ -73,9 +76,15 @@ def make_cache(
     made_from |= {"samples": samples, "shard_size": shard_size} | ({"seed": recipe.seed} if data.sampled_by_teacher else {})
     made_from["fingerprint"] = producer.fingerprint()
     header = {"model": type(model).__name__, "made_from": made_from, "resolutions": resolutions_of(recipe)}
-    with watching_peers(lambda: f"finished shards stay in {folder}, and the same command continues from them"):
+    with watching_peers(lambda: f"finished shards stay in {folder}, and the same command continues from them"), _alone(Path(folder)):
         index = write_cache(Path(folder), producer, header, shard_size=shard_size, samples=samples)
     return _report(Path(folder), index, {})
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Keep other commands out of a cache that is not finished."""
+    is_read = process()[0] != 0 or (folder / INDEX).is_file()
+    return nullcontext() if is_read else alone_in(folder, "makes a cache in", DistillError)
 
 
 def verify_cache(folder: str | Path, recipe: Recipe) -> CacheReport:

@@ -218,6 +218,14 @@ def test_another_cache_is_not_overwritten(folder, tmp_path):
         make(folder, tmp_path / "cache", made_from={"data": "other"})
 
 
+def test_a_foreign_folder_is_left_alone(folder, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "shard-00000.safetensors").write_text("mine")
+    with pytest.raises(ec.DistillError, match=r"is not empty \(shard-00000.safetensors\): choose another folder"):
+        make(folder, tmp_path / "cache")
+    assert contents(tmp_path / "cache") == {"shard-00000.safetensors": b"mine"}
+
+
 def test_a_limit_of_samples_holds_over_a_kill(folder, tmp_path):
     def killed(taken):
         raise Killed
@@ -291,11 +299,19 @@ def test_a_full_disk_is_reported_and_the_rest_stays(folder, tmp_path, monkeypatc
     assert make(folder, tmp_path / "cache") == make(folder, tmp_path / "cache")
 
 
+def rewrite(cache, old, new):
+    (cache / INDEX).write_text((cache / INDEX).read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda cache: (cache / INDEX).unlink(), "index.json is missing"),
         (lambda cache: (cache / INDEX).write_text("{"), "index.json cannot be read"),
+        (lambda cache: (cache / INDEX).write_bytes(b"\xff"), "index.json cannot be read"),
+        (lambda cache: (cache / INDEX).write_text("[" * 100_000), "index.json cannot be read"),
+        (lambda cache: rewrite(cache, "16x16", "17x17"), r"000\.png lacks a caption or a resolution: the index is damaged"),
+        (lambda cache: rewrite(cache, "shard-00000", "../shard-00000"), r"index.json: shards\.0\.file: String should match"),
         (lambda cache: (cache / INDEX).write_text('{"version": 9}'), "was made by version before 0.1.0 of edit_compile"),
         (lambda cache: (cache / INDEX).write_text('{"version": 3}'), "index.json: model: Field required"),
         (lambda cache: flip(cache / "empty.safetensors", -1), "empty.safetensors.* does not have the checksum"),

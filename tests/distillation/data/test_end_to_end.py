@@ -24,6 +24,7 @@ from edit_compile.distillation.data.captioned_images import EncodedImages
 from edit_compile.distillation.data.map_style import MapStyleSource
 from edit_compile.distillation.data.sources.images import ImageFolder
 from edit_compile.distillation.make_cache import make_cache
+from edit_compile.files import claimed
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -64,6 +65,14 @@ def test_the_command_makes_continues_and_verifies_a_cache(recipe, tmp_path):
     assert verified.exit_code == 1
     assert "damaged" in verified.stderr
     assert "error: 2 of 5 samples in" in verified.stderr
+
+
+def test_two_commands_do_not_make_one_cache(recipe, tmp_path):
+    with claimed(tmp_path / "cache" / ".lock"):
+        second = run(recipe, "-o", tmp_path / "cache")
+    assert second.exit_code == 1
+    assert "another process makes a cache in" in second.stderr
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_gives_the_demo_model_what_the_images_give(recipe, tmp_path):

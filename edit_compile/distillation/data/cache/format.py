@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,7 +66,7 @@ class CachedSample(Frozen):
 class Shard(Frozen):
     """A file of samples, and what could not be read when it was made, with the reason."""
 
-    file: str
+    file: str = Field(pattern=r"^shard-\d{5,}\.safetensors$")
     bytes: int
     taken: int
     """How many records of the data are in it or were skipped."""
@@ -120,7 +120,12 @@ def read_index(folder: Path) -> Index:
         unfinished = (folder / UNFINISHED).is_file()
         advice = "it is unfinished: run the same `edit-compile cache` again to finish it" if unfinished else f"{INDEX} is missing"
         raise DistillError(f"{folder} is not a finished cache: {advice}")
-    return _validated(Index, path.read_text(), str(path))
+    index = _validated(Index, path.read_bytes(), str(path))
+    keys = {resolution_key(resolution) for resolution in index.resolutions}
+    for sample in (sample for shard in index.shards for sample in shard.samples):
+        if sample.images.keys() != keys or not sample.captions:
+            raise DistillError(f"{path}: {sample.name} lacks a caption or a resolution: the index is damaged; make the cache again")
+    return index
 
 
 def read_unfinished(folder: Path) -> tuple[Header, list[Shard]] | None:
@@ -134,7 +139,7 @@ def read_unfinished(folder: Path) -> tuple[Header, list[Shard]] | None:
     path = folder / UNFINISHED
     if not path.is_file():
         return None
-    header, *lines = path.read_text().split("\n")
+    header, *lines = path.read_bytes().split(b"\n")
     shards = []
     for line in lines[:-1]:  # the last is empty, or torn
         shard = _validated(Shard, line, str(path))
@@ -145,7 +150,7 @@ def read_unfinished(folder: Path) -> tuple[Header, list[Shard]] | None:
     return _validated(Header, header, str(path)), shards
 
 
-def _validated(kind: type[Content], text: str, where: str) -> Content:
+def _validated(kind: type[Content], text: bytes, where: str) -> Content:
     try:
         content = json.loads(text)
         if content.get("version", FORMAT) != FORMAT:
@@ -153,7 +158,7 @@ def _validated(kind: type[Content], text: str, where: str) -> Content:
         return kind.model_validate(content)
     except ValidationError as error:
         raise DistillError(f"{where}: {first_problem(error)}") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DistillError(f"{where} cannot be read: {error}") from None
 
 
@@ -165,7 +170,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def add_line(path: Path, text: str) -> None:
     """Append a line and fsync it."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())

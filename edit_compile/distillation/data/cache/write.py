@@ -38,7 +38,7 @@ from edit_compile.distillation.data.cache.format import (
 )
 from edit_compile.distillation.data.records import summarize
 from edit_compile.distillation.processes import gathered, in_all, process
-from edit_compile.errors import DistillError
+from edit_compile.errors import DistillError, some_of
 from edit_compile.files import write_text
 from edit_compile.progress import working
 
@@ -153,6 +153,8 @@ def _begin(folder: Path, wanted: Header, empty: dict[str, Tensor]) -> list[Shard
     if found is not None:
         header, shards = found
         _check_same(folder, wanted, header)
+    elif others := sorted(path.name for path in folder.glob("[!.]*") if path.name != EMPTY):  # which is written first
+        raise DistillError(f"{folder} is not empty ({some_of(others)}): choose another folder")
     write_tensors(folder / EMPTY, empty)
     lines = [wanted.model_dump_json(), *(shard.model_dump_json() for shard in shards)]
     write_text(folder / UNFINISHED, "\n".join(lines) + "\n")

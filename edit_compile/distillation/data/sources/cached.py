@@ -106,7 +106,7 @@ class CachedDataset:
         return self.decoder(latents) if self.decoder is not None else None
 
     def fingerprint(self) -> str:
-        return fingerprint_of([(self.folder / INDEX).read_text()])
+        return fingerprint_of([(self.folder / INDEX).read_text("utf-8")])
 
     def damaged(self) -> dict[str, str]:
         """Read all of the cache, and return every damaged sample by name, with the reason."""
