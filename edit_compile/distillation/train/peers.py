@@ -76,8 +76,10 @@ class Peers:
         store = self._store = self._store or self._join(self._port)
         self._beats += 1
         store.set(str(self.rank), self._own or f"{self._beats} {self._doing()}")
-        for rank in range(self.count):
-            text = store.get(str(rank)).decode() if store.check([str(rank)]) else ""
+        ranks = range(self.count)
+        begun = [rank for rank in ranks if self._signs[rank].text or store.check([str(rank)])]
+        for rank, said in zip(begun, store.multi_get([str(rank) for rank in begun]), strict=True):
+            text = said.decode()
             if text != self._signs[rank].text or text.startswith(_DONE):
                 self._signs[rank] = _Sign(text, time.monotonic())
         self._answered = time.monotonic()
