@@ -25,6 +25,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 _FROM_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 TRACES_CONTEXT_VARIABLES = _FROM_2_14  # torch.compile follows `ContextVar.get`
@@ -115,15 +116,24 @@ _ATTENTION = F.scaled_dot_product_attention
 
 def attention_is_changed() -> bool:
     """Say whether `scaled_dot_product_attention` gives another result here than it should: by a mode that intercepts functions, or as it
-    was replaced. Not while a model is traced.
+    was replaced. Where torch.compile traces a call, any mode counts but a default device; while a model is captured, none.
     """
-    if torch.compiler.is_compiling() or (not torch._C._len_torch_function_stack() and F.scaled_dot_product_attention is _ATTENTION):
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_dynamo_compiling() and _intercepts_functions()
+    if not torch._C._len_torch_function_stack() and F.scaled_dot_product_attention is _ATTENTION:
         return False
     equal, values = torch.zeros(1, 1, 2, 8, device="cpu"), torch.eye(2, 8, device="cpu")[None, None]
     try:
         return not torch.allclose(F.scaled_dot_product_attention(equal, equal, values), values.mean(-2, keepdim=True), atol=0.05)
     except Exception:  # of kernels that run on other devices only
         return False
+
+
+def _intercepts_functions() -> bool:
+    for place in range(torch._C._len_torch_function_stack()):
+        if not isinstance(torch._C._get_function_stack_at(place), DeviceContext):
+            return True
+    return False
 
 
 _HALVES = (torch.float16, torch.bfloat16)

@@ -44,6 +44,6 @@ def decode(description: Any) -> Any:
             return items if kind == "list" else tuple(items)
         if kind == "value":
             return content
-    except (AttributeError, ValueError, TypeError, IndexError):
+    except (AttributeError, ValueError, TypeError, IndexError, RuntimeError, OverflowError):  # too deep, or sizes that none can have
         pass
     raise PlanError(f"not a description of example inputs: {str(description)[:80]}")

@@ -102,6 +102,6 @@ class Plan(PlanData):
 def _version_of(text: str | bytes) -> Any:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return content.get("version") if isinstance(content, dict) else None

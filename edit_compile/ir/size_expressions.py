@@ -34,7 +34,7 @@ def evaluator(expression: str, symbols: set[str]) -> Evaluator:
         raise GridError(f"a size expression has {len(expression)} characters, more than {MAX_LENGTH}: {expression[:40]}...")
     try:
         return _compiled(ast.parse(expression, mode="eval").body, symbols)
-    except (SyntaxError, KeyError, ValueError) as error:
+    except (SyntaxError, KeyError, ValueError, RecursionError, MemoryError) as error:
         raise GridError(f"{expression!r} is not a size expression over {sorted(symbols)}: {error}") from None
 
 
@@ -42,7 +42,7 @@ def symbols_in(expression: str) -> set[str]:
     """List the symbols of an expression; empty if it cannot be parsed."""
     try:
         tree = ast.parse(expression, mode="eval")
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 

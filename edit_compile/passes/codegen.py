@@ -46,6 +46,9 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
 
     Raises:
         Refused: the module returns what a graph cannot.
+
+    Returns:
+        The method; its attribute `called` names the submodules that it calls.
     """
     contract, name = (
         InputContract(inspect.signature(type(module).forward), arguments, tuple(_inputs(graph, captured))),
@@ -59,8 +62,14 @@ def generate_forward(graph: fx.Graph, captured: Capture, module: nn.Module, argu
     scope = {**code.globals, "_refuse": _refuse, "_has_others": _has_others, "_defaults": defaults}
     _execute(f"{run.strip()}\n\n\n{contract.method()}", f"<edit_compile forward of {name} {next(_numbers)}>", scope)
     forward: Callable[..., Any] = scope["forward"]
-    vars(forward)["__signature__"] = contract.signature
+    vars(forward).update(__signature__=contract.signature, called=_called(graph))
     return forward
+
+
+def _called(graph: fx.Graph) -> frozenset[str]:
+    """Name the submodules that a graph calls."""
+    calls = (node for node in graph.nodes if node.op == "call_module" or (node.op == "get_attr" and "val" not in node.meta))
+    return frozenset(str(node.target) for node in calls)
 
 
 def _inputs(graph: fx.Graph, captured: Capture) -> Iterator[fx.Node]:
@@ -211,7 +220,14 @@ class InputContract:
             *(_differs(p.name, p.default) for p in left_out if _comparable(p.default)),
         ]
         missing = [f"{leaf.code} is None" for leaf in leaves if leaf.read and isinstance(leaf.value, torch.Tensor)]
-        return {code: code for code in same_as_code} | self._surplus() | {code: code for code in missing} | self._fixed_sizes()
+        known, needed_tensors = ({code: code for code in codes} for codes in (same_as_code, missing))
+        return known | self._surplus() | needed_tensors | self._dimensions() | self._fixed_sizes()
+
+    def _dimensions(self) -> dict[str, str]:
+        """List the conditions for the number of dimensions, by which a module's own forward may go another way."""
+        captured = [(leaf.code, leaf.node.meta.get("val")) for leaf in self.leaves() if leaf.read]
+        conditions = [f"{code}.ndim != {value.ndim}" for code, value in captured if isinstance(value, torch.Tensor)]
+        return {condition: condition for condition in conditions}
 
     def _fixed_sizes(self) -> dict[str, str]:
         """List the conditions for sizes that are numbers in the graph: channels, and what the module needs as a plain number."""

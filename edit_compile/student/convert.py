@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from edit_compile.adapters.pipelines import origin_of
-from edit_compile.errors import PlanError, RewriteError
-from edit_compile.ir.plan import Plan
+from edit_compile.errors import GridError, PlanError, RewriteError
+from edit_compile.ir import input_spec
+from edit_compile.ir.plan import Plan, SizesOfInputs
 from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.planner import CompiledPlan
 from edit_compile.student.fingerprint import fingerprint
@@ -42,6 +43,7 @@ def install(model: nn.Module, compiled: CompiledPlan, *, read_only: bool = False
     check_finite(model.named_parameters(), plan.model)
     student = shared_copy(model, read_only=read_only)
     conversion = Conversion(plan, fingerprint(model.state_dict()), Runtime(plan), origin_of(model))
+    _check_grids(model, conversion.runtime)
     classes: dict[Any, type[nn.Module]] = {}  # one for each original class and forward
     for site in plan.rewritten:
         compiled_site, original = compiled.forwards[site.path], type(student.get_submodule(site.path))
@@ -56,6 +58,25 @@ def install(model: nn.Module, compiled: CompiledPlan, *, read_only: bool = False
     assert isinstance(student, ConvertedModel)
     conversion.shared.record(shared_tensors(student))
     return student
+
+
+def _check_grids(model: nn.Module, runtime: Runtime) -> None:
+    """Compare the grids that a plan's expressions give for its own example with those that it says the example has.
+
+    Raises:
+        PlanError: they differ.
+    """
+    plan = runtime.plan
+    if not isinstance(plan.grid, SizesOfInputs) or plan.grid.images is not None:
+        return
+    try:
+        grids = runtime.source.sizes(model, (), input_spec.decode(plan.inputs), None)
+    except (GridError, ArithmeticError) as error:
+        raise PlanError(f"the plan's grid does not follow from its own example inputs: {error}") from None
+    for site in plan.rewritten:
+        (found,) = grids[runtime.source.index_of(site)]
+        if site.grid_sizes and found != site.grid_sizes:
+            raise PlanError(f"the plan's grid of {site.path} is {found} in its own example, not {site.grid_sizes}: make the plan again")
 
 
 def _holders(plan: Plan) -> list[str]:

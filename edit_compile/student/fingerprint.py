@@ -6,6 +6,7 @@ float16 or bfloat16. A hash of rounded values would not do: rounding twice diffe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -18,6 +19,7 @@ from edit_compile.torch_internals import is_quantized
 _SAMPLES = 4
 _RELATIVE, _ABSOLUTE = 1e-2, 1e-6
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)
+_CHUNK, _MIX = 2**16, 0x5851F42D4C957F2D  # words summed up at a time, within a cache; an odd number without a pattern
 _LARGEST = 1e30  # in place of infinity, which JSON does not have
 
 
@@ -39,7 +41,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> Fingerprint:
 
 
 def _samples(tensor: Tensor) -> tuple[float, ...]:
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or is_quantized(tensor):
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or is_quantized(tensor) or tensor.layout is not torch.strided:
         return ()
     places = [round(i * (tensor.numel() - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)]
     index = torch.unravel_index(torch.tensor(places), tensor.shape) if tensor.ndim else ()
@@ -48,12 +50,22 @@ def _samples(tensor: Tensor) -> tuple[float, ...]:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Add up a tensor's bits as 64-bit whole numbers, which comes out the same on every device."""
+    """Add up a tensor's bits as 64-bit whole numbers, each mixed and weighted by its place, which comes out the same on every device."""
     flat = tensor.detach().flatten()
     if flat.storage_offset():
         flat = flat.clone()  # or it might not be aligned for wider numbers
     size = flat.numel() * flat.itemsize
-    return int(flat.view(next(kind for kind in _WHOLE if size % kind.itemsize == 0)).sum(dtype=torch.int64))
+    words = flat.view(next(kind for kind in _WHOLE if size % kind.itemsize == 0))
+    weights = torch.arange(1, 2 * min(len(words), _CHUNK) + 1, 2, device=tensor.device).mul_(_MIX)
+    parts = [words[start : start + _CHUNK] for start in range(0, max(len(words), 1), _CHUNK)]
+    sums = torch.stack([(_mixed(part) * weights[: len(part)]).sum() for part in parts]).tolist()
+    return functools.reduce(lambda total, found: (total * _MIX + found) % 2**64, sums, 0)
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Let high bits count too: of a sum of products alone, two of them would cancel out."""
+    wide = words.to(torch.int64)
+    return wide ^ (wide >> 29)
 
 
 def difference(expected: Fingerprint, found: Fingerprint) -> str | None:

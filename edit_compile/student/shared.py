@@ -41,6 +41,10 @@ class SharedWeights:
         copied._known = dict(self._known)
         return copied
 
+    def names(self) -> list[str]:
+        """List the weights that are known."""
+        return list(self._known)
+
     def record(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what weights are now, by name, for what they are to be. Those that have no values here are left out."""
         found = {name: tensor for name, tensor in tensors.items() if has_values(tensor)}
@@ -79,12 +83,26 @@ class SharedWeights:
             return True
         if place == known.seen and (place.is_lazy or not thoroughly):
             return False
-        same_dtype = tensor.dtype == known.dtype
-        precision = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() and not same_dtype else 0.0
-        if (same_dtype and checksum(tensor) != known.checksum) or not close(known.values, fingerprint({name: tensor})[name], precision):
-            return True
-        self._known[name] = known._replace(seen=place)
+        if _has_lost(tensor, known.dtype):
+            differs = not close(known.values, fingerprint({name: tensor})[name], torch.finfo(tensor.dtype).eps)
+        else:
+            before = tensor.detach().to(known.dtype)
+            differs = checksum(before) != known.checksum or (
+                tensor.dtype != known.dtype and not torch.equal(before.to(tensor.dtype), tensor)
+            )
+        if not differs and tensor.dtype != known.dtype:
+            self.record({name: tensor})  # what is written from now on is told exactly again
+        elif not differs:
+            self._known[name] = known._replace(seen=place)
+        return differs
+
+
+def _has_lost(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether a tensor may have lost digits since it was in a dtype: to a coarser one."""
+    if tensor.dtype == dtype or not (tensor.is_floating_point() and dtype.is_floating_point):
         return False
+    now, then = torch.finfo(tensor.dtype), torch.finfo(dtype)
+    return now.eps > then.eps or now.max < then.max or now.tiny > then.tiny
 
 
 def _place(tensor: Tensor) -> _Place:
@@ -92,8 +110,9 @@ def _place(tensor: Tensor) -> _Place:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Say whether a tensor's values are here, in a form that can be read."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_sharded(tensor)
+    """Say whether a tensor's values are here, as plain numbers in memory."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_sharded(tensor)
+    return plain and tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
 
 
 def is_of_another_class(tensor: Tensor) -> bool:

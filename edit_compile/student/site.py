@@ -31,6 +31,8 @@ class ConvertedSite(Generated):
     Attributes:
         edit_path: where it is in the model.
         edit_grid_index: on which of the model's grids.
+        edit_names: of the attributes and modules that it had at conversion.
+        edit_called: of the modules in it that its forward calls; others are part of it.
 
     Raises:
         RewriteError: an attribute is set that the forward was generated from: the change would have no effect.
@@ -38,6 +40,8 @@ class ConvertedSite(Generated):
 
     edit_path: str
     edit_grid_index: int
+    edit_names: frozenset[str]
+    edit_called: frozenset[str]
 
     @property
     def edit_teacher(self) -> nn.Module:
@@ -90,9 +94,13 @@ class ConvertedSite(Generated):
         super().__setattr__(name, value)
 
     def _has_no_effect(self, name: str, value: Any) -> bool:
-        if isinstance(value, nn.Module | nn.Parameter):
+        if isinstance(value, nn.Parameter):
             return not hasattr(self, name)
-        return name in self.__dict__ and name not in _SETTABLE and self.__dict__[name] is not value and self.__dict__[name] != value
+        if isinstance(value, nn.Module):
+            is_called = any(f"{path}.".startswith(f"{name}.") for path in self.edit_called)
+            return not is_called and type(value) is not type(self._modules.get(name))
+        now = self.__dict__.get(name)
+        return name in self.edit_names and name not in _SETTABLE and now is not value and now != value
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -116,7 +124,8 @@ def class_of_site(original: type[nn.Module], forward: Callable[..., Any], *, is_
         site.edit_conversion.runtime.keep(site, output)
         return output
 
-    return type(f"Linear{original.__name__}", (ConvertedSite, original), {"forward": kept})
+    names: dict[str, Any] = {"forward": kept, "edit_called": getattr(forward, "called", frozenset())}
+    return type(f"Linear{original.__name__}", (ConvertedSite, original), names)
 
 
 def convert_site(
@@ -148,6 +157,7 @@ def convert_site(
     for parameter in _floats(own):
         parameter.requires_grad_(True)
     own.train(module.training)
+    own.__dict__["edit_names"] = frozenset((*vars(own), *own._modules))
     own.__dict__ |= {TEACHER: teacher.requires_grad_(False), "edit_conversion": conversion, "edit_grid_index": grid, "edit_path": path}
     owner, _, name = path.rpartition(".")
     holder = model.get_submodule(owner)

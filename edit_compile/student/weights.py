@@ -26,18 +26,20 @@ from edit_compile.student.shared import has_values
 from edit_compile.student.site import converted_sites
 from edit_compile.torch_internals import is_lazy_copy, is_sharded, lazy_copies, watch_writes
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what torch's wrappers call what they hold
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def shared_copy(model: nn.Module, *, read_only: bool = False) -> nn.Module:
     """Copy a module tree over the same memory, until one of the two is written to: neither sees what is written to the other.
 
-    The copy's parameters are frozen (see `unshare`). Tensors of a class of their own (quantized ones) are copied.
+    The copy's parameters are frozen (see `unshare`). Tensors of a class of their own (quantized ones), and sparse ones, are copied.
 
     Args:
         read_only: neither is written to, and mapped files stay what they are.
     """
-    shared = [tensor for tensor in itertools.chain(model.parameters(), model.buffers()) if type(tensor) in (Tensor, nn.Parameter)]
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    shared = [each for each in tensors if has_values(each) or (each.is_meta and type(each) in (Tensor, nn.Parameter))]
     memo: dict[int, Any] = {}
     for tensor, copied in zip(shared, [t.detach() for t in shared] if read_only else lazy_copies(shared), strict=True):
         memo[id(tensor)] = nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
@@ -65,12 +67,39 @@ def written_weights(student: ConvertedModel, *, thoroughly: bool = False) -> lis
     return student.edit_conversion.shared.written(shared_tensors(student), thoroughly=thoroughly)
 
 
+def replaced_weights(student: ConvertedModel) -> list[str]:
+    """Name the weights outside the sites that are no longer in the model: their modules were replaced or parametrized, or removed."""
+    there = {*shared_tensors(student), *student.edit_conversion.originals}
+    return [name for name in student.edit_conversion.shared.names() if name not in there and not _has_tensor(student, name)]
+
+
+def _has_tensor(model: nn.Module, name: str) -> bool:
+    """Say whether a tensor is where its name says, also behind wrappers, or where FSDP1 puts views of its own."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module: nn.Module | None = model.get_submodule(owner)
+    except AttributeError:
+        return False
+    while module is not None:
+        if any(leaf in names for names in (module._parameters, module._buffers, vars(module))):
+            return True
+        if callable(getattr(module, leaf, None)):  # of torch's quantized modules, which pack what they hold
+            return True
+        module = next((module._modules[part] for part in _WRAPPED if part in module._modules), None)
+    return False
+
+
 def require_original_weights(student: ConvertedModel) -> None:
     """Refuse to run a student's weights as the original's that are not.
 
     Raises:
         EditCompileError: there are such.
     """
+    if gone := replaced_weights(student):
+        raise EditCompileError(
+            f"the teacher is not the original model: {some_of(gone)} outside the converted sites is not where it was, for its module was "
+            "replaced or parametrized; undo that, or run the original model"
+        )
     if changed := written_weights(student):
         raise EditCompileError(
             f"the teacher is not the original model: {some_of(changed)} outside the converted sites were written to; call "
@@ -172,12 +201,16 @@ def original_below(model: nn.Module) -> nn.Module | None:
     """
     assert isinstance(model, ConvertedModel)
     conversion = model.edit_conversion
-    if may_have_foreign_adapters(model) if torch.compiler.is_compiling() else has_foreign_adapters(model) or written_weights(model):
+    if may_have_foreign_adapters(model) if torch.compiler.is_compiling() else _is_changed(model):
         return None
     if not conversion.originals:
         return model
     conversion.original = conversion.original or OriginalWeights()
     return conversion.original(model)
+
+
+def _is_changed(model: ConvertedModel) -> bool:
+    return has_foreign_adapters(model) or bool(written_weights(model) or replaced_weights(model))
 
 
 def with_original_weights(model: nn.Module, adapters: bool = False) -> nn.Module:

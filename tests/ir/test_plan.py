@@ -57,7 +57,13 @@ def test_json_round_trip_compares_equal():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not a plan"), ("{}", "not a plan: model: Field required"), ('{"version": 2}', "not a plan"), ("[1]", "not a plan")],
+    [
+        ("{", "not a plan"),
+        ("{}", "not a plan: model: Field required"),
+        ('{"version": 2}', "not a plan"),
+        ("[1]", "not a plan"),
+        ("[" * 100_000, "not a plan"),
+    ],
 )
 def test_what_is_no_plan_is_refused(text, message):
     with pytest.raises(ec.PlanError, match=message):

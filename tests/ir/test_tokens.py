@@ -59,7 +59,22 @@ def test_size_expressions_are_pythons_arithmetic(expression: str, values: dict[s
 
 @pytest.mark.parametrize(
     "expression",
-    ["s1", "s0 / 2", "s0 ** 2", "s0 % 2", "f(s0)", "s0.real", "s0[0]", "1.5", "True", "'a'", "s0 if 1 else 2", "", "s0 +"],
+    [
+        "(" * 240 + "s0" + ")" * 240,
+        "s1",
+        "s0 / 2",
+        "s0 ** 2",
+        "s0 % 2",
+        "f(s0)",
+        "s0.real",
+        "s0[0]",
+        "1.5",
+        "True",
+        "'a'",
+        "s0 if 1 else 2",
+        "",
+        "s0 +",
+    ],
 )
 def test_whatever_else_an_expression_holds_is_refused(expression: str):
     with pytest.raises(GridError, match="is not a size expression over"):

@@ -132,6 +132,32 @@ def test_queries_that_are_masked_as_a_whole_do_not_change_what_the_others_see():
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=0)
 
 
+class ByRank(WithMask):
+    def forward(self, x, mask):
+        return super().forward(x, mask[:, None, None] if mask.ndim == 2 else mask)
+
+
+class GivenToBlocks(Picture):
+    def __init__(self):
+        super().__init__(ByRank)
+
+    def forward(self, x, mask):
+        self.mask = mask
+        return super().forward(x)
+
+    def run(self, y):
+        return self.blocks[1](self.blocks[0](y, self.mask), self.mask)
+
+
+def test_a_mask_of_another_rank_goes_another_way_and_is_refused():
+    model, inputs = GivenToBlocks().eval(), image(2, 6, 10)
+    mask = torch.arange(60).expand(2, -1) < 40
+    student = ec.linearize(model, example_inputs={**inputs, "mask": mask})
+    with pytest.raises(ec.RewriteError, match=r"blocks\.0: was converted for inputs without this: mask\.ndim != 2"):
+        student(**inputs, mask=mask[:, None, None])
+    student(**inputs, mask=mask)
+
+
 def test_a_causal_mask_is_called_causal():
     plan = ec.plan(GivenMask(lambda at: at[:, None] >= at[None]), example_inputs=image(2, 6, 10))
     assert {(site.action, site.reason) for site in plan.sites} == {("keep", "causal attention")}

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo
 import torch.utils.checkpoint
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
@@ -216,6 +217,28 @@ def test_what_changes_attention_from_outside_is_refused_at_converted_sites(base,
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", kernel_by_hand)
     with torch.device("cpu"), BaseTorchFunctionMode():
         torch.testing.assert_close(call(student, WIDE), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_changes_attention_is_refused_in_compiled_blocks_too(base, student, inside):
+    """As diffusers' hook enters its mode: around the attention alone, inside of what is compiled."""
+    expected = call(student, WIDE)
+    for block in student.blocks:
+        if inside:
+            plain = block.attn.forward
+            block.attn.forward = lambda *args, plain=plain, **options: perturbed(plain, args, options)
+        block.compile(backend="eager", dynamic=True)
+    refused = pytest.raises((ec.RewriteError, torch._dynamo.exc.Unsupported), match=r"blocks\.0\.attn is converted|RewriteError")
+    with contextlib.nullcontext() if inside else Values(), refused:
+        call(student, WIDE)
+    if not inside:
+        with torch.device("cpu"):
+            torch.testing.assert_close(call(student, WIDE), expected, atol=1e-4, rtol=1e-4)
+
+
+def perturbed(forward, args, options):
+    with Values():
+        return forward(*args, **options)
 
 
 def test_generators_that_hold_a_teacher_leave_nothing_behind(student):

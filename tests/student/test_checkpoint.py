@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -359,6 +360,58 @@ def test_a_corrupt_index_is_an_error_or_harmless(folder, base, data):
             ec.load(folder, base)
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sizes: sizes[::-1], "in its own example, not"),
+        (lambda sizes: [f"{size}*0+{10**30}" for size in sizes], "in its own example, not"),
+        (lambda sizes: [f"{size}//0" for size in sizes], "does not follow from its own example"),
+        (lambda sizes: ["-" * 401 + size for size in sizes], "in its own example, not"),
+    ],
+    ids=["exchanged", "huge", "by zero", "deep"],
+)
+def test_a_grid_that_is_not_the_plans_own_is_refused(folder, base, change, message):
+    index = json.loads((folder / INDEX).read_text())
+    grid = index["plan"]["grid"]
+    grid["expressions"] = change(grid["expressions"])
+    for site in index["plan"]["sites"]:
+        if site["grid"] is not None:
+            site["grid"]["sizes"] = change(site["grid"]["sizes"])
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ec.CheckpointError, match=message):
+        ec.load(folder, base)
+
+
+@pytest.mark.parametrize("inputs", [{"tensor": [-1, 2], "dtype": "float32"}, {"tensor": [10**30], "dtype": "float32"}])
+def test_example_inputs_that_none_can_have_are_refused(folder, base, inputs):
+    index = json.loads((folder / INDEX).read_text())
+    index["plan"]["inputs"] = {"dict": {"x": inputs}}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ec.CheckpointError, match="not a description of example inputs"):
+        ec.load(folder, base)
+
+
+@pytest.mark.parametrize("name", [INDEX, "tensors"])
+def test_what_may_have_no_end_is_not_read(folder, base, name):
+    path = folder / (name if name == INDEX else json.loads((folder / INDEX).read_text())["tensors"])
+    path.unlink()
+    path.symlink_to("/dev/zero") if name == INDEX else os.mkfifo(path)
+    with pytest.raises(ec.CheckpointError, match="is not a regular file"):
+        ec.load(folder, base)
+
+
+def test_two_who_save_at_once_leave_a_whole_checkpoint(student, base, folder):
+    others = [copy.deepcopy(student) for _ in range(3)]
+    for number, other in enumerate(others):
+        toy.shaken(nn.ModuleList(converted_sites(other).values()), seed=number)
+    outputs = [call(other) for other in others]
+    with ThreadPoolExecutor(len(others)) as pool:
+        for _ in range(3):
+            list(pool.map(lambda other: ec.save(other, folder), others))
+            assert any(torch.equal(call(ec.load(folder, base)), output) for output in outputs)
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_no_checkpoint(tmp_path):

@@ -13,6 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
 
 import edit_compile as ec
 import toy
@@ -76,6 +78,11 @@ def one_value(model):
     model.text.weight[1, 2] += 0.25
 
 
+@torch.no_grad()
+def exchanged(model):
+    model.text.weight[[2, 3]] = model.text.weight[[3, 2]]
+
+
 WRITES = {
     "LoRA is fused": fused,
     "a state dict is loaded": lambda model: model.load_state_dict({name: 1.01 * p for name, p in model.named_parameters()}, strict=False),
@@ -84,6 +91,7 @@ WRITES = {
     "data": lambda model: model.patch.bias.data.mul_(1.001),
     "data is set": lambda model: setattr(model.out.bias, "data", model.out.bias.data + 1),
     "one value": one_value,
+    "rows in another order": exchanged,
     "a new parameter": lambda model: setattr(model.out, "weight", nn.Parameter(model.out.weight.detach().neg())),
 }
 
@@ -169,6 +177,59 @@ def test_casts_and_moves_are_no_writes_and_do_not_hide_one(base, student, tmp_pa
     assert [name for name in load_file(next(tmp_path.glob("*.safetensors"))) if ".attn." not in name] == ["text.weight"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_part_that_is_cast_to_a_finer_dtype_is_the_same_until_it_is_written_to(base, plan, tmp_path, dtype):
+    student = ec.linearize(base.to(dtype), plan=plan)
+    student.text.float()
+    with ec.teacher(student):
+        pass
+    with torch.no_grad():
+        student.text.weight[1, 2] *= 1 + 1e-6  # which the coarser dtype could not tell
+    with pytest.raises(ec.EditCompileError, match=r"text\.weight outside the converted sites were written to"), ec.teacher(student):
+        pass
+    ec.save(student, tmp_path)
+    assert [name for name in load_file(next(tmp_path.glob("*.safetensors"))) if ".attn." not in name] == ["text.weight"]
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+class Adapted(nn.Module):
+    """LoRA as others write it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.down = linear, nn.Linear(linear.in_features, linear.out_features)
+
+    def forward(self, x):
+        return self.linear(x) + self.down(x)
+
+
+@pytest.mark.parametrize("change", ["module", "parametrization", "part"])
+def test_the_teacher_is_no_model_whose_modules_were_replaced(base, student, tmp_path, change):
+    if change == "module":
+        student.out = Adapted(student.out)
+    elif change == "parametrization":
+        parametrize.register_parametrization(student.out, "weight", Doubled())
+    else:
+        student.blocks = student.blocks[:1]
+    assert not torch.equal(call(base), call(student))
+    gone = r"blocks\.1\." if change == "part" else r"out\.weight"
+    with pytest.raises(ec.EditCompileError, match=rf"{gone}.* outside the converted sites is not where it was"), ec.teacher(student):
+        pass
+    with pytest.raises(ec.CheckpointError, match="not as it was at conversion"):
+        ec.save(student, tmp_path)
+
+
+def test_modules_behind_wrappers_are_where_they_were(base, student):
+    student.out = torch.compile(student.out, backend="eager")
+    student.text = checkpoint_wrapper(student.text)
+    with ec.teacher(student):
+        assert torch.equal(call(student), call(base))
+
+
 def test_what_another_library_reads_by_its_address_was_not_written_to(base, student, tmp_path):
     """As compiled code does, and safetensors: that ends the sharing, and changes nothing."""
     for parameter in student.parameters():
@@ -223,6 +284,26 @@ def test_every_tensor_can_be_copied(tensor):
     assert tensor.is_meta or torch.equal(copied, tensor)
 
 
+class Odd(toy.Toy):
+    """With tensors that are not plain numbers in memory."""
+
+    def __init__(self):
+        super().__init__(joint=True)
+        self.register_buffer("turn", torch.polar(torch.ones(4), torch.arange(4.0)).conj())
+        self.register_buffer("negative", self.turn.imag)
+        self.register_buffer("few", torch.eye(3).to_sparse())
+
+
+def test_views_with_a_sign_of_their_own_and_sparse_tensors_are_copied():
+    base = toy.shaken(Odd().eval())
+    assert base.turn.is_conj()
+    assert base.negative.is_neg()
+    student = ec.linearize(base, example_inputs=toy.inputs(text=5))
+    for model in (student, student.to("cpu")):
+        for name in ("turn", "negative", "few"):
+            assert torch.equal(getattr(model, name).to_dense(), getattr(base, name).to_dense())
+
+
 def test_watched_memory_stays_where_it_is():
     weight, mapped = nn.Parameter(torch.randn(3)), torch.randn(3).share_memory_()
     place = weight.data_ptr()
@@ -264,6 +345,14 @@ def test_the_teacher_is_the_original_or_the_original_with_the_adapters(base, stu
     with ec.teacher(student, adapters=True):
         torch.testing.assert_close(call(student), with_lora)
     assert torch.equal(call(student), of_student)
+
+
+def test_adapters_on_what_conversion_added_are_not_the_originals(base, student):
+    """`all-linear` finds Linears in the designs' modules too."""
+    plain = call(base)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=r".*\.(reduce|restore|to_q)"), student)
+    with ec.teacher(student, adapters=True):
+        assert torch.equal(call(student), plain)
 
 
 def test_modules_that_peft_trains_whole_are_left_out_too(base, student):

@@ -134,6 +134,28 @@ def test_attention_processors_and_fusing_are_refused_by_name(student, inputs):
     assert same(both(student, inputs), expected)
 
 
+class OwnWeights(nn.Module):
+    """A processor with weights, as IP-Adapter's."""
+
+    def __call__(self, *args, **kwargs):
+        raise AssertionError("it is not called")
+
+
+def test_processors_with_weights_are_refused_by_name(student, inputs):
+    """Once there is one, another of the same class may take its place, and none other."""
+    expected = both(student, inputs)
+    site = next(iter(converted_sites(student).values()))
+    for processor in (OwnWeights(), nn.Identity()):
+        with pytest.raises(ec.RewriteError, match="setting its processor would have no effect"):
+            site.set_processor(processor)
+    plain = vars(site).pop("processor")
+    with pytest.raises(ec.RewriteError, match="setting its processor would have no effect"):
+        site.processor = plain
+    vars(site)["processor"] = plain
+    site.to_q = torch.compile(site.to_q, backend="eager")
+    assert same(both(student, inputs), expected)
+
+
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
 def test_an_attention_backend_chosen_for_a_model_is_put_aside_while_it_is_captured(family):
     """FlexAttention hides attention from the graph, and takes no masks."""
