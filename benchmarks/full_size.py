@@ -94,17 +94,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="Markdown file to write; default: print only")
     parser.add_argument("--only", action="append", choices=MODELS, help="a model; repeatable; default: all")
+    parser.add_argument("--no-plans", action="store_true", help="leave out `inspect`")
     parser.add_argument("--no-recipes", action="store_true", help="leave out the dry runs of the recipes")
     arguments = parser.parse_args()
     started = f"{time.strftime('%Y-%m-%d')}, torch {version('torch')}, {os.cpu_count()} cores, {platform.machine()}"
     load = f"load average {os.getloadavg()[0]:.1f} at the start"
     plans, flops, recipes, failures = list[str](), list[str](), list[str](), list[str]()
     for model in arguments.only or MODELS:
-        found = run("inspect", f"arch/{model}")
-        plans.append(inspected(model, found))
-        flops += counted(model, found)
-        print(plans[-1], *flops[-len(found["cost"]["costs"]) :], sep="\n", flush=True)
-        failures += problems(model, found)
+        if not arguments.no_plans:
+            found = run("inspect", f"arch/{model}")
+            plans.append(inspected(model, found))
+            flops += counted(model, found)
+            print(plans[-1], *flops[-len(found["cost"]["costs"]) :], sep="\n", flush=True)
+            failures += problems(model, found)
         if (RECIPES / f"{model}.yaml").is_file() and not arguments.no_recipes:
             recipes += estimated(model, run("distill", model, "--dry-run", "--set", f"model=arch/{model}"))
             print(*recipes[-5:], sep="\n", flush=True)
@@ -125,16 +127,16 @@ def problems(model: str, found: dict[str, Any]) -> list[str]:
 
 def page(command: str, where: str, plans: list[str], flops: list[str], recipes: list[str]) -> str:
     """Put the rows together as a page."""
-    parts = [
-        "# Full-size models on the meta device",
-        f"`{command}`, {where}. No weights.",
-        "`edit-compile inspect`: capture, plan, conversion and the counted forwards included.",
-        "| model | sites | wall | processor | peak memory | parameters added | FLOPs before / after | break-even, image tokens |\n"
-        "|---|---|---|---|---|---|---|---|\n" + "\n".join(plans),
-        "FLOPs of one forward of one sample, in units of 10^12, of the model and of its rewritten sites:",
-        "| model | pixels | image tokens | before | after | sites before | sites after | ratio |\n|---|---|---|---|---|---|---|---|\n"
-        + "\n".join(flops),
-    ]
+    parts = ["# Full-size models on the meta device", f"`{command}`, {where}. No weights."]
+    if plans:
+        parts += [
+            "`edit-compile inspect`: capture, plan, conversion and the counted forwards included.",
+            "| model | sites | wall | processor | peak memory | parameters added | FLOPs before / after | break-even, image tokens |\n"
+            "|---|---|---|---|---|---|---|---|\n" + "\n".join(plans),
+            "FLOPs of one forward of one sample, in units of 10^12, of the model and of its rewritten sites:",
+            "| model | pixels | image tokens | before | after | sites before | sites after | ratio |\n|---|---|---|---|---|---|---|---|\n"
+            + "\n".join(flops),
+        ]
     if recipes:
         parts += [
             '`edit-compile distill NAME --dry-run --set model=arch/NAME`, in one process: "kept" is for weights, gradients, optimizer and '
