@@ -27,6 +27,7 @@ from edit_compile.distillation.recipe.load import load_recipe
 from edit_compile.distillation.recipe.names import find_recipe
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,16 @@ def test_sample_says_what_it_cannot_sample(run, converted, tmp_path, options, me
             "'big' is neither PX nor HEIGHTxWIDTH nor, of videos, FRAMESxHEIGHTxWIDTH",
         ),
         (("inspect",), 2, "give one model, as MODEL or as --model MODEL"),
+        (("inspect", " "), 2, "give one model, as MODEL or as --model MODEL"),
+        (
+            ("distill", "demo-dit", "--set", "lr=3", "-o", "x"),
+            1,
+            "--set lr=3: lr: unknown key; did you mean layerwise.lr or stages.0.lr?\n",
+        ),
+        (("distill", "demo-dit", "--set", "stages.0.stps=3", "-o", "x"), 1, "stages.0.stps: unknown key; did you mean steps? "),
+        (("distill", "demo-dit", "--set", "stages.0.stps=3", "-o", "x"), 1, ", loss_weighting, snr_gamma\n"),
+        (("sample", f"{DOCS}/guide", "--prompt", "x", "-o", "x.png"), 1, f"or a hub id: did you mean {DOCS}/guides?"),
+        (("export", ".", "--dynamic", "hight", "-o", "x.pt2"), 1, "dynamic=('hight',): a list of names, of batch, frames"),
         (("inspect", "demo/dit", "--model", "demo/mm-dit"), 2, "give one model, as MODEL or as --model MODEL"),
         (("inspct", "demo/dit"), 2, "No such command 'inspct'. Did you mean 'inspect'?"),
         (("inspect", "demo/dti"), 1, "error: no demo model 'dti'; did you mean dit? there are: mm-dit"),

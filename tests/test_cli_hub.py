@@ -124,7 +124,9 @@ def test_names_and_addresses_with_revisions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for address in ("https://huggingface.co/me/model/tree/v1", "hf.co/me/model", "https://hf.co/me/model/blob/refs%2Fpr%2F3/config.json"):
         found = without_address(address)
-        assert re.fullmatch(r"me/model@(v1|refs/pr/3)|hf\.co/me/model", found), found
+        assert re.fullmatch(r"me/model(@(v1|refs/pr/3))?", found), found
+    for other in ("https://huggingface.co/datasets/me/photos", "huggingface.co/spaces/me/demo", "hf.company/me/model"):
+        assert without_address(other) == other
     assert hub_id("stabilityai/sd3.5-medium@v1") == ("stabilityai/stable-diffusion-3.5-medium", "v1")
     assert with_revision("https://hf.co/me/model", "refs/pr/3") == "me/model@refs/pr/3"
     assert is_on_hub("me/model@refs/pr/3")

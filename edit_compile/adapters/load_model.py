@@ -173,7 +173,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelNotFoundError(f"{path} is not valid JSON: {error}") from None
+        raise ModelNotFoundError(f"{path} is not a model's config: it is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"{path} is not a model's config: it holds a {type(config).__name__}")
     return config

@@ -14,7 +14,8 @@ from edit_compile.errors import ConfigError, ModelNotFoundError, suggestion
 
 ARCHITECTURES = Path(__file__).parent / "arch"
 _ON_HUB = re.compile(
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([^/?#\s]+/[^/?#\s]+)(?:/(?:tree|blob|resolve)/([^/?#\s]+))?(?:[/?#].*)?"
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?!(?:datasets|spaces)/)"
+    r"([^/?#\s]+/[^/?#\s]+)(?:/(?:tree|blob|resolve)/([^/?#\s]+))?(?:[/?#].*)?"
 )
 _ALIASES = {
     "stabilityai/sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
@@ -28,7 +29,7 @@ def architectures() -> tuple[str, ...]:
 
 
 def without_address(name: str) -> str:
-    """Return the hub id of a hub page's address, `https://huggingface.co/ORG/NAME` or `hf://ORG/NAME`; other names as they are.
+    """Return the hub id of a model's page, `[https://]huggingface.co/ORG/NAME` or `hf://ORG/NAME`; other names as they are.
 
     Of the page of a branch, a tag or a commit, `ORG/NAME@REVISION`.
     """

@@ -70,9 +70,10 @@ def export(
         import edit_compile as ec
         from edit_compile.adapters.input_file import read_example_inputs
         from edit_compile.deployment.formats import FORMATS
-        from edit_compile.deployment.run import check_target
+        from edit_compile.deployment.run import check_target, dynamic_names
 
     check_target(output, overwrite)
+    dynamic_names(dynamic)
     FORMATS[kind].check_packages()
     examples = [read_example_inputs(file) for file in inputs_files] or None
     with working(f"loading {model}"):

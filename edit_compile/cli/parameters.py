@@ -107,9 +107,10 @@ def model_argument(resolve: Callable[[str], str], what: str) -> Decorator:
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def wrapped(model: str | None, model_option: str | None, revision: str | None, **options: Any) -> Any:
-            if (model is None) == (model_option is None):
+            given = [name for name in (model, model_option) if name is not None]
+            if len(given) != 1 or not given[0].strip():
                 raise click.UsageError("give one model, as MODEL or as --model MODEL")
-            return command(model=with_revision(resolve(str(model or model_option)), revision), **options)
+            return command(model=with_revision(resolve(given[0]), revision), **options)
 
         option = click.option("--model", "model_option", type=MODEL, metavar="MODEL", help=what)
         return click.argument("model", type=MODEL, required=False)(option(revision_option(wrapped)))
@@ -173,7 +174,8 @@ def converted_model(name: str) -> str:
         return str(run)
     if is_recipe or name in shipped_recipes():
         raise ModelNotFoundError(f"{run} does not exist yet: `edit-compile distill {name}` makes it")
-    there = [str(path) for place in ("runs", "converted") for path in sorted(Path(place).glob("*")) if path.is_dir()]
+    places = dict.fromkeys((Path(name).parent, Path("runs"), Path("converted")))
+    there = [str(path) for place in places for path in sorted(place.glob("*")) if path.is_dir()]
     similar = get_close_matches(name, there, 1)
     hint = f": did you mean {similar[0]}?" if similar else ""
     raise ModelNotFoundError(f"{name} does not exist; give the folder of a converted model or of a finished run, or a hub id{hint}")

@@ -91,7 +91,7 @@ def export(
         GridError: the model does not support a size.
     """
     path, model = Path(path), unwrap(student)
-    kind, chosen = format_of(path, format), _chosen(dynamic)
+    kind, chosen = format_of(path, format), dynamic_names(dynamic)
     if blocks and not kind.for_torch:
         raise ExportError(f"code of blocks is for torch: a .pt2 file, not {kind.name}")
     check_target(path, overwrite)
@@ -166,7 +166,12 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise ExportError(f"{path} exists already; give another name with -o, or replace it with --overwrite (overwrite=True)")
 
 
-def _chosen(dynamic: Sequence[str] | None) -> set[str]:
+def dynamic_names(dynamic: Sequence[str] | None) -> set[str]:
+    """Return the names of what may vary.
+
+    Raises:
+        ConfigError: one is unknown.
+    """
     if isinstance(dynamic, str) or not set(dynamic or ()) <= set(NAMES):
         raise ConfigError(f"dynamic={dynamic!r}: a list of names, of {', '.join(NAMES)}")
     return set(DEFAULT if dynamic is None else dynamic)

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from edit_compile.bench.conversion_cost import CostReport
 from edit_compile.bench.latency import SpeedRow, Timing
 from edit_compile.ir.plan import Plan
 from edit_compile.ir.plan_table import listed
 from edit_compile.ir.symbol_names import readable_names
+from edit_compile.report.folded_table import FoldedTable
 from edit_compile.words import bytes_in_words
 
 BREAK_EVEN = 1.05  # a ratio of FLOPs below which nobody would notice a gain
@@ -47,23 +47,17 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _plain_table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
-
-
 def cost_table(report: CostReport) -> RenderableType:
     """Show the parameters added and a line of forward FLOPs for each size, after a warning where nothing is gained."""
     share = report.added / report.parameters
     lines = [*_warnings(report), f"{format_si(report.added)} parameters added to {format_si(report.parameters)} ({share:.1%})"]
-    table = _plain_table("FLOPs of one forward")
     head, *rows = cost_rows(report)
-    for name in head:
-        table.add_column(name, justify="right")
-    for cost, cells in zip(report.costs, rows, strict=True):
-        style = "green" if cost.ratio >= BREAK_EVEN else "red"
-        table.add_row(*(f"[{style}]{cell}[/]" if name == "ratio" else cell for name, cell in zip(head, cells, strict=True)))
+    styles = ["green" if cost.ratio >= BREAK_EVEN else "red" for cost in report.costs]
+    ratio = head.index("ratio")
+    coloured = [(*row[:ratio], f"[{style}]{row[ratio]}[/]", *row[ratio + 1 :]) for style, row in zip(styles, rows, strict=True)]
+    table = ("[bold]FLOPs of one forward[/]", FoldedTable(head, coloured, left=())) if rows else ()
     errors = [f"[dim]{escape(reason)}[/]" for reason in report.errors.values()]
-    return Group(*lines, *([table] if report.costs else []), *_meaning(report), *errors)
+    return Group(*lines, *table, *_meaning(report), *errors)
 
 
 def cost_rows(report: CostReport) -> Iterator[tuple[str, ...]]:
@@ -122,20 +116,19 @@ def cost_summary(report: CostReport) -> dict[str, Any]:
     }
 
 
-def speed_table(rows: Sequence[SpeedRow]) -> Table:
+def speed_table(rows: Sequence[SpeedRow]) -> RenderableType:
     """Show milliseconds of one forward of teacher and student, quartiles of the ratio, and peak memory where it was measured."""
-    table = _plain_table("one forward, median of alternating calls")
     with_memory = any(row.memory for row in rows)
-    for name in ("px", "teacher", "student", "speed-up", "quartiles", *(["teacher's peak", "student's peak"] if with_memory else [])):
-        table.add_column(name, justify="right")
+    head = ("px", "teacher", "student", "speed-up", "quartiles", *(["teacher's peak", "student's peak"] if with_memory else []))
+    lines = []
     for row in rows:
         style = "green" if row.speedup.median >= 1 else "red"
         spread = f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}"
-        memory = [bytes_in_words(peak) for peak in row.memory or ()]
+        memory = [bytes_in_words(peak) for peak in row.memory] if row.memory else [""] * (len(head) - 5)
         ratio = f"[{style}]{row.speedup.median:.2f}x[/]"
         frames = "" if row.frames is None else f"{row.frames} x "
-        table.add_row(f"{frames}{row.height} x {row.width}", _ms(row.teacher), _ms(row.student), ratio, spread, *memory)
-    return table
+        lines.append((f"{frames}{row.height} x {row.width}", _ms(row.teacher), _ms(row.student), ratio, spread, *memory))
+    return Group("[bold]one forward, median of alternating calls[/]", FoldedTable(head, lines, left=()))
 
 
 def _ms(timing: Timing) -> str:

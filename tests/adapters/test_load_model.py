@@ -81,7 +81,7 @@ def test_unknown_class_and_no_model(tmp_path):
 
 def test_a_broken_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ec.ModelNotFoundError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ec.ModelNotFoundError, match=r"config\.json is not a model's config: it is not valid JSON"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ec.ModelNotFoundError, match=r"config\.json is not a model's config: it holds a list"):

@@ -34,7 +34,7 @@ def make_repository(repository: str) -> str:
             api.auth_check(repository, write=True)
         return address
     except Exception as error:  # without a connection the client raises what its HTTP library does
-        raise DistillError(f"{repository} cannot be made or written: {first_line(error)}; run `hf auth login`") from error
+        raise DistillError(f"{repository} cannot be made or written: {first_line(error).rstrip('.')}; run `hf auth login`") from error
 
 
 def push_to_hub(folder: Path, repository: str) -> str:
@@ -54,7 +54,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
         HfApi().create_commit(repository, added, commit_message="Upload a student with edit_compile")
     except Exception as error:
         raise DistillError(
-            f"{repository} cannot be uploaded: {first_line(error)}; run `hf auth login`; the student is in {folder}"
+            f"{repository} cannot be uploaded: {first_line(error).rstrip('.')}; run `hf auth login`; the student is in {folder}"
         ) from error
     return address
 

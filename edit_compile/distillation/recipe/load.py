@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -38,7 +38,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str | tuple[str, Any]] = (
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError("; ".join(_in_words(path, content, lines, problem) for problem in error.errors())) from None
+        raise RecipeError("; ".join(_in_words(path, content, lines, problem) for problem in _causes(error.errors()))) from None
 
 
 def read_yaml(path: Path, what: str = "recipe") -> tuple[dict[str, Any], dict[Key, str]]:
@@ -112,12 +112,25 @@ def _set(content: Any, key: Key, value: Any, said: str) -> None:
             content = content[part]
 
 
+def _causes(problems: Sequence[Any]) -> list[Any]:
+    """Leave out the lists that are too short for what is wrong with their elements."""
+    places = [problem["loc"] for problem in problems]
+
+    def follows(problem: Any) -> bool:
+        place = problem["loc"]
+        return problem["type"] == "too_short" and any(other != place and other[: len(place)] == place for other in places)
+
+    return [problem for problem in problems if not follows(problem)]
+
+
 def _in_words(path: Path, content: dict[str, Any], lines: dict[Key, str], problem: Any) -> str:
     is_key = problem["loc"][-1:] == ("[key]",)  # the key of a mapping is wrong, not its value
     key: Key = problem["loc"][:-1] if is_key else problem["loc"]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = f"unknown key; {suggestion(str(key[-1]), _section(key[:-1], content).model_fields)}"
+        deeper = _places(str(key[0])) if len(key) == 1 else []
+        meant = f"did you mean {' or '.join(deeper)}?" if deeper else suggestion(str(key[-1]), _section(key[:-1], content).model_fields)
+        message = f"unknown key; {meant}"
     elif problem["type"] != "missing" and not is_key and isinstance(problem["input"], bool | int | float | str):
         message = f"{problem['input']!r}: {message}"
     known = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), str(path))
@@ -134,6 +147,13 @@ def _section(key: Key, content: Any) -> type[BaseModel]:
         if issubclass(section, DataConfig) and isinstance(content, dict):
             section = DATA.get(content["kind"])
     return section
+
+
+def _places(name: str) -> list[str]:
+    """List where sections of a recipe have a key of this name: `layerwise.lr`, `stages.0.lr`."""
+    sections = {key: (_model_in(field.annotation), get_origin(field.annotation) is tuple) for key, field in Recipe.model_fields.items()}
+    found = ((key, several) for key, (section, several) in sections.items() if section is not None and name in section.model_fields)
+    return [f"{key}.0.{name}" if several else f"{key}.{name}" for key, several in found]
 
 
 def _model_in(annotation: Any) -> Any:
