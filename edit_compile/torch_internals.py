@@ -193,9 +193,14 @@ def exporting_for_torch() -> Iterator[None]:
         yield
 
 
+def is_exporting() -> bool:
+    """Say whether torch.export makes a graph: traced by torch.compile, torch 2.11 answers its own question always with yes."""
+    return torch.compiler._is_exporting_flag if torch.compiler.is_dynamo_compiling() else torch.compiler.is_exporting()
+
+
 def is_exported() -> bool:
     """Say whether a graph is made that other programs read: decomposed, as for ONNX, the kernel on CPUs loses its logarithm."""
-    return (torch.compiler.is_exporting() and not _torch_runs_exports) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return (is_exporting() and not _torch_runs_exports) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _fused_kernels(device: str, index: int | None) -> tuple[str, ...]:
@@ -210,6 +215,14 @@ def _fused_kernels(device: str, index: int | None) -> tuple[str, ...]:
 
 
 _fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result, which loads dynamo
+
+
+def has_autocast(device: str) -> bool:
+    """Say whether a device has autocast; torch.compile takes it for a constant, for torch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device)
+
+
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def mark_dynamic(tensor: Tensor) -> None:

@@ -112,6 +112,7 @@ def nothing_to_divide_by() -> Iterator[float]:
 
 
 def main() -> None:
+    operators.wrap_triton = lambda kernel: kernel  # that of torch 2.11 takes no interpreted ones
     found: dict[str, list[float]] = {name: list(attention_errors(name)) for name in CASES}
     found |= {name: list(image_errors(name)) for name in IMAGES}
     found["nothing to divide by"] = list(nothing_to_divide_by())

@@ -26,7 +26,7 @@ from edit_compile.designs.ops.token_spans import Grids, grids_of, image_tokens
 from edit_compile.errors import GridError
 from edit_compile.ir.plan import Plan
 from edit_compile.student.grid_sources import grid_source
-from edit_compile.torch_internals import NO_BACKWARD, TRACES_CONTEXT_VARIABLES, after_backward, backward_id, mark_dynamic
+from edit_compile.torch_internals import NO_BACKWARD, TRACES_CONTEXT_VARIABLES, after_backward, backward_id, is_exporting, mark_dynamic
 
 _OF_CALLS = ("frame", "backward")  # attributes of `Runtime.local`: the call's frame, and the backward pass it was put back for
 
@@ -181,7 +181,7 @@ class Runtime:
 
         Not where gradients are recorded, for they are to train what was added; nor in an exported graph, which holds for all sizes.
         """
-        if not self.plan.min_tokens or torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if not self.plan.min_tokens or torch.is_grad_enabled() or is_exporting():
             return False
         base = next((grid for index, grid in enumerate(grids) if self.source.is_base(index)), grids[0])
         return image_tokens(base) < self.plan.min_tokens
@@ -213,7 +213,7 @@ class Runtime:
         case, at the price of a graph break.
         """
         traceable = stated is not None or self.source.untraceable_reason is None
-        traced = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and traceable)
+        traced = is_exporting() or (torch.compiler.is_compiling() and traceable)
         return (self._grids if traced else self._grids_eagerly)(stated, model, args, kwargs)
 
     def _grids(

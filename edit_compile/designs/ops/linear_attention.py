@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edit_compile.designs.ops.key_masks import NO_WEIGHT, at_least_float32, key_bias, key_weights
-from edit_compile.torch_internals import fused_attention
+from edit_compile.torch_internals import fused_attention, has_autocast
 
 
 def linear_attention(q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def exact_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if casts else nullcontext()
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edit_compile.designs.ops.key_masks import NO_WEIGHT, at_least_float32, key_bias
 from edit_compile.designs.ops.linear_attention import attention_with_normaliser, exact_scores, softmax_with_normaliser
-from edit_compile.torch_internals import FLEX_TILES_FIT_BLOCKS
+from edit_compile.torch_internals import FLEX_TILES_FIT_BLOCKS, is_exporting
 
 SIDE = 8  # of a block; the waste of larger ones is in the keys that no query of theirs sees, that of smaller ones in copies
 QUERIES = SIDE * SIDE  # of a block
@@ -248,7 +248,7 @@ def _near(window: Window, device: torch.device) -> Tensor:
 
 
 def _has_flex_kernel(q_BHND: Tensor, v_BHNE: Tensor) -> bool:
-    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiles = torch.compiler.is_compiling() and not is_exporting()
     heads_fit = min(q_BHND.shape[-1], v_BHNE.shape[-1]) >= _SMALLEST_FLEX_HEAD
     return compiles and q_BHND.device.type == "cuda" and q_BHND.dtype != torch.float64 and heads_fit
 

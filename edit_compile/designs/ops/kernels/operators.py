@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import triton_op, wrap_triton
 
 from edit_compile.designs.ops.feature_maps import elu_plus_one
 from edit_compile.designs.ops.key_masks import NO_WEIGHT, at_least_float32, key_weights
@@ -28,6 +29,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 if HAS_TRITON:
     from edit_compile.designs.ops.kernels import triton_code as code
+    from edit_compile.designs.ops.kernels.triton_code import attend, sum_keys, thin_both  # caches of torch look for their names
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -62,7 +64,7 @@ def _formula(q: Tensor, k: Tensor, v: Tensor, features: str, weights: Tensor | N
     return by_formula(to_features(q), keys if weights is None else keys * weights.to(keys.dtype), v)
 
 
-@torch.library.triton_op(
+@triton_op(
     "edit_compile::linear_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, str features, Tensor? weights) -> (Tensor, Tensor)",
@@ -79,7 +81,7 @@ def _linear_attention(q: Tensor, k: Tensor, v: Tensor, features: str, weights: T
     parts = -(-keys // code.KEYS_OF_A_PART)
     state, total = (q.new_empty((batch * heads, parts, *size), dtype=torch.float32) for size in ((d, e), (d,)))
     by_head = k if weights is None else weights.expand(batch, heads, keys, 1)
-    torch.library.wrap_triton(code.sum_keys)[(parts, batch * heads)](
+    wrap_triton(sum_keys)[(parts, batch * heads)](
         k, v, by_head, state, total, *k.stride(), *v.stride(), *by_head.stride()[:3], heads, keys, parts,
         BLOCK_M=rows, BLOCKS=code.KEYS_OF_A_PART // rows, WEIGHTED=weights is not None, **sizes,
     )  # fmt: skip
@@ -89,7 +91,7 @@ def _linear_attention(q: Tensor, k: Tensor, v: Tensor, features: str, weights: T
     y = q.new_empty((batch, queries, heads, e))  # as the projection behind it reads it
     log_normaliser = q.new_empty((batch, heads, queries, 1), dtype=torch.float32)
     block = 64 if q.dtype != torch.float32 else 32 if max(d, e) > 64 else 16  # as registers have room for
-    torch.library.wrap_triton(code.attend)[(-(-queries // block), batch * heads)](
+    wrap_triton(attend)[(-(-queries // block), batch * heads)](
         q, mean / top, means, (top * keys).log(), y, log_normaliser, *q.stride(), y.stride(0), y.stride(2), y.stride(1), heads, queries,
         BLOCK_N=block, TINY=_TINY, NO_WEIGHT=NO_WEIGHT, **sizes,
     )  # fmt: skip
@@ -138,7 +140,7 @@ def _convolved(image: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tens
     return F.conv2d(image, weight, bias, stride, weight.shape[-1] // 2, groups=weight.shape[0])
 
 
-@torch.library.triton_op(
+@triton_op(
     "edit_compile::depthwise", mutates_args=(), schema="(Tensor[] images, Tensor[] weights, Tensor[] biases, int stride) -> Tensor[]"
 )
 def _depthwise(images: list[Tensor], weights: list[Tensor], biases: list[Tensor], stride: int) -> list[Tensor]:
@@ -153,7 +155,7 @@ def _depthwise(images: list[Tensor], weights: list[Tensor], biases: list[Tensor]
     both = len(images) == 2
     last = pairs[1] if both else (*pairs[0][:3], images[0])  # nothing is written to it
     grid = (-(-tokens // code.TOKENS_OF_A_PROGRAM), -(-channels // code.CHANNELS_OF_A_PROGRAM), batch)
-    torch.library.wrap_triton(code.thin_both)[grid](
+    wrap_triton(thin_both)[grid](
         *pairs[0], *last, *images[0].stride(), *images[-1].stride(), channels, rows, columns, size[1], tokens,
         STRIDE=stride, TAPS=int(weights[0].shape[-1]), BOTH=both, BLOCK_N=code.TOKENS_OF_A_PROGRAM, BLOCK_C=code.CHANNELS_OF_A_PROGRAM,
     )  # fmt: skip
