@@ -7,11 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import edit_compile as ec
 import interpreted_kernels as interpreted
@@ -57,6 +61,58 @@ def errors() -> dict[str, float]:
 def test_a_kernel_computes_the_formula(errors: dict[str, float], case: str):
     dtype = next((name for name in (*interpreted.CASES.get(case, ()), *interpreted.IMAGES.get(case, ())) if name in WITHIN), "float32")
     assert errors[case] < WITHIN[dtype]
+
+
+# ------------------------------------------------------------------ compiled for GPUs, without one
+
+
+class Recorder:
+    """Stands for `wrap_triton`: notes the kernels that are launched, with their arguments by name."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, dict[str, Any], int]] = []
+
+    def __call__(self, kernel: Any) -> Any:
+        def launch(*args: Any, num_warps: int = 4, **constants: Any) -> None:
+            given = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+            self.launches.append((kernel, {name: given[name] for name in kernel.arg_names}, num_warps))
+
+        return defaultdict(lambda: launch)
+
+
+def type_of(value: Any) -> str:
+    """The type that Triton compiles a kernel's argument for; ones are constants, as flags and numbers are."""
+    if isinstance(value, Tensor):
+        return {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[value.dtype]
+    return "i32" if type(value) is int and value != 1 else "constexpr"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [64, 72, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_compile_for_gpus_and_fit_into_their_shared_memory(dtype: torch.dtype, channels: int, monkeypatch: pytest.MonkeyPatch):
+    triton = pytest.importorskip("triton", reason="builds of torch for CPUs come without Triton")
+    backends = pytest.importorskip("triton.backends.compiler")
+    monkeypatch.setattr(operators, "wrap_triton", recorder := Recorder())
+    with FakeTensorMode():
+        make = partial(torch.empty, device="cuda", dtype=dtype)
+        q, k, v = (make(2, tokens, 3 * channels).unflatten(2, (3, channels)).transpose(1, 2) for tokens in (400, 100, 100))
+        images = [make(2, 400, channels).unflatten(1, (20, 20)).movedim(-1, 1) for _ in range(2)]
+        torch.ops.edit_compile.linear_attention(q, k, v, "elu", torch.empty(2, 1, 100, 1, device="cuda"))
+        torch.ops.edit_compile.depthwise(images, [make(channels, 1, 3, 3)] * 2, [make(channels)] * 2, 2)
+    assert [kernel.fn.__name__ for kernel, _, _ in recorder.launches] == ["sum_keys", "attend", "thin_both"]
+    for kernel, given, warps in recorder.launches:
+        constant = {param.name for param in kernel.params if param.is_constexpr}
+        types = {name: "constexpr" if name in constant else type_of(value) for name, value in given.items()}
+        fixed = {(place,): given[name] for place, name in enumerate(types) if types[name] == "constexpr"}
+        whole = [place for place, name in enumerate(types) if types[name][0] == "*" or (types[name] == "i32" and given[name] % 16 == 0)]
+        attributes = {(place,): [["tt.divisibility", 16]] for place in whole}
+        source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attributes)
+        for capability, shared in ((80, 163), (89, 99), (90, 227)):  # in KiB, for a block of threads
+            target = backends.GPUTarget("cuda", capability, 32)
+            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+            assert compiled.asm["cubin"]
+            assert compiled.metadata.shared <= shared * 1024
 
 
 # ------------------------------------------------------------------ the operators
