@@ -73,6 +73,18 @@ def replaced_weights(student: ConvertedModel) -> list[str]:
     return [name for name in student.edit_conversion.shared.names() if name not in there and not _has_tensor(student, name)]
 
 
+def replaced_forwards(student: ConvertedModel) -> list[str]:
+    """Name the modules outside the sites that run another module's method as their forward, where some LoRA libraries put theirs."""
+    sites = tuple(f"{path}." for path in converted_sites(student))
+    forwards = ((path, module, vars(module).get("forward")) for path, module in student.named_modules())
+    others = (
+        path
+        for path, module, forward in forwards
+        if isinstance(held := getattr(forward, "__self__", module), nn.Module) and held is not module
+    )
+    return [path for path in others if not f"{path}.".startswith(sites)]
+
+
 def _has_tensor(model: nn.Module, name: str) -> bool:
     """Say whether a tensor is where its name says, also behind wrappers, or where FSDP1 puts views of its own."""
     owner, _, leaf = name.rpartition(".")
@@ -99,6 +111,11 @@ def require_original_weights(student: ConvertedModel) -> None:
         raise EditCompileError(
             f"the teacher is not the original model: {some_of(gone)} outside the converted sites is not where it was, for its module was "
             "replaced or parametrized; undo that, or run the original model"
+        )
+    if others := replaced_forwards(student):
+        raise EditCompileError(
+            f"the teacher is not the original model: {some_of(others)} outside the converted sites runs another module's forward, as LoRA "
+            "of some libraries does; take that off, or run the original model"
         )
     if changed := written_weights(student):
         raise EditCompileError(
@@ -210,7 +227,7 @@ def original_below(model: nn.Module) -> nn.Module | None:
 
 
 def _is_changed(model: ConvertedModel) -> bool:
-    return has_foreign_adapters(model) or bool(written_weights(model) or replaced_weights(model))
+    return has_foreign_adapters(model) or bool(written_weights(model) or replaced_weights(model) or replaced_forwards(model))
 
 
 def with_original_weights(model: nn.Module, adapters: bool = False) -> nn.Module:

@@ -207,6 +207,29 @@ class Adapted(nn.Module):
         return self.linear(x) + self.down(x)
 
 
+class Patched(nn.Module):
+    """LoRA that puts its own forward in the place of a module's, which it does not hold."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.down, self.plain = nn.Linear(linear.in_features, linear.out_features), linear.forward
+        linear.forward = self.forward
+
+    def forward(self, x):
+        return self.plain(x) + self.down(x)
+
+
+def test_the_teacher_is_no_model_whose_forwards_are_those_of_other_modules(base, student):
+    before = call(student)
+    patched = Patched(student.out)
+    assert not torch.equal(call(student), before)
+    with pytest.raises(ec.EditCompileError, match=r"original model: out outside .* runs another module's forward"), ec.teacher(student):
+        pass
+    student.out.forward = patched.plain
+    with ec.teacher(student):
+        assert torch.equal(call(student), call(base))
+
+
 @pytest.mark.parametrize("change", ["module", "parametrization", "part"])
 def test_the_teacher_is_no_model_whose_modules_were_replaced(base, student, tmp_path, change):
     if change == "module":
