@@ -70,6 +70,7 @@ def test_the_card_says_what_was_done(result):
     _, front, text = (result.folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "edit_compile"
     for part in (
+        "# Toy, distilled to mm-edit\n",
         "2 of 2 attention sites",
         f"{result.after.total:.3g}",
         f"{result.before.bins[1].error:.3g}",

@@ -46,7 +46,7 @@ def model_card(
     rewritten = f"{len(plan.rewritten)} of {len(plan.sites)}"
     parts = [
         f"---\n{_metadata(plan, _id_on_hub(on_hub), after).to_yaml()}\n---",
-        f"# {plan.model} with linear attention",
+        f"# {_title(plan)}",
         f"Distilled from {known or 'its base model'} by edit_compile: {rewritten} attention sites were rewritten.",
         f"```python\n{_code(known)}\n```",
         *([f"Without edit_compile:\n\n```python\n{_STANDALONE}\n```"] if recipe.standalone else []),
@@ -87,13 +87,21 @@ def _metadata(plan: Plan, base: str | None, after: ValidationResult) -> ModelCar
     )
     return ModelCardData(
         library_name="edit_compile",
-        tags=["diffusion", "linear-attention", *sorted({site.action for site in plan.rewritten}), "distillation"],
+        tags=["diffusion", "efficient-attention", *_designs(plan), "distillation"],
         base_model=base,
         base_model_relation="finetune" if base is not None else None,
-        model_name=f"{plan.model} with linear attention",
+        model_name=_title(plan),
         eval_results=[error] if task else None,
         **of_base,
     )
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.model}, distilled to {' and '.join(_designs(plan))}"
+
+
+def _designs(plan: Plan) -> list[str]:
+    return sorted({site.action for site in plan.rewritten})
 
 
 def _id_on_hub(base: str | None) -> str | None:

@@ -25,6 +25,7 @@ def plot_losses(rows: Sequence[MetricsRow], recipe: Recipe, errors: tuple[float,
         errors: of validation, before and after training.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -45,6 +46,7 @@ def plot_losses(rows: Sequence[MetricsRow], recipe: Recipe, errors: tuple[float,
         axes.text(begin, 1.01, f" {phase}", transform=axes.get_xaxis_transform(), fontsize="small")
         begin = end
     axes.set(yscale="log", xlabel="step", ylabel="loss, its parts weighted", xlim=(0, last))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
