@@ -105,7 +105,7 @@ def _meaning(name: str, expression: str, plan: PlanData) -> str:
     symbols = {} if plan.grid.kind == "ids" else plan.grid.symbols
     shapes = {symbol: argument if dim is None else f"{argument}.shape[{dim}]" for symbol, (argument, dim) in symbols.items()}
     known = SymbolNames(shapes).of(expression)
-    return MEANINGS[name] if known == expression else f"{MEANINGS[name]}, {known}"
+    return MEANINGS[name] if known == SymbolNames().of(expression) else f"{MEANINGS[name]}, {known}"
 
 
 def _segments(sites: Iterable[SitePlan]) -> Iterator[Segment]:

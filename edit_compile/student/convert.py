@@ -13,6 +13,7 @@ from edit_compile.adapters.pipelines import origin_of
 from edit_compile.errors import GridError, PlanError, RewriteError
 from edit_compile.ir import input_spec
 from edit_compile.ir.plan import Plan, SizesOfInputs
+from edit_compile.ir.symbol_names import readable_names
 from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.planner import CompiledPlan
 from edit_compile.student.fingerprint import fingerprint
@@ -137,5 +138,5 @@ def _nothing_to_convert(plan: Plan) -> str:
     nearest = next((s for s in plan.sites if s.query_layout.has(image) and s.key_layout.has(image)), plan.sites[0])
     return (
         f"{plan.model}: none of {len(plan.sites)} attention sites can be converted; "
-        f"the nearest is {nearest.path}, {nearest.query_layout}: {nearest.reason}"
+        f"the nearest is {nearest.path}, {readable_names(plan).layout(nearest.query_layout)}: {nearest.reason}"
     )

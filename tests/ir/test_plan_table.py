@@ -170,6 +170,12 @@ def test_a_grid_that_must_be_given_is_asked_for():
     assert "must be given" not in str(plan(*BLOCKS))
 
 
+def test_where_sizes_are_read_is_left_out_where_it_is_not_known():
+    text = str(plan(site("a.attn", "keep", "left out by include and exclude"), source=Given()))
+    assert "h: rows of image tokens; w: columns of image tokens" in text
+    assert "s20" not in text
+
+
 def test_notebooks_show_a_table():
     class Text(HTMLParser):
         def __init__(self):
