@@ -37,6 +37,7 @@ RUNS = {  # a run of each command, in order: later ones take what earlier ones m
     "distill": f"distill demo-dit -o run {SMALL} --set layerwise.steps=20",
     "sample": f"sample run --prompt '{PROMPT}' --steps 4 -o grid.png",
     "evaluate": "evaluate run --prompts prompts.txt --metrics lpips --steps 2",
+    "export": "export run --format onnx -o run.onnx",
     "bench": "bench demo/dit --resolutions 32 --runs 1",
     "compare": "compare run converted-run --samples 8",
     "report": "report run",
