@@ -161,7 +161,7 @@ class Ranker:
         check_frames_of(model.recipe, loaded)
         self._prepare(sites)
         for number, candidate in enumerate(model.candidates):
-            with working(f"{candidate} ({number + 1} of {len(model.candidates)})"):
+            with working(f"{candidate} ({number + 1} of {len(model.candidates)})" if len(model.candidates) > 1 else str(candidate)):
                 self._measure(number, interrupt)
         ranking = self._assembled()
         for text in sites:
