@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from edit_compile.adapters.hub_access import download_error, first_line, hub_access, hub_errors, is_hub_error
@@ -20,6 +20,7 @@ from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
 from edit_compile.extras import need
 from edit_compile.files import read_small
+from edit_compile.tensor_files import DTYPES
 
 _CONFIG = "config.json"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
@@ -126,7 +127,9 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) 
         return _from_config(path)
     model_class = _class_of(_read_config(path), folder)
     try:
-        return _pretrained(model_class, folder, dtype, variant=_variant_in(folder))
+        model = _pretrained(model_class, folder, dtype, variant=_variant_in(folder))
+        _require_stored_as_floats(model, folder)
+        return model
     except ModelNotFoundError:
         raise
     except (OSError, SafetensorError, *_MALFORMED) as error:
@@ -149,6 +152,24 @@ def _pretrained(model_class: Any, name: str | Path, dtype: torch.dtype | None, *
             "the files are incomplete, or another model's"
         )
     return cast("nn.Module", model.eval())
+
+
+def _require_stored_as_floats(model: nn.Module, folder: Path) -> None:
+    """Refuse whole numbers in the place of a model's weights, as quantization leaves them beside scales that nothing here knows.
+
+    Raises:
+        ModelNotFoundError: there are such.
+    """
+    wanted = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        file: Any
+        with safe_open(path, "pt") as file:
+            for name in wanted.intersection(file.keys()):
+                stored = file.get_slice(name).get_dtype()
+                if (dtype := DTYPES.get(stored)) is not None and not dtype.is_floating_point:
+                    raise ModelNotFoundError(
+                        f"{path}: {name} is stored in whole numbers ({stored}): it is quantized, and its scales are not known"
+                    )
 
 
 def _variant_in(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -172,10 +172,10 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
     import diffusers
 
     name = config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if kind is None:
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise DistillError(f"diffusers {diffusers.__version__} has no scheduler {name!r}; set prediction: in the recipe")
-    scheduler = kind.from_config(config)
+    scheduler = cast("Any", kind).from_config(config)
     prediction = scheduler.config.get("prediction_type")
     if prediction is None and not hasattr(scheduler, "alphas_cumprod"):
         prediction = "flow_prediction"  # the flow-matching schedulers have one kind of prediction and do not name it

@@ -25,7 +25,7 @@ class SD3(TextToImageFamily):
 
     def size_limit(self, model: Any, rows: int, columns: int) -> str | None:
         limit = model.config.pos_embed_max_size
-        if max(rows, columns) <= limit:
+        if limit is None or max(rows, columns) <= limit:  # without a table they are computed
             return None
         return f"its positions (pos_embed_max_size={limit}) end at {limit * self.pixels_per_token(model)} px"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, SD3Transformer2DModel
 
 import edit_compile as ec
 import families
@@ -86,3 +86,16 @@ def test_neither_diffusers_nor_timm_is_imported_with_the_adapters():
     imports = "; ".join(f"import edit_compile.adapters.{name}" for name in modules)
     code = f"import sys; {imports}; print([name for name in ('diffusers', 'timm', 'huggingface_hub') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("table", [24, None])
+def test_positions_end_where_their_table_does_and_nowhere_without_one(table):
+    model = SD3Transformer2DModel(
+        sample_size=12, num_layers=1, num_attention_heads=1, joint_attention_dim=8, caption_projection_dim=64, pos_embed_max_size=table
+    )
+    assert inputs_for_size(model, 128, 96, device="meta").grid == (8, 6)
+    if table is None:
+        assert inputs_for_size(model, 1024, 768, device="meta").grid == (64, 48)
+    else:
+        with pytest.raises(ec.GridError, match="pos_embed_max_size=24"):
+            inputs_for_size(model, 1024, 768, device="meta")

@@ -199,6 +199,13 @@ def test_weights_that_are_truncated_or_a_pointer_are_named(folder):
     assert "git-lfs" in refusal(folder)
 
 
+def test_weights_in_whole_numbers_are_refused(folder):
+    tensors = load_file(weights_of(folder))
+    name = "transformer_blocks.0.attn1.to_k.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, weights_of(folder), {"format": "pt"})
+    assert f"{name} is stored in whole numbers (I8): it is quantized" in refusal(folder)
+
+
 def test_weights_in_a_pipe_are_refused(folder):
     weights_of(folder).unlink()
     os.mkfifo(weights_of(folder))

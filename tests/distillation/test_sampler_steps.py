@@ -51,6 +51,27 @@ def test_a_flow_without_a_pipeline_takes_eulers_steps_with_its_shift():
     torch.testing.assert_close(NoiseSchedule("rectified-flow", shift=3.0).visited(4, 32, 32), 1000 * 3 * sigmas / (1 + 2 * sigmas))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"_class_name": "SD3Transformer2DModel"}',
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "x"}',
+        '{"_class_name": "DDPMScheduler", "beta_schedule": "none of them"}',
+        '{"_class_name": "DDPMScheduler", "num_train_timesteps": -5}',
+    ],
+)
+def test_a_schedulers_config_that_makes_none_is_named(tmp_path, config):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(config)
+    with pytest.raises(
+        ec.DistillError, match=r"scheduler_config\.json cannot be read: .*|has no scheduler .*; set prediction: in the recipe"
+    ):
+        schedule_of_pipeline(str(tmp_path))
+
+
 def test_what_is_not_known_is_said(tmp_path):
     with pytest.raises(ec.DistillError, match="is known from its pipeline alone, and that is not known; leave prediction: auto"):
         default_schedule("epsilon").visited(4, 32, 32)
