@@ -39,7 +39,7 @@ def child(name: str, folder: str, student: bool) -> dict[str, Any]:
     import edit_compile as ec
     from edit_compile.adapters.inputs import inputs_for_size
     from edit_compile.adapters.random_model import random_model
-    from edit_compile.api import REGIONAL, repeated_blocks
+    from edit_compile.api import block_options, repeated_blocks
 
     blocks, sides = MODELS[name]
     dtype = torch.float32 if name.startswith("demo/") else torch.bfloat16
@@ -49,7 +49,7 @@ def child(name: str, folder: str, student: bool) -> dict[str, Any]:
     read = time.perf_counter() - start if student else 0.0
     compiled = loaded if student else model
     for path in repeated_blocks(loaded):  # as ec.compile does, which takes students alone
-        compiled.get_submodule(path).compile(**REGIONAL)
+        compiled.get_submodule(path).compile(**block_options())
     seconds = []
     for side in sides:
         inputs = inputs_for_size(model, side, side, device=torch.device("cpu"), dtype=dtype).inputs

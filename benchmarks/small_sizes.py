@@ -20,7 +20,7 @@ import torch
 import edit_compile as ec
 from edit_compile.adapters.inputs import inputs_for_size
 from edit_compile.adapters.random_model import random_model
-from edit_compile.api import REGIONAL, repeated_blocks
+from edit_compile.api import block_options, repeated_blocks
 from edit_compile.bench.latency import Timing, compare_calls
 from edit_compile.bench.machine import machine_in_words
 from edit_compile.bench.roofline import roofline
@@ -54,7 +54,7 @@ def main() -> None:
         student = ec.linearize(model)
         for compiled in (model, student):
             for path in repeated_blocks(student):  # as ec.compile does, which takes students alone
-                compiled.get_submodule(path).compile(**REGIONAL)
+                compiled.get_submodule(path).compile(**block_options())
         for least in (0, "predicted"):
             tokens = ec.set_min_tokens(student, least)
             for side in arguments.sides:

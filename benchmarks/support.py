@@ -216,12 +216,12 @@ class Trial:
     def _original_uncompiled(self) -> str:
         import torch
 
-        from edit_compile.api import REGIONAL, repeated_blocks
+        from edit_compile.api import block_options, repeated_blocks
 
         torch.compiler.reset()
         model = self.one.model()
         for path in repeated_blocks(self.student):
-            model.get_submodule(path).compile(backend=self.backend, **REGIONAL)
+            model.get_submodule(path).compile(**block_options({"backend": self.backend}))
         try:
             with torch.compiler.set_stance("default"):
                 _run(model, self.given[0])

@@ -34,13 +34,13 @@ from edit_compile.student.lora import leave_out_for_teachers
 from edit_compile.student.runtime import Statement
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import OriginalWeights, require_original_weights
-from edit_compile.torch_internals import keep_graphs_in_order
+from edit_compile.torch_internals import keep_graphs_in_order, keep_strides
 
-__all__ = ["REGIONAL", "audit", "compile", "grid", "linearize", "plan", "plan_and_convert", "plan_of", "repeated_blocks", "teacher"]
+__all__ = ["audit", "block_options", "compile", "grid", "linearize", "plan", "plan_and_convert", "plan_of", "repeated_blocks", "teacher"]
 __all__ += ["plan_with_forwards", "transformer_of"]
 
 Model = TypeVar("Model")
-REGIONAL: dict[str, Any] = {"dynamic": True, "fullgraph": True}  # how blocks are compiled
+_REGIONAL: dict[str, Any] = {"dynamic": True, "fullgraph": True}
 
 
 def plan(
@@ -301,8 +301,13 @@ def compile(student: Model, *, kernels: Kernels = "auto", **options: Any) -> Mod
     choose_kernels(model, kernels)
     keep_graphs_in_order()  # for threads that call it at once
     for path in repeated_blocks(model):
-        model.get_submodule(path).compile(**{**REGIONAL, **options})
+        model.get_submodule(path).compile(**block_options(options))
     return student
+
+
+def block_options(options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Complete options of torch.compile by those that a repeated block is compiled with."""
+    return keep_strides({**_REGIONAL, **(options or {})})
 
 
 def repeated_blocks(student: Any) -> list[str]:

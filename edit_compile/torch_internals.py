@@ -75,6 +75,25 @@ def keep_graphs_in_order() -> None:
     torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
 
 
+def keep_strides(options: dict[str, Any]) -> dict[str, Any]:
+    """Have Inductor keep the strides of a graph's outputs that are views: options of torch.compile, completed.
+
+    It would only keep their order otherwise, and fails to find it where a stride is a product of two sizes, such as the rows and
+    columns of a grid (torch 2.14). Other backends, and versions without that option, get the options as they are.
+    """
+    if options.get("backend", "inductor") != "inductor":
+        return options
+    from torch._inductor import config, list_mode_options
+
+    if not hasattr(config, "strict_output_strides"):
+        return options
+    completed = {"strict_output_strides": True, **(options.get("options") or {})}
+    if options.get("options") is None and options.get("mode") is not None:  # torch takes one or the other
+        completed |= list_mode_options(options["mode"], options.get("dynamic"))
+        options = {name: value for name, value in options.items() if name != "mode"}
+    return {**options, "options": completed}
+
+
 def is_quantized(tensor: Tensor) -> bool:
     """Say whether a tensor is of a class with operators of its own, as quantized weights are, but not a DTensor."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_sharded(tensor)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edit_compile.adapters.inputs import ImageInputs
-from edit_compile.api import REGIONAL, plan_with_forwards, repeated_blocks
+from edit_compile.api import block_options, plan_with_forwards, repeated_blocks
 from edit_compile.bench.flops import count_flops
 from edit_compile.bench.kernels import measure_kernels
 from edit_compile.bench.memory import peak_memory
@@ -92,7 +92,7 @@ def make_subjects(model: nn.Module, conversions: Mapping[str, LinearizeConfig], 
         blocks = repeated_blocks(subjects[-1].model)
         for path in blocks:
             for subject in subjects:
-                subject.model.get_submodule(path).compile(**REGIONAL)
+                subject.model.get_submodule(path).compile(**block_options())
     return subjects
 
 

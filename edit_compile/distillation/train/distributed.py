@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from edit_compile.adapters.stored_dtype import loading_dtype
-from edit_compile.api import REGIONAL, repeated_blocks
+from edit_compile.api import block_options, repeated_blocks
 from edit_compile.api import compile as compile_blocks
 from edit_compile.distillation.processes import PATIENCE, gathered
 from edit_compile.distillation.recipe.schema import Recipe
@@ -182,7 +182,7 @@ def recompute_blocks(student: nn.Module, *, compiled: bool = False) -> None:
     """
     for path in repeated_blocks(student):
         block = student.get_submodule(path)
-        forward = torch.compile(block.forward, **REGIONAL) if compiled else block.forward
+        forward = torch.compile(block.forward, **block_options()) if compiled else block.forward
         block.forward = functools.partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False)
 
 
