@@ -10,7 +10,7 @@ import click
 
 from edit_compile.cli.command import Command, print_json, print_table, say
 from edit_compile.cli.parameters import Size, check_folder, original_model_argument, read_list
-from edit_compile.errors import ConfigError
+from edit_compile.errors import ConfigError, GridError
 from edit_compile.extras import need
 from edit_compile.progress import working
 
@@ -85,6 +85,8 @@ def bench(
     with working(f"making {model} and its conversions"):
         made = Bench.make(model, conversions, dtype=getattr(torch, dtype), **options)
     report = made.run(sizes, runs=runs, profiled=profiled, limit=math.inf if limit is None else limit)
+    if not report.rows:
+        raise GridError(f"no size could be measured: {'; '.join(report.impossible.values())}")
     if as_json:
         print_json(bench_summary(report))
     else:

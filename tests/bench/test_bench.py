@@ -144,6 +144,13 @@ def test_sizes_that_cannot_be_made_say_why(made):
     assert "multiples of" in report.impossible["33 x 33"]
 
 
+def test_the_command_fails_where_no_size_can_be_measured():
+    done = invoke("demo/dit", "--blocks", 1, "--resolutions", 33, "--designs", "edit")
+    assert done.exit_code == 1
+    assert "no size could be measured: " in done.output
+    assert "multiples of" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
