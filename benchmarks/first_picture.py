@@ -1,10 +1,12 @@
 """How long the first picture takes: teacher and student, each in processes of its own with empty caches of torch.compile, in turns.
 
     python benchmarks/first_picture.py --write benchmarks/results/DATE-first-picture.md
+    python benchmarks/first_picture.py --whole --runs 1      # a picture of twenty steps by whole models
     python benchmarks/first_picture.py --only demo/dit --runs 1
 
 For an idle machine. The student is saved first. Timed are reading the student, the first forward of compiled blocks, and first forwards
-at five other sizes; graphs are those of torch.compile. Full-width structures are cut to one block of each kind, with random weights.
+at five other sizes, or of whole models the other steps; graphs are those of torch.compile. Full-width structures are cut to one block of
+each kind unless they are whole. All weights are random.
 """
 
 from __future__ import annotations
@@ -31,17 +33,24 @@ MODELS = {  # blocks of each kind, and pixels a side: the first, and the others
     "arch/pixart-sigma": (1, (512, 448, 576, 640, 704, 768)),
     "arch/sd3.5-medium": (1, (512, 448, 576, 640, 704, 768)),
 }
-HEAD = ("model", "", "read", "first forward", "five other sizes", "together", "of the teacher's", "graphs")
+STEPS = 20  # of a picture
+HEAD = ("model", "", "read", "first forward", "{others}", "together", "of the teacher's", "graphs")
 
 
-def child(name: str, folder: str, student: bool) -> dict[str, Any]:
+def sizes_of(name: str, whole: bool) -> tuple[int | None, tuple[int, ...]]:
+    """Return the blocks of each kind, and the sides of the images of all forwards in pixels."""
+    blocks, sides = MODELS[name]
+    return (None, STEPS * sides[:1]) if whole else (blocks, sides)
+
+
+def child(name: str, folder: str, student: bool, whole: bool) -> dict[str, Any]:
     """Time what one process does until it has drawn at all sizes."""
     import edit_compile as ec
     from edit_compile.adapters.inputs import inputs_for_size
     from edit_compile.adapters.random_model import random_model
     from edit_compile.api import block_options, repeated_blocks
 
-    blocks, sides = MODELS[name]
+    blocks, sides = sizes_of(name, whole)
     dtype = torch.float32 if name.startswith("demo/") else torch.bfloat16
     model = random_model(name, blocks=blocks, dtype=dtype).model
     start = time.perf_counter()
@@ -61,11 +70,11 @@ def child(name: str, folder: str, student: bool) -> dict[str, Any]:
     return {"read": read, "first": seconds[0], "others": sum(seconds[1:]), "graphs": graphs}
 
 
-def run(name: str, folder: Path, student: bool) -> dict[str, Any]:
+def run(name: str, folder: Path, student: bool, whole: bool) -> dict[str, Any]:
     """Run a process with empty caches."""
     with tempfile.TemporaryDirectory() as caches:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": caches}
-        command = [sys.executable, __file__, "--child", name, str(folder), str(int(student))]
+        command = [sys.executable, __file__, "--child", name, str(folder), str(int(student)), str(int(whole))]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -76,23 +85,24 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a Markdown file to write")
     parser.add_argument("--only", action="append", choices=list(MODELS), help="a model; repeatable; default: all")
     parser.add_argument("--runs", type=int, default=3, help="processes of each kind")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help=f"whole models, and {STEPS} forwards of one size")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        name, folder, student = arguments.child
-        print(json.dumps(child(name, folder, bool(int(student)))))
+        name, folder, student, whole = arguments.child
+        print(json.dumps(child(name, folder, student == "1", whole == "1")))
         return
     import edit_compile as ec
     from edit_compile.adapters.random_model import random_model
 
     table = []
-    for name in arguments.only or MODELS:
+    for name in arguments.only or [name for name in MODELS if not (arguments.whole and name.startswith("demo/"))]:
         with tempfile.TemporaryDirectory() as folder:
-            blocks, _ = MODELS[name]
+            blocks, _ = sizes_of(name, arguments.whole)
             saved = Path(folder) / "student"
             made = random_model(name, blocks=blocks, dtype=torch.float32 if name.startswith("demo/") else torch.bfloat16)
             ec.save(ec.linearize(made.model), saved, base=name)
-            pairs = [[run(name, saved, student) for student in (False, True)] for _ in range(arguments.runs)]
+            pairs = [[run(name, saved, student, arguments.whole) for student in (False, True)] for _ in range(arguments.runs)]
         totals = [[sum(each[part] for part in ("read", "first", "others")) for each in pair] for pair in pairs]
         ratio = statistics.median(student / teacher for teacher, student in totals)
         for number, kind in enumerate(("teacher", "student")):
@@ -103,7 +113,10 @@ def main() -> None:
     if arguments.write is not None:
         where = f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end"
         note = f"Medians of {arguments.runs} processes each, in turns; {where}; {time.strftime('%Y-%m-%d')}."
-        parts = ("# The first picture", "`python benchmarks/first_picture.py`", note, markdown_table(HEAD, table))
+        others = f"{STEPS - 1} more of that size" if arguments.whole else "five other sizes"
+        head = [each.format(others=others) for each in HEAD]
+        command = f"`python benchmarks/first_picture.py{' --whole' if arguments.whole else ''}`"
+        parts = ("# The first picture", command, note, markdown_table(head, table))
         write_text(arguments.write, "\n\n".join(parts) + "\n")
 
 

@@ -3,7 +3,7 @@
     python benchmarks/small_sizes.py --write benchmarks/results/DATE-small-sizes.md
     python benchmarks/small_sizes.py --only pixart-sigma --sides 256 --runs 3
 
-For an idle machine. Full width, one block of each kind, random weights, bfloat16, compiled. `predicted` is by the rates that
+For an idle machine. Full width, a few blocks of each kind, random weights, bfloat16, compiled. `predicted` is by the rates that
 `edit-compile bench` last measured on this machine, which this script measures if there are none.
 """
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a Markdown file to write")
     parser.add_argument("--only", action="append", choices=MODELS, help="a model; repeatable; default: all")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 768], help="in pixels")
+    parser.add_argument("--blocks", type=int, default=4, help="of each kind")
     parser.add_argument("--runs", type=int, default=15, help="timed rounds")
     arguments = parser.parse_args()
     dtype, device = torch.bfloat16, torch.device("cpu")
@@ -50,7 +51,7 @@ def main() -> None:
     table: list[tuple[str, ...]] = []
     for name in arguments.only or MODELS:
         torch.compiler.reset()
-        model = random_model(f"arch/{name}", blocks=1, dtype=dtype).model
+        model = random_model(f"arch/{name}", blocks=arguments.blocks, dtype=dtype).model
         student = ec.linearize(model)
         for compiled in (model, student):
             for path in repeated_blocks(student):  # as ec.compile does, which takes students alone
@@ -61,7 +62,15 @@ def main() -> None:
                 inputs = inputs_for_size(model, side, side, device=device, dtype=dtype).inputs
                 whole, converted, ratio, _ = compare_calls(partial(model, **inputs), partial(student, **inputs), runs=arguments.runs)
                 times = in_words(whole, 1000, " ms"), in_words(converted, 1000, " ms")
-                table.append((name, str(side), f"{least}: {tokens:,}" if least else "0", *times, in_words(ratio, 1, "x")))
+                table.append(
+                    (
+                        f"{name}, {arguments.blocks} blocks",
+                        str(side),
+                        f"{least}: {tokens:,}" if least else "0",
+                        *times,
+                        in_words(ratio, 1, "x"),
+                    )
+                )
                 print(*table[-1], sep=" | ", flush=True)
     if arguments.write is not None:
         load = f"load average {os.getloadavg()[0]:.1f} at the end, {time.strftime('%Y-%m-%d')}."
