@@ -188,6 +188,15 @@ def own_weights(model: ConvertedModel, include: Iterable[str] = ("*",), *, read_
     return list(originals)
 
 
+def forget_originals(model: nn.Module) -> None:
+    """Let go of the values of the original weights that `unshare` keeps, of a model whose own are sharded: names and sizes stay.
+
+    No teacher can be made of it any more: one that was made before has them.
+    """
+    originals = unwrap(model).edit_conversion.originals
+    originals |= {name: nn.Parameter(original.detach().to("meta"), requires_grad=False) for name, original in originals.items()}
+
+
 class OriginalWeights:
     """Gives the teacher of a model that was unshared: a copy of the module tree, over the same weights but those trained.
 

@@ -28,6 +28,7 @@ from edit_compile.distillation.train.trackers import chosen_trackers
 from edit_compile.errors import DistillError, some_of
 from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.site import converted_sites
+from edit_compile.student.weights import forget_originals
 from edit_compile.tensor_files import SavedTensors
 from edit_compile.torch_internals import is_sharded, place_of_shard
 
@@ -162,6 +163,7 @@ def shard(model: nn.Module, trained: Iterable[str], recipe: Recipe, accelerator:
             elif not any(sharded):
                 fully_shard(teacher, **options | {"reshard_after_forward": True})
         fully_shard(part, **options)
+    forget_originals(model)
 
 
 def reshard(student: nn.Module) -> None:
