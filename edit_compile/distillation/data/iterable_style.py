@@ -44,11 +44,18 @@ class IterableSource:
     The records of a window of batches are sorted by the aspect ratios of their images, and each batch takes the bucket nearest
     to its median ratio. So all records are used, none waits for others of its ratio, and a batch depends on its window alone.
     An earlier window is reached by reading the stream again.
+
+    Args:
+        processes: into how many parts the records are split where each process's stream has records of its own; 1 where the streams
+            of all have the same.
     """
 
     concurrent = True
 
-    def __init__(self, stream: RecordStream, encoder: Encoder, buckets: Buckets | None, seed: int, caption_dropout: float) -> None:
+    def __init__(
+        self, stream: RecordStream, encoder: Encoder, buckets: Buckets | None, seed: int, caption_dropout: float, processes: int = 1
+    ) -> None:
+        self.processes = processes
         self.stream, self.encoder, self.buckets, self.seed, self.caption_dropout = stream, encoder, buckets, seed, caption_dropout
         self.skipped: dict[str, str] = {}
         self._reader, self._read = self._endless(), 0
@@ -69,9 +76,10 @@ class IterableSource:
 
     def _training_batch(self, request: BatchRequest) -> Batch:
         window, number = divmod(request.position // request.size, _WINDOW)
-        batches = self._batches(window, request.size)
+        batches, count = self._batches(window, request.size // self.processes), len(request.rows)
         fallbacks = [record for batch in (*batches[number:], *batches[:number]) for record in batch]
-        return self._encoded(request, batches[number], [batches[number][row] for row in request.rows], fallbacks)
+        first = request.rows.start // (count * self.processes) * count if self.processes > 1 else request.rows.start
+        return self._encoded(request, batches[number], batches[number][first : first + count], fallbacks)
 
     def _validation_batch(self, request: BatchRequest) -> Batch:
         if self._held_out is None:

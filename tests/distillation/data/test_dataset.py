@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 import data_files
 import edit_compile as ec
@@ -135,6 +138,31 @@ def test_processes_share_out_a_streams_images_and_go_on_in_any_number(parquet, w
         assert [number for _, numbers in parts for number in numbers] == whole[1]
     seen = [number for each in (*decoded, *more) for number in each]
     assert len(seen) == len(set(seen)) == 96  # each image is decoded once, in one process
+
+
+def test_processes_read_shards_of_their_own(parquet):
+    data, seen = data_of(parquet, streaming=True, own_shards=True), set()
+    for rank in range(SHARDS):
+        stream, encoder, numbers = HubStream(data, 0, 6, (rank, SHARDS)), Counting(), []
+        source = IterableSource(stream, encoder, Buckets(multiple=4), 0, 0.0, SHARDS)
+        for step, turn in itertools.product(range(16), range(2)):  # a window of batches, each in two micro-batches
+            rows = range((turn * SHARDS + rank) * 2, (turn * SHARDS + rank + 1) * 2)
+            numbers += numbers_of(source.batch(BatchRequest(4 * SHARDS * step, 4 * SHARDS, rows, 16, 16)))
+        records = itertools.chain.from_iterable(map(stream.epoch, itertools.count()))
+        expected = [int(record.captions[0].removeprefix("image ")) for _, record in itertools.islice(records, 64)]
+        assert encoder.seen == numbers
+        assert sorted(numbers) == sorted(expected)
+        epoch = set(expected[: PER_SHARD - 2])
+        assert len({number // PER_SHARD for number in epoch}) == 1
+        seen |= epoch
+    assert len(seen) == SHARDS * (PER_SHARD - 2)
+
+
+def test_shards_of_their_own_are_of_streams_and_enough_for_all(parquet):
+    with pytest.raises(ec.DistillError, match=f"has {SHARDS} shards for {SHARDS + 1} processes"):
+        HubStream(data_of(parquet, streaming=True, own_shards=True), 0, 6, (0, SHARDS + 1))
+    with pytest.raises(ValidationError, match="set streaming: true"):
+        data_of(parquet, own_shards=True)
 
 
 def test_records_of_a_stream_can_be_resumed(parquet):

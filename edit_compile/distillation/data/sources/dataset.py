@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from edit_compile.distillation.data.cache.encode import ImageProducer
 from edit_compile.distillation.data.cache.write import Producer
@@ -18,6 +19,7 @@ from edit_compile.distillation.data.records import CAPTION_KEYS, BadSample, Name
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import DataSource, SourceContext
+from edit_compile.distillation.processes import process
 from edit_compile.errors import DistillError
 from edit_compile.extras import need
 
@@ -48,6 +50,15 @@ class DatasetData(CaptionedImages):
     """The column of the captions. Default: the usual names."""
     streaming: bool = False
     """Read the data as it is downloaded, and keep nothing. A stage continues where the one before ended by reading up to there."""
+    own_shards: bool = False
+    """Of a stream, let each process read shards of its own, and no others but for what is held out. What a run is trained on then depends
+    on how many processes it has. Default: all processes read all of it, and together see what one would see."""
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        if self.own_shards and not self.streaming:
+            raise ValueError("own_shards: only streams are split by shards, set streaming: true")
+        return self
 
     def load(self) -> Any:
         """Load the dataset, its images not decoded.
@@ -78,8 +89,10 @@ class DatasetData(CaptionedImages):
         """Open a source with random access, or over a stream."""
         if not self.streaming:
             return super().open(context)
-        stream = HubStream(self, context.seed, self.held_out or _STREAM_HELD_OUT)
-        return IterableSource(stream, encoder_for(context, self.text_tokens), self.buckets, context.seed, self.caption_dropout)
+        part = process() if self.own_shards else (0, 1)
+        stream = HubStream(self, context.seed, self.held_out or _STREAM_HELD_OUT, part)
+        encoder = encoder_for(context, self.text_tokens)
+        return IterableSource(stream, encoder, self.buckets, context.seed, self.caption_dropout, part[1])
 
     def producer(self, context: SourceContext, batch_size: int) -> Producer:
         """Return what encodes the rows for a cache."""
@@ -125,9 +138,21 @@ class HubStream:
     The first records of the first shards are the held-out ones.
     """
 
-    def __init__(self, data: DatasetData, seed: int, held_out: int) -> None:
-        self.data, self.seed, self.rows = data, seed, data.load()
+    def __init__(self, data: DatasetData, seed: int, held_out: int, part: tuple[int, int] = (0, 1)) -> None:
+        """
+        Args:
+            part: which part of each epoch's shards is read, and of how many.
+
+        Raises:
+            DistillError: there are fewer shards than parts.
+        """
+        self.data, self.seed, self.part, self.rows = data, seed, part, data.load()
         self.shards = self.rows.num_shards
+        if self.shards < part[1]:
+            raise DistillError(
+                f"data.own_shards: {data.path} has {self.shards} {'shards' if self.shards > 1 else 'shard'} for {part[1]} processes: "
+                "leave it out, or start fewer"
+            )
         self.held_out_per_shard = -(-held_out // min(self.shards, _HELD_OUT_SHARDS))
 
     def held_out(self) -> Iterator[NamedRecord]:
@@ -136,8 +161,9 @@ class HubStream:
             yield from islice(self._shard(shard), self.held_out_per_shard)
 
     def epoch(self, number: int) -> Iterator[NamedRecord]:
-        """Yield all others, the shards shuffled."""
-        for shard in np.random.default_rng(seed_of(self.seed, "shards", number)).permutation(self.shards):
+        """Yield all others of this part's shards, which are shuffled."""
+        rank, parts = self.part
+        for shard in np.random.default_rng(seed_of(self.seed, "shards", number)).permutation(self.shards)[rank::parts]:
             yield from islice(self._shard(int(shard)), self.held_out_per_shard if shard < _HELD_OUT_SHARDS else 0, None)
 
     def records(self, start: int) -> Iterator[NamedRecord]:
