@@ -144,6 +144,10 @@ def test_convert_has_a_folder_of_its_own(run, tmp_path, monkeypatch):
     assert again.exit_code == 1
     assert "converted/dit holds a checkpoint already; choose another folder with -o, or replace it with --overwrite" in again.stderr
     assert index.read_bytes() == before
+    running = Path("running")
+    running.mkdir()
+    (running / "metrics.jsonl").touch()
+    assert "running holds a distillation already" in run("convert", "demo/dit", "-o", "running").stderr
     replaced = run("convert", "demo/dit", "--set", "reduction=2", "--overwrite", "--json")
     assert replaced.exit_code == 0, replaced.stderr
     assert json.loads(replaced.stdout)["output"] == "converted/dit"

@@ -95,8 +95,9 @@ def convert(
         raise click.UsageError("--standalone writes no original attention, which --min-tokens needs: leave one of them out")
     output = output or Path("converted") / Path(model).resolve().name
     check_folder(output)
-    if not overwrite and (output / "edit_compile.json").exists():
-        raise CheckpointError(f"{output} holds a checkpoint already; choose another folder with -o, or replace it with --overwrite")
+    for file, what in (("edit_compile.json", "a checkpoint"), ("metrics.jsonl", "a distillation")):
+        if not overwrite and (output / file).exists():
+            raise CheckpointError(f"{output} holds {what} already; choose another folder with -o, or replace it with --overwrite")
     with working("importing PyTorch"):
         import torch
 
