@@ -96,6 +96,7 @@ def test_it_is_the_only_attribute_that_conversion_adds(base, student):
             "edit_conversion",
             "edit_grid_index",
             "edit_path",
+            "edit_names",
             "_edit_teacher",
         }
 
