@@ -102,7 +102,7 @@ def memory(recipe: Recipe, student: nn.Module) -> int:
             distill(recipe, folder, overwrite=True, student=student)
 
         if not torch.cuda.is_available():
-            return sum(p.numel() * p.element_size() for p in student.parameters()) + peak_memory(run)
+            return sum(p.numel() * p.element_size() for p in student.parameters()) + peak_memory(run, "cpu")
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run()

@@ -15,13 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
+def peak_memory(call: Callable[[], Any], device: str | None = None) -> int:
     """Count the bytes of the tensors made in a call, a backward pass included, at the moment when most of them are alive.
 
     Workspaces of kernels are not counted, nor what was alive before. On the meta device attention is counted as one fused kernel;
     its decomposition there would make the matrix of scores.
+
+    Args:
+        device: the type of devices whose tensors count; default: all, those on the meta device too.
     """
-    counter = _Counter()
+    counter = _Counter(device)
     with _fused_on_meta(), counter:
         call()
     return counter.peak
@@ -30,8 +33,9 @@ def peak_memory(call: Callable[[], Any]) -> int:
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follow every storage from the operation that makes it to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.live: int = 0
         self.peak: int = 0
         self.known: Any = WeakIdKeyDictionary()  # storages: those counted, and those that were there before
@@ -42,7 +46,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = func(*args, **(kwargs or {}))
         for tensor in _tensors(found):
             storage = tensor.untyped_storage()
-            if storage not in self.known:
+            if storage not in self.known and self.device in (None, storage.device.type):
                 self._count(storage)
         return found
 

@@ -34,9 +34,7 @@ def test_blocks_are_trained_at_several_sizes(text, options):
     compiled = ec.compile(copy.deepcopy(student), **options)
     for grid in GRIDS:
         expected, found = gradients(student, *grid, text), gradients(compiled, *grid, text)
-        assert found.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+        check(found, expected)
     torch.compiler.reset()
 
 
@@ -52,7 +50,13 @@ def test_blocks_of_diffusers_are_trained(name):
     for each in (student, compiled):
         each(**example)[0].square().mean().backward()
         found.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
+    check(*found)
     torch.compiler.reset()
+
+
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same gradients; some are zero but for rounding, as of a bias before a normalisation."""
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-5 * largest, name
