@@ -14,6 +14,7 @@ import edit_compile as ec
 from edit_compile.adapters import load_model as models
 from edit_compile.distillation import Recipe, distill
 from edit_compile.distillation.data import BatchRequest, open_source
+from edit_compile.distillation.data.seeding import noise_for
 from edit_compile.distillation.data.sources.random import RandomData
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -27,6 +28,14 @@ def config_of(name, folder):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads((models.ARCHITECTURES / f"{name}.json").read_text()) | SMALL | NAMES[name]))
     return str(path)
+
+
+def test_the_noise_is_not_the_sample(tmp_path):
+    model = models.load_model(config_of("sd3.5-medium", tmp_path)).model
+    for split in ("train", "validation"):
+        drawn = open_source(RandomData(kind="random"), model, 0).batch(BatchRequest(8, 2, range(2), 64, 96, split)).latents
+        noise = noise_for(range(8, 10), drawn.shape[1:], 0, split)
+        assert abs(torch.corrcoef(torch.stack([drawn.flatten(), noise.flatten()]))[0, 1]) < 0.1
 
 
 @pytest.mark.parametrize(("name", "channels"), [("sd3.5-medium", 16), ("flux-dev", 16)])

@@ -52,5 +52,5 @@ class RandomSource:
 
     def _sample(self, request: BatchRequest, position: int) -> tuple[Tensor, dict[str, Any]]:
         with torch.random.fork_rng([]):
-            torch.manual_seed(seed_of(self.seed, request.split, position))
+            torch.manual_seed(seed_of(self.seed, "random", request.split, position))  # the noise has a seed of its own
             return random_batch(self.model, request.height, request.width, 1, frames=request.frames)
