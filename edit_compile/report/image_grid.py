@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from edit_compile.errors import ConfigError
 from edit_compile.files import replacing
 
-_MARGIN, _GAP, _FONT_SIZE, _CAPTION_WIDTH = 16, 8, 15, 250
+_MARGIN, _GAP, _FONT_SIZE, _LINE, _CAPTION_WIDTH = 16, 8, 15, 20, 250
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 _SMALLEST, _SMALLEST_IN_STRIP = 160, 64  # smaller images and frames are enlarged, pixel by pixel
 _STRIP_FRAMES, _STRIP_GAP = 8, 2
@@ -23,7 +23,9 @@ Columns = Sequence[tuple[str, Sequence[np.ndarray]]]  # each a name and its imag
 
 
 def image_grid(captions: Sequence[str], columns: Columns) -> Image.Image:
-    """Lay out images with their captions on the left and the columns' names on top. Of videos, frames lie side by side.
+    """Lay out images with the columns' names on top and captions on the left, cut where they are longer than the images are tall.
+
+    Of videos, frames lie side by side.
 
     Args:
         captions: one for each row.
@@ -42,7 +44,7 @@ def image_grid(captions: Sequence[str], columns: Columns) -> Image.Image:
     )
     draw = ImageDraw.Draw(sheet)
     for row, caption in enumerate(captions):
-        lines = textwrap.wrap(caption, _CAPTION_WIDTH // (_FONT_SIZE // 2) - 2)
+        lines = textwrap.wrap(caption, _CAPTION_WIDTH // (_FONT_SIZE // 2) - 2, max_lines=height // _LINE, placeholder=" ...")
         draw.multiline_text((_MARGIN, top + row * (height + _GAP)), "\n".join(lines), _INK, font)
     for column, (name, images) in enumerate(shown):
         left = _MARGIN + _CAPTION_WIDTH + column * (width + _GAP)

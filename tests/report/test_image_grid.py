@@ -55,3 +55,11 @@ def test_the_demo_video_model_is_sampled_by_name():
         sample("demo/video-dit", CAPTION, height=30)
     with pytest.raises(ec.ConfigError, match=r"does not know \['lighthouse'\]"):
         sample("demo/video-dit", "a lighthouse")
+
+
+def test_a_long_caption_ends_with_its_row():
+    black = np.zeros((160, 160, 3))
+    one, other = (np.asarray(image_grid([caption, ""], [("teacher", [black, black])])) for caption in ("word " * 200, "word " * 400))
+    assert (one[46:206, :266] < 200).any()
+    assert (one[214:, :266] == 255).all()
+    assert (one == other).all()
