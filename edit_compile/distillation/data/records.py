@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from edit_compile.errors import some_of
+from edit_compile.errors import DistillError, some_of
 from edit_compile.files import write_text
 
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -89,6 +89,26 @@ def log_skip(skipped: dict[str, str], name: str, reason: BadSample) -> None:
 def summarize(skipped: Mapping[str, str]) -> str:
     """Describe the first few of the skipped samples."""
     return "; ".join(f"{name}: {reason}" for name, reason in islice(skipped.items(), 3)) or "nothing was skipped"
+
+
+def check_usable(records: Iterable[NamedRecord], path: object, skipped: dict[str, str]) -> None:
+    """Look for a record that can be used, and stop at the first.
+
+    Args:
+        path: where they are from, as the recipe's `data.path` says.
+        skipped: what could not be read before any was asked for, by name, with the reason; those that cannot be used are added.
+
+    Raises:
+        DistillError: none can be used.
+    """
+    number = 0
+    for name, record in records:
+        if isinstance(record, Record):
+            return
+        skipped.setdefault(name, str(record))
+        number += 1
+    what = f"none of the {number:,} images of {path} can be used" if number else f"there are no images in {path}"
+    raise DistillError(f"data.path: {what}: {summarize(skipped)}")
 
 
 def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import datasets
 import diffusers
 import pytest
 import torch
@@ -105,13 +106,19 @@ def test_files_that_are_not_there_are_named_before_weights_are_loaded(kind, tmp_
             make_student(found)
 
 
-def test_images_without_captions_are_named_before_weights_are_loaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["images", "webdataset", "dataset"])
+def test_images_without_captions_are_named_before_weights_are_loaded(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("edit_compile.distillation.models.linearize", None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     folder = data_files.folder_of(tmp_path / "images", [(32, 32)] * 3, captions=False)
-    with pytest.raises(
-        ec.DistillError, match=r"none of the 3 images of .* can be used: .*000\.png: no metadata names it, and there is no 000"
-    ):
-        make_student(recipe("demo/dit", {"kind": "images", "path": str(folder)}))
+    data_files.tar_of(tmp_path / "a.tar", [(file.name, file.read_bytes()) for file in sorted(folder.iterdir())])
+    where, reason = {
+        "images": ({"path": str(folder)}, "no metadata names it, and there is no 000"),
+        "webdataset": ({"path": str(tmp_path / "*.tar")}, "it has no json, but png"),
+        "dataset": ({"path": "imagefolder", "data_dir": str(folder)}, "it has no caption or text or prompt, but image"),
+    }[kind]
+    with pytest.raises(ec.DistillError, match=rf"none of the 3 images of .* can be used: .*: {reason}"):
+        make_student(recipe("demo/dit", {"kind": kind, **where}))
 
 
 def test_prompts_from_a_pipe_are_refused(tmp_path):

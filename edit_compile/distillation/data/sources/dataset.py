@@ -9,13 +9,14 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import model_validator
+from torch import nn
 
-from edit_compile.distillation.data.cache.encode import ImageProducer
+from edit_compile.distillation.data.cache.encode import ImageProducer, records_from
 from edit_compile.distillation.data.cache.write import Producer
 from edit_compile.distillation.data.captioned_images import CaptionedImages
 from edit_compile.distillation.data.encoding import encoder_for
 from edit_compile.distillation.data.iterable_style import IterableSource
-from edit_compile.distillation.data.records import CAPTION_KEYS, BadSample, NamedRecord, Record, captions_in, fingerprint_of
+from edit_compile.distillation.data.records import CAPTION_KEYS, BadSample, NamedRecord, Record, captions_in, check_usable, fingerprint_of
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import DataSource, SourceContext
@@ -80,6 +81,13 @@ class DatasetData(CaptionedImages):
             if isinstance(feature, datasets.Image):
                 found = found.cast_column(column, datasets.Image(decode=False))
         return found
+
+    def check_files(self, model: nn.Module) -> None:
+        """Load the dataset, and find an image with a caption, unless it is a stream."""
+        if self.streaming:
+            self.load()
+        else:
+            check_usable(records_from(self.records({}), 0), self.path, {})
 
     def records(self, skipped: dict[str, str]) -> HubDataset:
         """Open the rows."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from edit_compile.adapters.hub_access import first_line
+from edit_compile.distillation.data.cache.encode import records_from
 from edit_compile.distillation.data.captioned_images import CaptionedImages
 from edit_compile.distillation.data.decode_image import IMAGE_SUFFIXES, looks_like_image
 from edit_compile.distillation.data.records import (
@@ -20,6 +21,7 @@ from edit_compile.distillation.data.records import (
     BadSample,
     Record,
     captions_in,
+    check_usable,
     decoded_object,
     decoded_text,
     fingerprint_of,
@@ -47,14 +49,7 @@ class ImagesData(CaptionedImages):
     def check_files(self, model: nn.Module) -> None:
         """Find images with captions."""
         skipped: dict[str, str] = {}
-        found = self.records(skipped)
-        for index in range(len(found)):
-            try:
-                found.record(index)
-                return
-            except BadSample as reason:
-                skipped.setdefault(found.name(index), str(reason))
-        raise DistillError(f"data.path: none of the {len(found)} images of {self.path} can be used: {summarize(skipped)}")
+        check_usable(records_from(self.records(skipped), 0), self.path, skipped)
 
     def records(self, skipped: dict[str, str]) -> ImageFolder:
         """Open the folder; lines of metadata that cannot be read are added to `skipped`."""

@@ -21,6 +21,7 @@ from edit_compile.distillation.data.records import (
     BadSample,
     Record,
     captions_in,
+    check_usable,
     decoded_object,
     decoded_text,
     fingerprint_of,
@@ -47,8 +48,10 @@ class WebDatasetData(CaptionedImages):
     prompt in `json`."""
 
     def check_files(self, model: nn.Module) -> None:
-        """Find the shards."""
-        _shards(self.path)
+        """Find an image with a caption, in the first shard that has one."""
+        skipped: dict[str, str] = {}
+        samples = (sample for shard in _shards(self.path) for sample in _contents(shard, skipped))
+        check_usable(((sample.name, _record_or_reason(sample, self.caption)) for sample in samples), self.path, skipped)
 
     def records(self, skipped: dict[str, str]) -> TarShards:
         """Open the shards; those that cannot be read are added to `skipped`."""
@@ -62,6 +65,11 @@ class _Sample:
     shard: Path
     key: str
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return printable(f"{self.shard}:{self.key}")
 
     @property
     def image(self) -> str | None:
@@ -86,7 +94,7 @@ class TarShards:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        return printable(f"{self.samples[index].shard}:{self.samples[index].key}")
+        return self.samples[index].name
 
     def record(self, index: int) -> Record:
         """Return a sample's record.
@@ -94,18 +102,29 @@ class TarShards:
         Raises:
             BadSample: it has no caption, or its bytes are missing.
         """
-        sample = self.samples[index]
-        return Record(self.name(index), _read(sample, sample.image or "", MAX_BYTES), self._captions(sample))
+        return _record(self.samples[index], self.caption)
 
     def fingerprint(self) -> str:
         return fingerprint_of((sample.shard.name, sample.key, sorted(sample.parts.items())) for sample in self.samples)
 
-    def _captions(self, sample: _Sample) -> tuple[str, ...]:
-        ending, _, key = (self.caption or ("txt" if "txt" in sample.parts else "json")).partition(".")
-        content = _read(sample, ending, _MAX_CAPTION_FILE)
-        if ending != "json":
-            return captions_in({"caption": decoded_text(content)})
-        return captions_in(decoded_object(content), key or None)
+
+def _record(sample: _Sample, caption: str | None) -> Record:
+    return Record(sample.name, _read(sample, sample.image or "", MAX_BYTES), _captions(sample, caption))
+
+
+def _record_or_reason(sample: _Sample, caption: str | None) -> Record | BadSample:
+    try:
+        return _record(sample, caption)
+    except BadSample as reason:
+        return reason
+
+
+def _captions(sample: _Sample, caption: str | None) -> tuple[str, ...]:
+    ending, _, key = (caption or ("txt" if "txt" in sample.parts else "json")).partition(".")
+    content = _read(sample, ending, _MAX_CAPTION_FILE)
+    if ending != "json":
+        return captions_in({"caption": decoded_text(content)})
+    return captions_in(decoded_object(content), key or None)
 
 
 def _shards(pattern: str) -> list[Path]:
