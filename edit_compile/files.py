@@ -88,6 +88,23 @@ def read_small(path: Path) -> bytes:
     return content
 
 
+def prompt_lines(path: Path) -> list[str]:
+    """Read a text file with a prompt per line; empty lines do not count.
+
+    Raises:
+        ValueError: it cannot be read, or has none; a predicate in one line.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
+        lines = path.read_text("utf-8-sig").split("\n")  # `splitlines` also splits at separators that stand within prompts, such as U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not any(map(str.strip, lines)):
+        raise ValueError("has no prompts")
+    return [line.strip() for line in lines if line.strip()]
+
+
 def sha256(path: Path) -> str:
     """Hash a file's content with SHA-256."""
     with path.open("rb") as file:

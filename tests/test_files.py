@@ -13,7 +13,7 @@ import time
 import pytest
 
 from edit_compile import files
-from edit_compile.files import claimed, read_small, replacing, write_text
+from edit_compile.files import claimed, prompt_lines, read_small, replacing, write_text
 
 LOAD = """
 import importlib.util, os, signal, sys
@@ -157,3 +157,8 @@ def test_who_holds_a_lock_shows_signs_of_life(tmp_path, monkeypatch):
         while not (tmp_path / "lock").stat().st_mtime and time.monotonic() < until:
             time.sleep(0.01)
         assert (tmp_path / "lock").stat().st_mtime > 0
+
+
+def test_a_prompt_is_a_line_whatever_separators_are_in_it(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\n two\u2028lines, one\x0bprompt \rthe last".encode())
+    assert prompt_lines(tmp_path / "prompts.txt") == ["a cat", "two\u2028lines, one\x0bprompt", "the last"]

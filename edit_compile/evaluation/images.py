@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edit_compile.api import teacher
 from edit_compile.errors import ConfigError
-from edit_compile.files import write_text
+from edit_compile.files import prompt_lines, write_text
 from edit_compile.progress import working
 from edit_compile.report.compare_samples import SampleMany
 from edit_compile.report.image_grid import save_image
@@ -176,11 +176,6 @@ def read_prompts(file: Path) -> list[str]:
         ConfigError: it cannot be read, or has none.
     """
     try:
-        if file.exists() and not file.is_file():
-            raise OSError("it is not a regular file")
-        found = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {file} cannot be read: {error}") from error
-    if not found:
-        raise ConfigError(f"--prompts {file} has no prompts")
-    return found
+        return prompt_lines(file)
+    except ValueError as error:
+        raise ConfigError(f"--prompts {file} {error}") from error

@@ -26,6 +26,7 @@ from edit_compile.distillation.data.registry import DataConfig, register_data
 from edit_compile.distillation.data.seeding import seed_of
 from edit_compile.distillation.data.source import Batch, DataSource, SourceContext
 from edit_compile.errors import DistillError
+from edit_compile.files import prompt_lines
 from edit_compile.progress import each
 from edit_compile.student.site import converted_sites
 
@@ -86,14 +87,9 @@ def read_prompts(path: Path) -> list[str]:
         DistillError: it cannot be read, or has none.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")
-        found = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DistillError(f"data.path: {path} cannot be read: {error}") from error
-    if not found:
-        raise DistillError(f"data.path: {path} has no prompts")
-    return found
+        return prompt_lines(path)
+    except ValueError as error:
+        raise DistillError(f"data.path: {path} {error}") from error
 
 
 class PromptDataset:
