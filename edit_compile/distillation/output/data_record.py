@@ -11,7 +11,7 @@ from edit_compile.errors import DistillError
 from edit_compile.files import write_text
 from edit_compile.frozen import Frozen, first_problem
 
-_FILE = "data.json"
+DATA_FILE = "data.json"
 
 
 class DataRecord(Frozen):
@@ -27,7 +27,7 @@ def record_data(folder: Path, source: DataSource) -> None:
     """Write down what a run's data are, if that can be known."""
     if isinstance(source, ChangingSource):
         held_out = tuple(source.held_out_names()) if isinstance(source, FiniteSource) else None
-        write_text(folder / _FILE, DataRecord(fingerprint=source.fingerprint(), held_out=held_out).model_dump_json(indent=1))
+        write_text(folder / DATA_FILE, DataRecord(fingerprint=source.fingerprint(), held_out=held_out).model_dump_json(indent=1))
 
 
 def continue_with_data(folder: Path, source: DataSource, *, accept_changed: bool) -> None:
@@ -36,7 +36,7 @@ def continue_with_data(folder: Path, source: DataSource, *, accept_changed: bool
     Raises:
         DistillError: the data changed, and that is not accepted, or what was held out is no longer among them.
     """
-    path = folder / _FILE
+    path = folder / DATA_FILE
     if not isinstance(source, ChangingSource) or not path.is_file():
         return
     try:

@@ -11,12 +11,15 @@ from typing import Any
 import yaml
 
 from edit_compile.adapters.hub_access import first_line
+from edit_compile.distillation.data.records import SKIPPED_FILE
+from edit_compile.distillation.output.data_record import DATA_FILE
 from edit_compile.distillation.output.model_card import THIS
 from edit_compile.errors import DistillError
 from edit_compile.student.checkpoint_format import INDEX
 from edit_compile.words import without_paths
 
-_STAY = {"checkpoints"}  # names of folders; and all that begin with a dot
+# In the folder itself; and all that begins with a dot. What the data are called, and why some cannot be read, names files of this machine.
+_STAY = {"checkpoints", DATA_FILE, SKIPPED_FILE}
 
 
 def make_repository(repository: str) -> str:
@@ -66,7 +69,7 @@ def _uploaded(folder: Path, repository: str) -> Iterator[tuple[Path, Path | byte
         if not path.is_file() or parts[0] in _STAY or any(part.startswith(".") for part in parts):
             continue
         if parts == ("README.md",):
-            yield path, path.read_text().replace(f'"{THIS}"', f'"{repository}"').encode()
+            yield path, path.read_bytes().replace(f'"{THIS}"'.encode(), f'"{repository}"'.encode())
         elif len(parts) == 1 and path.suffix in (".json", ".yaml"):
             yield path, _shown(path)
         else:
@@ -76,7 +79,7 @@ def _uploaded(folder: Path, repository: str) -> Iterator[tuple[Path, Path | byte
 def _shown(path: Path) -> bytes:
     """Return plain data without this machine's paths; of a checkpoint's index, whose plan is read again, only the base is one."""
     if path.suffix == ".yaml":
-        return yaml.safe_dump(without_paths(yaml.safe_load(path.read_text())), sort_keys=False).encode()
-    content: Any = json.loads(path.read_text())
+        return yaml.safe_dump(without_paths(yaml.safe_load(path.read_bytes())), sort_keys=False).encode()
+    content: Any = json.loads(path.read_bytes())
     shown = content | {"base": without_paths(content["base"])} if path.name == INDEX else without_paths(content)
     return path.read_bytes() if shown == content else json.dumps(shown, indent=2).encode()

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from edit_compile.distillation.output.data_record import DATA_FILE
 from edit_compile.distillation.processes import in_all
 from edit_compile.distillation.recipe.schema import FREE, Recipe, changes_in_words, flatten
 from edit_compile.distillation.train.checkpoints import Checkpoint, CheckpointMetadata, list_checkpoints, load_newest, remove_after
@@ -25,7 +26,7 @@ from edit_compile.version import made_by_another
 # What must not be taken for a later run's. What others measured of the student says which one that was.
 _OF_A_RUN = ("result.json", INDEX, "README.md", "losses.png", "report.html")
 _FOLDERS_OF_A_RUN = ("checkpoints", "samples", "trackers")
-_BEGUN = {"recipe.yaml", "metrics.jsonl", "data.json", *_FOLDERS_OF_A_RUN}  # what a run may leave before its first checkpoint
+_BEGUN = {"recipe.yaml", "metrics.jsonl", DATA_FILE, *_FOLDERS_OF_A_RUN}  # what a run may leave before its first checkpoint
 
 
 @dataclass(frozen=True)
