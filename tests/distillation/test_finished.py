@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -25,6 +27,7 @@ from edit_compile.adapters.noise_schedule import NoiseSchedule
 from edit_compile.cli import main
 from edit_compile.distillation import distill
 from edit_compile.distillation import run as runner
+from edit_compile.distillation.console import print_result
 from edit_compile.distillation.output import hub
 from edit_compile.distillation.output import model_card as cards
 from edit_compile.distillation.output.html_report import write_report
@@ -188,6 +191,19 @@ def test_the_report_says_what_the_data_were(result, tmp_path):
     assert "found1,200held out24skipped0trained on at 512 x 768 px1,176" in text
 
 
+def test_a_report_of_many_grids_has_the_last_and_some(result, tmp_path):
+    folder = shutil.copytree(result.folder, tmp_path / "run")
+    for total in range(13, 30):
+        shutil.copy(folder / "samples" / "00000012.png", folder / "samples" / f"{total:08d}.png")
+    page = Page(write_report(folder).read_text())
+    assert re.findall(r"after (\d+) steps", page.text) == ["29", "26", "23", "20", "17", "14", "9"]
+
+
+def test_a_folder_is_no_markup(result, capsys):
+    print_result(dataclasses.replace(result, folder=Path("runs/[lr=0.1]:x:")), as_json=False)
+    assert capsys.readouterr().out.endswith("the student is in runs/[lr=0.1]:x:\n")
+
+
 def test_the_command_makes_the_report_again(result, tmp_path):
     found = CliRunner().invoke(main, ["report", str(result.folder), "-o", str(tmp_path / "page.html")])
     assert found.output == f"written to {tmp_path / 'page.html'}\n"
@@ -295,6 +311,7 @@ def test_an_image_that_fails_does_not_cost_the_student(tmp_path, caplog, monkeyp
     assert "the speed is left out: no time" in caplog.text
     assert (tmp_path / "result.json").exists()
     assert not (tmp_path / "samples").exists()
+    assert "## Speed" not in (tmp_path / "README.md").read_text()
     ec.load(tmp_path, toy_distill.base())
 
 
@@ -320,6 +337,8 @@ def test_uploading(result, monkeypatch, tmp_path):
         (folder / name).write_text(json.dumps(content))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "one").write_text("large")
+    for name in ("unreadable.json", "data.json"):  # which name the files that were trained on
+        (folder / name).write_text(json.dumps({f"{tmp_path}/secret/a.png": f"cannot identify image file '{tmp_path}/secret/a.png'"}))
     write_report(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for repository in ("me/student", "others-may-read/student"):
@@ -327,6 +346,7 @@ def test_uploading(result, monkeypatch, tmp_path):
         found, contents = Api.calls[-1]
         assert found == repository
         assert f'edit_compile.load("{repository}")' in contents["README.md"].decode()
+        assert "|student - teacher|²" in contents["README.md"].decode()
         assert not any(b"secret" in content for content in contents.values())
         assert json.loads(contents["edit_compile.json"])["base"] == "model"
         assert {"losses.png", "report.html", "samples/00000012.png", "metrics.jsonl"} <= contents.keys()

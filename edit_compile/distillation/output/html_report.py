@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -23,6 +24,7 @@ from edit_compile.ir.plan import Plan
 from edit_compile.student.checkpoint_format import read_index
 from edit_compile.words import duration_in_words, without_paths
 
+_EARLIER = 8  # sample grids at most, besides the last
 _STYLE = """\
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -62,7 +64,7 @@ def html_report(folder: Path) -> str:
         CheckpointError: its student's checkpoint cannot be read.
     """
     summary, plan = html_summary(folder), Plan.from_json(json.dumps(read_index(folder).plan))
-    content = yaml.safe_load((folder / "recipe.yaml").read_text())
+    content = yaml.safe_load((folder / "recipe.yaml").read_bytes())
     recipe = f"<pre>{escape(yaml.safe_dump(without_paths(content), sort_keys=False))}</pre>"
     sections = (summary, _section("What was done to the model", plan._repr_html_()), _section("Recipe", recipe))
     title = f"{plan.model}, distilled"
@@ -89,7 +91,7 @@ def html_summary(folder: Path) -> str:
         _section(
             "Validation error", _table(("", "converted", "distilled"), before.rows_until(after)), f"{MEASURE}; {after.samples} samples."
         ),
-        _section("Speed", _speeds(speeds), "Of one image, teacher and student in turns, on the machine that trained."),
+        _section("Speed", _speeds(speeds), "Of one image or video, teacher and student in turns, on the machine that trained."),
         _section("Data", _table(("", ""), _data_rows(result.data))),
         _section("Made with", f"<p>{escape(str(result.machine))}</p>"),
     ]
@@ -109,7 +111,7 @@ class _Result(NamedTuple):
 
 def _read(run: RunFolder) -> _Result:
     try:
-        found = json.loads(run.result.read_text())
+        found = json.loads(run.result.read_bytes())
         before, after = (ValidationResult.from_dict(found["held_out_error"][name]) for name in ("before", "after"))
         speeds = [Speed(**speed) for speed in found["speeds"]]
         return _Result(before, after, speeds, float(found["seconds"]), found["data"] or {}, Machine.model_validate(found["machine"]))
@@ -136,9 +138,10 @@ def _section(title: str, content: str, note: str = "") -> str:
 
 
 def _samples(run: RunFolder) -> str:
-    """Show the last sample grid, and fold the earlier ones away."""
+    """Show the last sample grid, and fold earlier ones away, evenly chosen if there are many: a page has to be opened."""
     grids = [(int(path.stem), path) for path in sorted((run.path / "samples").glob("*.png")) if path.stem.isdigit()]
-    figures = [_figure(path.read_bytes(), f"after {total:,} steps", "pixels") for total, path in reversed(grids)]
+    step = max(math.ceil((len(grids) - 1) / _EARLIER), 1)
+    figures = [_figure(path.read_bytes(), f"after {total:,} steps", "pixels") for total, path in grids[::-step]]
     earlier = f"<details><summary>earlier in training</summary>{''.join(figures[1:])}</details>" if figures[1:] else ""
     return "".join(figures[:1]) + earlier
 

@@ -52,14 +52,19 @@ def model_card(
         *([f"Without edit_compile:\n\n```python\n{_STANDALONE}\n```"] if recipe.standalone else []),
         f"## Validation error\n\n{MEASURE}.",
         markdown_table(("", "converted", "distilled"), before.rows_until(after)),
-        "## Speed\n\nOf a forward of one image, on the machine it was trained on.",
-        markdown_table(COLUMNS, [speed.row for speed in speeds]),
+        *_speed(speeds),
         *_cost(costs),
         *(f"![{path.stem}]({path.as_posix()})" for path in images),
         f"## Plan\n\n```\n{plan}\n```",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(without_paths(recipe.model_dump(mode='json')), sort_keys=False)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _speed(speeds: Sequence[Speed]) -> list[str]:
+    """Write the seconds of a forward; nothing where they could not be measured."""
+    note = "## Speed\n\nOf a forward of one image or video, on the machine it was trained on."
+    return [note, markdown_table(COLUMNS, [speed.row for speed in speeds])] if speeds else []
 
 
 def _cost(report: CostReport | None) -> list[str]:
