@@ -19,6 +19,16 @@ def duration_in_words(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def counted(number: int, thing: str) -> str:
+    """Write how many there are of a thing: 1 thread, 2 threads."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def two_digits(number: float) -> str:
+    """Write a number with two significant digits, large ones without an exponent: 0.45, 12, 1,200."""
+    return f"{float(f'{number:.2g}'):,g}"
+
+
 def clock(seconds: float) -> str:
     """Write a duration that goes on as 0:07, 12:34 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)

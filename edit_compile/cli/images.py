@@ -12,6 +12,7 @@ from edit_compile.cli.parameters import Names, Size, check_folder, converted_mod
 from edit_compile.errors import ConfigError
 from edit_compile.extras import need
 from edit_compile.progress import working
+from edit_compile.words import counted
 
 _BASE = "the base pipeline: hub id or folder; default: as the checkpoint says"
 
@@ -50,7 +51,7 @@ def sample(model: str, prompts: tuple[str, ...], base: str | None, output: Path,
     if as_json:
         print_json({"output": str(output), "prompts": prompts, "student": bool(made.student), **options})
     who = "teacher and student" if made.student else model
-    say(f"{who} for {len(prompts)} prompt{'s' * (len(prompts) > 1)}, saved to {output}")
+    say(f"{who} for {counted(len(prompts), 'prompt')}, saved to {output}")
 
 
 @click.command(

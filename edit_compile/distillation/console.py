@@ -11,7 +11,7 @@ from rich.markup import escape
 from edit_compile.bench.devices import USUAL_SHARE
 from edit_compile.distillation.dry_run import Estimate
 from edit_compile.distillation.ranking.ranking import Ranking
-from edit_compile.distillation.ranking.tables import TextTable, sets_table, sites_table, title, untaken
+from edit_compile.distillation.ranking.tables import ABOUT_SETS, TextTable, sets_table, sites_table, title, untaken
 from edit_compile.distillation.run import Result
 from edit_compile.report.folded_table import FoldedTable
 from edit_compile.report.tables import format_si, plan_summary
@@ -34,7 +34,7 @@ def print_result(result: Result, as_json: bool) -> None:
     for speed in result.speeds:
         size, teacher, student, speedup = speed.row
         console.print(f"one forward at {size}: {teacher} ms teacher, {student} ms student, {speedup}")
-    console.print(f"{duration_in_words(result.seconds)} of training; the student is in {result.folder}")
+    console.print(f"{duration_in_words(result.seconds)} of training; the student is in {result.folder}", markup=False)
 
 
 def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:
@@ -50,6 +50,7 @@ def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:
         console.print(line, markup=False)
     if ranking.checked:
         console.print(_rich_table(sets_table(ranking)))
+        console.print(ABOUT_SETS, style="dim")
     console.print(
         f"the ranking is in {folder}; in a recipe: convert: {{ranking: {folder}/ranking.json, sites: {ranking.choices.suggested}}}",
         markup=False,

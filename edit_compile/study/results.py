@@ -9,10 +9,12 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from edit_compile.bench.machine import Machine
+from edit_compile.distillation.evaluate.validation import MEASURE
 from edit_compile.frozen import Frozen
 from edit_compile.report.markdown import markdown_table
 from edit_compile.report.tables import format_si
 from edit_compile.study.measured import Measurements
+from edit_compile.words import counted
 
 Kind = Literal["teacher", "untrained", "distilled"]
 
@@ -119,7 +121,7 @@ class Column(NamedTuple):
         if self.low in row.numbers and self.high in row.numbers:
             low, high = row.numbers[self.low].median, row.numbers[self.high].median
         words = [_formatted(value, self.format) for value in (found.median, low, high)]
-        count = f", {found.count} seed{'s' * (found.count > 1)}" if row.kind == "distilled" and found.count != row.finished else ""
+        count = f", {counted(found.count, 'seed')}" if row.kind == "distilled" and found.count != row.finished else ""
         return words[0] + count, f"{words[1]}{between}{words[2]}" if low != high else ""
 
 
@@ -198,7 +200,7 @@ def settings_in_words(results: Results) -> list[str]:
         f"`{results.command}`",
         f"{results.model}; budget: {results.budget}" + "".join(f"; {part}" for part in (seeds, samples) if part),
         str(results.machine),
-        "error: sum |student - teacher|² / sum |teacher - mean|² of the predictions, on samples that training never saw",
+        f"error: {MEASURE}",
     ]
 
 

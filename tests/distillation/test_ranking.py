@@ -444,6 +444,7 @@ def test_the_command_ranks_and_shows_it(ranked, model, tmp_path):
     assert shown.exit_code == 0, shown.stderr
     assert "transformer_blocks.0.attn1" in shown.stdout
     assert {"budget", "predicted", "measured"} <= set(shown.stdout.split())
+    assert "of large sets it is too low" in " ".join(shown.stdout.split())
     assert json.loads(run(*arguments, "--sites", "flops <= 0.95x", "--json").stdout) == json.loads(ranked[1].to_json())
 
 

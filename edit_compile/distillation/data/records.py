@@ -16,6 +16,7 @@ from PIL import Image
 
 from edit_compile.errors import DistillError, some_of
 from edit_compile.files import write_text
+from edit_compile.words import counted
 
 CAPTION_KEYS = ("caption", "text", "prompt")
 SKIPPED_FILE = "unreadable.json"
@@ -118,7 +119,7 @@ def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
         return
     write_text(path, json.dumps(dict(skipped), indent=2, ensure_ascii=False))
-    log.warning("%d sample%s could not be read: see %s", len(skipped), "" if len(skipped) == 1 else "s", path)
+    log.warning("%s could not be read: see %s", counted(len(skipped), "sample"), path)
 
 
 def captions_in(fields: Mapping[str, Any], key: str | None = None) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from edit_compile.distillation.ranking.budget import Budget
 from edit_compile.distillation.ranking.knapsack import Option, cheapest
 from edit_compile.errors import ConfigError
+from edit_compile.words import two_digits
 
 
 class SiteEffect(Protocol):
@@ -101,10 +102,10 @@ class Choices:
             timed: name the time as well.
         """
         shown = measure or self.best.get(path) or min(self.sites[path], key=lambda m: m.error)
-        error, share = f"error {shown.error:.2g}", f"{100 * abs(shown.saved_flops) / self.flops:.2g}%"
+        error, share = f"error {shown.error:.2g}", f"{two_digits(100 * abs(shown.saved_flops) / self.flops)}%"
         time = ""
         if timed and shown.saved_seconds is not None:
-            time = f", {1000 * abs(shown.saved_seconds):.2g} ms {'less' if shown.saved_seconds >= 0 else 'more'}"
+            time = f", {two_digits(1000 * abs(shown.saved_seconds))} ms {'less' if shown.saved_seconds >= 0 else 'more'}"
         if shown.saved_flops > 0:
             return f"rank {list(self.best).index(path) + 1} of {len(self.best)}: {error} for {share} of the FLOPs{time}"
         return f"saves no FLOPs: {error}" + (f", {share} more FLOPs" if shown.saved_flops else "") + time

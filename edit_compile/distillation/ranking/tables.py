@@ -9,6 +9,12 @@ from edit_compile.bench import size_in_words
 from edit_compile.distillation.ranking.ranking import Measure, Ranking
 from edit_compile.report.markdown import markdown_table
 from edit_compile.report.tables import format_si
+from edit_compile.words import two_digits
+
+ABOUT_SETS = (
+    "Predicted is the sum of the errors of a set's sites; measured is the error with all of them converted, as fitted, before any training "
+    "end to end. The sum leaves out what sites do to each other: of large sets it is too low."
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ def sites_table(ranking: Ranking) -> TextTable:
 def _cell(measure: Measure | None, ranking: Ranking, best: object) -> str:
     if measure is None:
         return "-"
-    saved = f"{100 * measure.saved_flops / ranking.flops:.2g}%"
-    time = "" if measure.saved_seconds is None else f", {1000 * measure.saved_seconds:.2g} ms"
+    saved = f"{two_digits(100 * measure.saved_flops / ranking.flops)}%"
+    time = "" if measure.saved_seconds is None else f", {two_digits(1000 * measure.saved_seconds)} ms"
     star = " *" if measure is best and len(ranking.candidates) > 1 else ""
     return f"{measure.error:.2g} for {saved}{time}{star}"
 
@@ -104,8 +110,7 @@ def markdown(ranking: Ranking) -> str:
         "model's FLOPs that this saves. Sites are ranked by error for what is saved; * marks a site's best candidate.",
         _markdown(sites_table(ranking)),
         *untaken(ranking),
-        "## Sets\n\nPredicted is the sum of the errors of a set's sites; measured is the error with all of them converted, as fitted, "
-        "before any training end to end.",
+        f"## Sets\n\n{ABOUT_SETS}",
         _markdown(sets_table(ranking)),
         "## Other orders\n\nSums of errors with the first n sites of each order converted. ![error against FLOPs](pareto.png)",
         _markdown(orders_table(ranking)),

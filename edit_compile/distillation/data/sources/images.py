@@ -31,6 +31,7 @@ from edit_compile.distillation.data.records import (
 from edit_compile.distillation.data.registry import register_data
 from edit_compile.errors import DistillError, EditCompileError
 from edit_compile.extras import need
+from edit_compile.words import counted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _MAX_LINE = 2**24  # bytes of metadata.jsonl
@@ -193,7 +194,7 @@ def _files_below(folder: Path, skipped: dict[str, str]) -> Iterator[Path]:
             if below.is_symlink():
                 skipped[printable(below)] = "it is a link to a folder, which is not followed"
             elif name.startswith(".") and (count := sum(file.suffix.lower() in IMAGE_SUFFIXES for file in below.rglob("*"))):
-                skipped[printable(below)] = f"it is hidden; {count} image{'s' * (count > 1)} in it"
+                skipped[printable(below)] = f"it is hidden; {counted(count, 'image')} in it"
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             file = Path(parent, name)
