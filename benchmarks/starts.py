@@ -10,14 +10,12 @@ import argparse
 import statistics
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import edit_compile as ec
 from edit_compile.adapters.load_model import load_model
-from edit_compile.demo import groups, models, motion, shapes
-from edit_compile.demo.prompt_adherence import held_out_clips, held_out_groups, held_out_scenes
+from edit_compile.demo import models, prompt_adherence
 
 BATCH, SEEDS = 32, (0, 1, 2)
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -50,24 +48,8 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def held_out(model: nn.Module, count: int) -> tuple[Tensor, list[str]]:
     """Render the first held-out images (count, 3, H, W) or clips in [-1, 1] of what a model was trained on, and their captions."""
-    data = models.trained_on(model)
-    if data == models.CLIPS:
-        clips = held_out_clips(count)
-        drawn = np.stack([motion.render(clip) for clip in clips]).transpose(0, 4, 1, 2, 3)
-        return _signed(drawn), [motion.caption(clip) for clip in clips]
-    if data == models.GROUPS:
-        grouped = held_out_groups(count)
-        return _signed(_channels_first([groups.render(scene) for scene in grouped])), [groups.caption(scene) for scene in grouped]
-    scenes = held_out_scenes(count)
-    return _signed(_channels_first([shapes.render(scene) for scene in scenes])), [shapes.caption(scene) for scene in scenes]
-
-
-def _channels_first(images: list[np.ndarray]) -> np.ndarray:
-    return np.stack(images).transpose(0, 3, 1, 2)
-
-
-def _signed(samples: np.ndarray) -> Tensor:
-    return torch.from_numpy(samples).float() * 2 - 1
+    found = prompt_adherence.held_out(models.trained_on(model), count)
+    return found.true_samples() * 2 - 1, list(found.captions)
 
 
 @torch.no_grad()

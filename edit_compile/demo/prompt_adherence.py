@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -135,19 +137,29 @@ Adherence = PromptAdherence | GroupAdherence | MotionAdherence
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a demo model is asked to draw: captions, and `check`, which tells how well samples (B, 3, ...) of all of them obey."""
+    """What a demo model is asked to draw.
+
+    Attributes:
+        check: tells how well samples (B, 3, ...) of all captions obey.
+        true_samples: renders what the captions describe, (B, 3, ...) in [0, 1].
+    """
 
     captions: tuple[str, ...]
     check: Callable[[Tensor], Adherence]
+    true_samples: Callable[[], Tensor]
 
 
 def held_out(data: models.TrainingData, prompts: int) -> HeldOut:
-    """Return the first held-out captions of what a demo model was trained on, and what checks samples of them."""
+    """Return the first held-out captions of what a demo model was trained on, with what they stand for."""
     if data == models.GROUPS:
         scenes = held_out_groups(prompts)
-        return HeldOut(tuple(map(groups.caption, scenes)), partial(_check_groups, scenes))
+        return HeldOut(tuple(map(groups.caption, scenes)), partial(_check_groups, scenes), partial(_rendered, groups.render, scenes))
     if data == models.CLIPS:
         clips = held_out_clips(prompts)
-        return HeldOut(tuple(map(motion.caption, clips)), partial(_check_clips, clips))
+        return HeldOut(tuple(map(motion.caption, clips)), partial(_check_clips, clips), partial(_rendered, motion.render, clips))
     simple = held_out_scenes(prompts)
-    return HeldOut(tuple(map(shapes.caption, simple)), partial(_check_shapes, simple))
+    return HeldOut(tuple(map(shapes.caption, simple)), partial(_check_shapes, simple), partial(_rendered, shapes.render, simple))
+
+
+def _rendered(render: Callable[[Any], np.ndarray], scenes: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.stack([render(scene) for scene in scenes])).movedim(-1, 1)
