@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edit_compile.adapters.denoise import denoise
-from edit_compile.demo import features, groups, models, shapes
-from edit_compile.demo.prompt_adherence import Adherence, draw, held_out, held_out_groups, held_out_scenes
-from edit_compile.distillation.context import Context, NoisyBatch
-from edit_compile.distillation.data import BatchRequest, open_source
-from edit_compile.distillation.data.seeding import noise_for
-from edit_compile.distillation.evaluate.sample_grid import sample
+from edit_compile.demo import features, models
+from edit_compile.demo.prompt_adherence import Adherence, draw, held_out
+from edit_compile.distillation.context import Context
+from edit_compile.distillation.data import open_source
+from edit_compile.distillation.evaluate.sample_grid import decoded, sample, start_of
 from edit_compile.distillation.models import Student, noise_schedule
 from edit_compile.distillation.recipe.schedule import phases_of
 from edit_compile.distillation.recipe.schema import Recipe
@@ -83,11 +82,7 @@ def has_features(data: models.TrainingData) -> bool:
 @cache
 def real_features(data: models.TrainingData, count: int) -> Tensor:
     """Compute the features of true images of the first held-out captions of what a demo model was trained on, (count, D)."""
-    if data == models.GROUPS:
-        drawn = [groups.render(scene) for scene in held_out_groups(count)]
-    else:
-        drawn = [shapes.render(scene) for scene in held_out_scenes(count)]
-    return features.features(torch.from_numpy(np.stack(drawn)).movedim(-1, 1))
+    return features.features(held_out(data, count).true_samples())
 
 
 def draw_by_recipe(recipe: Recipe, student: Student, count: int, *, teacher: bool = False) -> Drawn:
@@ -99,21 +94,12 @@ def draw_by_recipe(recipe: Recipe, student: Student, count: int, *, teacher: boo
     if recipe.data.recorded_calls:
         raise StudyError(f"data of kind {recipe.data.kind} has calls of the model, no captions to draw")
     context, last = _context(recipe, student), phases_of(recipe)[-1]
-    request = BatchRequest(0, count, range(count), last.height, last.width, "validation", last.frames)
-    batch = context.source.batch(request)
-    if context.source.decode(batch.latents[:1]) is None:
+    start = start_of(context, count, last.height, last.width, last.frames)
+    if start is None:
         raise StudyError(f"data of kind {recipe.data.kind} cannot decode latents to images")
-    noise = noise_for(request.positions, batch.latents.shape[1:], recipe.seed, "samples")
-    start = context.on_device(NoisyBatch(noise, torch.zeros(count), batch.conditions, noise))
-    size = (last.height, last.width, last.frames)
     with context.teacher_mode() if teacher else nullcontext(student.model) as model:
-        latents = sample(context, context.schedule_at(*size), model, start, context.visited(*size))
-    return Drawn(tuple(batch.captions or [""] * count), _decoded(context, latents))
-
-
-def _decoded(context: Context, latents: Tensor) -> tuple[np.ndarray, ...]:
-    one_by_one = (context.source.decode(one[None]) for one in latents.cpu())
-    return tuple(images[0].movedim(0, -1).float().numpy() for images in one_by_one if images is not None)
+        latents = sample(context, model, start)
+    return Drawn(start.captions, tuple(decoded(context, latents)))
 
 
 def _context(recipe: Recipe, student: Student) -> Context:

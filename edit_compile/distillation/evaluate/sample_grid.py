@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,61 @@ from edit_compile.distillation.data import BatchRequest
 from edit_compile.distillation.data.seeding import noise_for
 from edit_compile.progress import each
 from edit_compile.report.image_grid import animated_grid, image_grid, save_image
+
+
+class Start(NamedTuple):
+    """What sampling begins with.
+
+    Attributes:
+        captions: one for each sample; empty where the data does not tell them.
+        batch: noise and conditions, on the run's device.
+        schedule: at the samples' size.
+        timesteps: (n,), descending.
+    """
+
+    captions: tuple[str, ...]
+    batch: NoisyBatch
+    schedule: NoiseSchedule
+    timesteps: Tensor
+
+
+def start_of(context: Context, count: int, height: int, width: int, frames: int | None = None) -> Start | None:
+    """Read the first validation captions, and draw noise that is always the same; None where nothing decodes the data's latents.
+
+    The timesteps are those that the recipe's sampler visits, or as many as its sample grids take, evenly spaced.
+    """
+    batch = context.source.batch(BatchRequest(0, count, range(count), height, width, "validation", frames))
+    if context.source.decode(batch.latents[:1]) is None:
+        return None
+    noise = noise_for(range(count), batch.latents.shape[1:], context.recipe.seed, "samples")
+    schedule, visited = context.schedule_at(height, width, frames), context.visited(height, width, frames)
+    steps = context.recipe.samples.steps
+    timesteps = schedule.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6) if visited is None else visited.flip(0)
+    noisy = context.on_device(NoisyBatch(noise, torch.zeros(count), batch.conditions, noise))
+    return Start(tuple(batch.captions or [""] * count), noisy, schedule, timesteps)
+
+
+@torch.no_grad()
+def sample(context: Context, model: nn.Module, start: Start) -> Tensor:
+    """Sample deterministically from noise, without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps).
+
+    Returns:
+        Latents, (B, C, H, W), of videos (B, C, T, H, W).
+    """
+    x, schedule = start.batch.x, start.schedule
+    pairs = itertools.pairwise([*start.timesteps.tolist(), None])
+    for now, then in each(pairs, f"sampling {len(x)} images", len(start.timesteps)):
+        t = torch.full((len(x),), now, device=x.device)
+        prediction = context.predict(model, NoisyBatch(x, t, start.batch.conditions, x)).float()
+        x0, noise = schedule.predict_x0_and_noise(x, prediction, t)
+        x = x0 if then is None else schedule.add_noise(x0, noise, torch.full_like(t, then))[0]
+    return x
+
+
+def decoded(context: Context, latents: Tensor) -> list[np.ndarray]:
+    """Decode latents one by one, since one fits on any device: images (H, W, 3), or videos (T, H, W, 3), in [0, 1]."""
+    one_by_one = (context.source.decode(one[None]) for one in latents.cpu())
+    return [images[0].movedim(0, -1).float().numpy() for images in one_by_one if images is not None]
 
 
 @dataclass
@@ -39,51 +95,20 @@ class GridSampler:
         Args:
             error: the student's, which its heading says.
         """
-        context, count = self.context, self.context.recipe.samples.count
+        context = self.context
         if context.recipe.data.recorded_calls:
             return
-        request = BatchRequest(0, count, range(count), self.height, self.width, "validation", self.frames)
-        batch = context.source.batch(request)
-        if context.source.decode(batch.latents[:1]) is None:
+        start = start_of(context, context.recipe.samples.count, self.height, self.width, self.frames)
+        if start is None:
             return
-        noise = noise_for(request.positions, batch.latents.shape[1:], context.recipe.seed, "samples")
-        start = context.on_device(NoisyBatch(noise, torch.zeros(count), batch.conditions, noise))
-        size = (self.height, self.width, self.frames)
-        schedule, visited = context.schedule_at(*size), context.visited(*size)
         if self.teacher_latents is None:
             with context.teacher_mode() as model:
-                self.teacher_latents = sample(context, schedule, model, start, visited)
-        student_latents = sample(context, schedule, context.student, start, visited)
+                self.teacher_latents = sample(context, model, start)
+        student_latents = sample(context, context.student, start)
         if context.accelerator.is_main_process:
             name = "student" if error is None else f"student, error {error:.3g}"
-            columns = [("teacher", self._images(self.teacher_latents)), (name, self._images(student_latents))]
-            captions = batch.captions or [""] * count
-            save_image(image_grid(captions, columns), path)
+            columns = [("teacher", decoded(context, self.teacher_latents)), (name, decoded(context, student_latents))]
+            save_image(image_grid(start.captions, columns), path)
             if columns[0][1][0].ndim == 4:
-                first, *further = animated_grid(captions, columns)
+                first, *further = animated_grid(start.captions, columns)
                 save_image(first, path.with_suffix(".gif"), *further)
-
-    def _images(self, latents: Tensor) -> list[np.ndarray]:
-        one_by_one = (self.context.source.decode(one[None]) for one in latents.cpu())  # one fits on any device
-        return [images[0].movedim(0, -1).float().numpy() for images in one_by_one if images is not None]
-
-
-@torch.no_grad()
-def sample(context: Context, schedule: NoiseSchedule, model: nn.Module, start: NoisyBatch, visited: Tensor | None = None) -> Tensor:
-    """Sample deterministically from noise, without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps).
-
-    Args:
-        visited: the timesteps (n,), ascending; None: as many as the recipe's sample grids take, evenly spaced.
-
-    Returns:
-        Latents, (B, C, H, W), of videos (B, C, T, H, W).
-    """
-    x, steps = start.x, context.recipe.samples.steps
-    timesteps = schedule.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6) if visited is None else visited.flip(0)
-    pairs = itertools.pairwise([*timesteps.tolist(), None])
-    for now, then in each(pairs, f"sampling {len(x)} images", len(timesteps)):
-        t = torch.full((len(x),), now, device=x.device)
-        prediction = context.predict(model, NoisyBatch(x, t, start.conditions, x)).float()
-        x0, noise = schedule.predict_x0_and_noise(x, prediction, t)
-        x = x0 if then is None else schedule.add_noise(x0, noise, torch.full_like(t, then))[0]
-    return x
