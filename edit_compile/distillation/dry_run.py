@@ -243,7 +243,7 @@ def _estimate(recipe: Recipe, structure: nn.Module, phase: Phase, inputs: _Input
     size = samples_per_forward(options.global_batch_size, options.micro_batch_size, devices)
     batch, grids, frames = inputs.batch(phase, size)
     context = _context(recipe, structure, inputs.denoise)
-    call = partial(_layerwise_step if phase.losses is None else _stage_step, context, batch, phase)
+    call = partial(_forward_and_backward, context, batch, phase.losses)
     with grid(structure, *grids):
         with FlopCounterMode(display=False) as counter:
             call()
@@ -262,10 +262,10 @@ def _context(recipe: Recipe, structure: nn.Module, denoise: Denoise) -> Context:
     return Context(recipe, structure, structure, nothing, denoise, nothing, nothing)
 
 
-def _layerwise_step(context: Context, batch: NoisyBatch, phase: Phase) -> None:
-    with layerwise_fit(context.student, 1.0):
-        context.predict(context.student, batch)
-
-
-def _stage_step(context: Context, batch: NoisyBatch, phase: Phase) -> None:
-    torch.autograd.backward(measure_losses(context, context.student, batch, phase.losses or {}).total)
+def _forward_and_backward(context: Context, batch: NoisyBatch, losses: dict[str, float] | None) -> None:
+    """Run a forward of a stage with these losses, or of the layerwise fit without any, and its backward pass."""
+    if losses is None:
+        with layerwise_fit(context.student, 1.0):
+            context.predict(context.student, batch)
+    else:
+        torch.autograd.backward(measure_losses(context, context.student, batch, losses).total)

@@ -167,7 +167,7 @@ def _short_run(recipe: Recipe) -> list[MetricsRow]:
 
 def _read(path: Path, recipe: Recipe) -> StepTiming | None:
     try:
-        timing = StepTiming.model_validate_json(path.read_text())
+        timing = StepTiming.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return timing if timing.recipe == _identity(recipe) else None

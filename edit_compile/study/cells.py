@@ -71,7 +71,7 @@ class CellFolder:
     def failure(self) -> Failure | None:
         """Return why the cell failed, if it did."""
         try:
-            return Failure.model_validate_json((self.folder / ERROR).read_text())
+            return Failure.model_validate_json((self.folder / ERROR).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:

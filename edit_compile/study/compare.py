@@ -38,6 +38,7 @@ from edit_compile.study.measure import Measurer, Subject, last_size
 from edit_compile.study.measured import Measurements, identity_of_run, read_measured
 from edit_compile.study.results import CellResult, ModelRow, Results, markdown, row_of
 from edit_compile.study.schema import Latency, Measures, Size, Study
+from edit_compile.words import duration_in_words
 
 RESULTS, MARKDOWN, GALLERY = "results.json", "results.md", "gallery.png"
 
@@ -129,7 +130,7 @@ def read_results(folder: Path) -> Results:
     """
     path = folder / RESULTS
     try:
-        return Results.model_validate_json(path.read_text())
+        return Results.model_validate_json(path.read_bytes())
     except OSError:
         raise StudyError(f"{folder} has no {RESULTS}: nothing was compared there") from None
     except ValidationError as error:
@@ -195,10 +196,10 @@ class StudyRun:
 
     def _copy_study(self) -> None:
         """Keep the study beside its cells."""
-        copy = self.folder / "study.yaml"
+        copy, text = self.folder / "study.yaml", self.file.read_text("utf-8")
         with self._alone("results"):  # another process may begin at the same time
-            if not copy.exists() or copy.read_text() != self.file.read_text():
-                write_text(copy, self.file.read_text())
+            if not copy.exists() or copy.read_text("utf-8") != text:
+                write_text(copy, text)
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -293,7 +294,7 @@ class StudyRun:
             return lambda: loaded(cell.folder)
         self.say(f"{title}: training")
         result = distill(cell.recipe, cell.folder, resume=True)
-        self.say(f"{title}: error {result.before.total:.3g} -> {result.after.total:.3g}, {result.seconds:.0f} s; measuring")
+        self.say(f"{title}: error {result.before.total:.3g} -> {result.after.total:.3g}, {duration_in_words(result.seconds)}; measuring")
         return lambda: Student(result.student, base_of(cell.folder))
 
     def _measure_untrained(self, cell: Cell, trained: Sequence[Path]) -> None:
@@ -386,13 +387,10 @@ class RunComparison:
         try:
             with claimed(run / ".measuring", wait=True):
                 measured = measurer.measure(Subject(run, identity, partial(loaded, run)))
-        except OSError as error:
-            if isinstance(error, EditCompileError):
-                failed = str(error)
-            else:
-                raise StudyError(f"{run}: what is measured cannot be written beside the run's own files: {error}") from error
         except (EditCompileError, RuntimeError) as error:
             failed = str(error)
+        except OSError as error:
+            raise StudyError(f"{run}: what is measured cannot be written beside the run's own files: {error}") from error
         if failed is not None:
             self.say(f"{name} failed: {failed}")
             measured = read_measured(run, identity)

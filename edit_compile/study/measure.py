@@ -290,7 +290,7 @@ def _of_run(folder: Path) -> dict[str, Measurement]:
     if not path.exists():
         return {}
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_bytes())
         errors = result["held_out_error"]
         values = {"before": errors["before"]["total"], "after": errors["after"]["total"], "samples": float(errors["after"]["samples"])}
         values |= {f"{size}.{when}": error for when in ("before", "after") for size, error in errors[when]["resolutions"].items()}

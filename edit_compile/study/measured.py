@@ -72,7 +72,7 @@ def identity_of_run(folder: Path) -> str:
 def read_measured(folder: Path, model: str) -> Measurements:
     """Read what was measured of a model; nothing if no file is there, or one of another model or version: then all is measured again."""
     try:
-        found = Measurements.model_validate_json((folder / MEASURED).read_text())
+        found = Measurements.model_validate_json((folder / MEASURED).read_bytes())
     except (OSError, ValueError):
         return Measurements(model=model)
     return found if found.model == model else Measurements(model=model)

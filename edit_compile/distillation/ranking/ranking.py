@@ -146,7 +146,7 @@ class Ranking(Frozen):
         path = Path(path)
         path = path / "ranking.json" if path.is_dir() else path
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist; `edit-compile rank MODEL -o {path.parent}` writes it") from None
         except (OSError, ValueError, RecursionError) as error:
