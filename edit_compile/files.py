@@ -64,15 +64,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
-def user_cache() -> Path:
-    """Return the folder that this package keeps measurements in, by user: $XDG_CACHE_HOME/edit_compile.
-
-    Raises:
-        RuntimeError: the user has no home.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edit_compile"
-
-
 def read_small(path: Path) -> bytes:
     """Read a file that is to be small: JSON that somebody else may have written.
 

@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (  # everything may import what stands in its own row or before it
     ("version", "errors", "files", "frozen", "known_noise", "progress", "stop_signals", "torch_internals", "words", "yaml_text"),
-    ("extras", "tensor_files"),
+    ("extras", "measurements", "tensor_files"),
     ("ir",),
     ("designs",),
     ("config",),

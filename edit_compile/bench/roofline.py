@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 
 from edit_compile.bench.machine import cpu
 from edit_compile.bench.turns import seconds_of
 from edit_compile.designs.ops.parts import Part, Softmax
-from edit_compile.files import user_cache, write_text
 from edit_compile.frozen import Frozen
+from edit_compile.measurements import keep_measurement, kept_measurement
 
 _SIDES = (512, 1024, 2048, 4096)  # of products
 _SOFTMAX = (1, 8, 2048, 64)
@@ -25,6 +21,7 @@ _IMAGE = (1, 512, 64, 64)
 _BUSY = 1.5  # times as fast as what is kept: that was measured beside other work
 _LONG = 0.2  # seconds, after which larger products are not tried
 _DEPTHWISE = 27  # products of so few terms are depthwise convolutions
+_KIND = "roofline"  # of measurement
 
 
 class Roofline(Frozen):
@@ -77,18 +74,13 @@ def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     if found is None or _products(device, dtype, _SIDES[:1]) > _BUSY * found.product:
         measured = _measured(device, dtype)
         found = measured if found is None else found.or_better(measured)
-        with suppress(OSError, RuntimeError):  # a home that cannot be written, or none: they are measured again next time
-            _file(device, dtype).parent.mkdir(parents=True, exist_ok=True)
-            write_text(_file(device, dtype), found.model_dump_json(indent=2))
+        keep_measurement(_KIND, _conditions(device, dtype), found)
     return found
 
 
 def known_roofline(device: torch.device, dtype: torch.dtype) -> Roofline | None:
     """Read the rates of a device; None if they were not measured."""
-    try:
-        return Roofline.model_validate_json(_file(device, dtype).read_bytes())
-    except (OSError, RuntimeError, ValidationError):  # RuntimeError: the user has no home
-        return None
+    return kept_measurement(_KIND, _conditions(device, dtype), Roofline)
 
 
 def known_rates() -> Roofline | None:
@@ -106,11 +98,6 @@ def _conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "torch_version": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _file(device: torch.device, dtype: torch.dtype) -> Path:
-    number = hashlib.sha256(repr(_conditions(device, dtype)).encode()).hexdigest()[:16]
-    return user_cache() / f"roofline-{number}.json"
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,16 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from edit_compile.errors import ConfigError
-from edit_compile.files import user_cache, write_text
 from edit_compile.frozen import Frozen
+from edit_compile.measurements import keep_measurement, kept_measurement
 
 Kernels = Literal["auto", "always", "never"]
 AS_FAST = 0.97  # of Inductor's time: a kernel that takes more has not won
 AS_EXACT = 2.0  # times Inductor's error
+_KIND = "kernel"  # of measurement
 
 
 class KernelCase(Frozen):
@@ -102,18 +101,12 @@ def function_of(case: KernelCase) -> Callable[..., Any]:
 
 def known_comparison(case: KernelCase, weight: torch.Tensor) -> Comparison | None:
     """Read how a kernel did on a device; None if that was not measured with these versions of the kernels, torch and Triton."""
-    try:
-        return Comparison.model_validate_json(_file(conditions(case, weight)).read_bytes())
-    except (OSError, RuntimeError, ValidationError):  # RuntimeError: the user has no home
-        return None
+    return kept_measurement(_KIND, conditions(case, weight), Comparison)
 
 
 def keep(comparison: Comparison) -> None:
     """Keep a comparison in the user's cache folder, if there is one."""
-    with suppress(OSError, RuntimeError):
-        path = _file(comparison.conditions)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, comparison.model_dump_json(indent=2))
+    keep_measurement(_KIND, comparison.conditions, comparison)
 
 
 def conditions(case: KernelCase, weight: torch.Tensor) -> dict[str, str]:
@@ -132,7 +125,3 @@ def _versions() -> dict[str, str]:
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     triton = version("triton") if find_spec("triton") is not None else ""
     return {"torch": torch.__version__, "triton": triton, "kernels": hashlib.sha256(sources).hexdigest()}
-
-
-def _file(found: dict[str, str]) -> Path:
-    return user_cache() / f"kernel-{hashlib.sha256(repr(found).encode()).hexdigest()[:16]}.json"
