@@ -397,6 +397,8 @@ def test_recipes_are_listed_printed_and_explained(run, tmp_path):
     assert "sd3.5-medium    Stable Diffusion 3.5 medium: 37 sites" in listed.stdout
     assert json.loads(run("recipe", "--json").stdout)["demo-dit"]["model"] == "demo/dit"
     assert run("recipe", "demo-dit").stdout == find_recipe("demo-dit").read_text()
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xff")
+    assert run("recipe", tmp_path / "latin.yaml").stderr.startswith(f"error: {tmp_path / 'latin.yaml'} cannot be read: ")
     explained = run("recipe", "demo-dit", "--explain", "--set", "stages.0.steps=7")
     assert explained.exit_code == 0, explained.stderr
     assert "# Optimizer steps.\n" in explained.stdout

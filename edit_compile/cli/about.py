@@ -9,6 +9,7 @@ import click
 from edit_compile.cli.command import Command, print_json
 from edit_compile.cli.parameters import RECIPE, overrides_option
 from edit_compile.distillation.recipe.names import about, find_recipe, model_of, shipped_recipes
+from edit_compile.errors import RecipeError
 from edit_compile.progress import working
 
 
@@ -30,7 +31,12 @@ def recipe(name: str | None, explain: bool, overrides: tuple[str, ...], as_json:
         return
     path = find_recipe(name)
     if not (explain or overrides or as_json):
-        click.echo(path.read_text(), nl=False)
+        from edit_compile.yaml_text import read_text
+
+        try:
+            click.echo(read_text(path), nl=False)
+        except ValueError as error:
+            raise RecipeError(f"{path} {error}") from None
         return
     with working("importing PyTorch"):
         from edit_compile.distillation.recipe.explain import explain as explained

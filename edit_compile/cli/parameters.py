@@ -153,7 +153,7 @@ def original_model(name: str) -> str:
 def _base_in(folder: Path) -> str:
     """Return what a checkpoint says of its base, in words."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        base = json.loads((folder / _CHECKPOINT).read_text())["base"]
+        base = json.loads((folder / _CHECKPOINT).read_bytes())["base"]
         if isinstance(base, str):
             return base
     return "the one that it was made from"

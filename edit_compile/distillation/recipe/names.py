@@ -53,5 +53,5 @@ def model_of(name: str) -> str:
 
 def about(name: str) -> str:
     """Return what the first comment of a shipped recipe says first."""
-    first = find_recipe(name).read_text().partition("\n")[0]
+    first = find_recipe(name).read_text("utf-8").partition("\n")[0]
     return first.removeprefix("#").strip().partition(". ")[0].removesuffix(".")
