@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from edit_compile.errors import ModelNotFoundError
 
 _TIMEOUT = 5.0  # seconds
 _CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # whose errors are about the hub or the way to it
+_lock, _holders, _before = threading.Lock(), 0, False  # of the client's offline mode, which is the process's: who wants it, and how it was
 
 
 def hub_reachable() -> bool:
@@ -39,28 +41,29 @@ def hub_access(name: str = "") -> Iterator[bool]:
     """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:  # the user's own choice
-        yield False
-    elif (name and Path(name).is_dir()) or hub_reachable():
+    if not constants.HF_HUB_OFFLINE and ((name and Path(name).is_dir()) or hub_reachable()):
         yield True
     else:
-        constants.HF_HUB_OFFLINE = True
-        try:
+        with only_cached():
             yield False
-        finally:
-            constants.HF_HUB_OFFLINE = False
 
 
 @contextmanager
 def only_cached() -> Iterator[None]:
-    """Let the hub's client find what it has downloaded before, and nothing else."""
+    """Let the hub's client find what it has downloaded before, and nothing else: where several threads do, until the last one leaves."""
     from huggingface_hub import constants
 
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    global _holders, _before
+    with _lock:
+        _before = _before if _holders else constants.HF_HUB_OFFLINE
+        _holders += 1
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        with _lock:
+            _holders -= 1
+            constants.HF_HUB_OFFLINE = _holders > 0 or _before
 
 
 def download_error(name: str, error: Exception, online: bool) -> ModelNotFoundError:

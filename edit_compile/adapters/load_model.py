@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import nn
 
 from edit_compile.adapters.hub_access import download_error, first_line, hub_access, hub_errors, is_hub_error
 from edit_compile.adapters.model_names import ARCHITECTURES, check_name, hub_id, with_revision
+from edit_compile.adapters.module_limit import limited_modules
 from edit_compile.adapters.pipelines import DENOISERS, PIPELINE_INDEX, dtype_kwarg
 from edit_compile.demo import models as demo
 from edit_compile.errors import ModelNotFoundError
@@ -114,7 +116,7 @@ def _without_weights(config: Path, source: str, random_weights: bool, dtype: tor
 def _from_config(path: Path, device: str = "meta") -> nn.Module:
     config = _read_config(path)
     try:
-        with torch.device(device):
+        with torch.device(device), limited_modules(config):
             model: nn.Module = _class_of(config, path).from_config(config)
     except _MALFORMED as error:
         raise ModelNotFoundError(f"{path}: no {config['_class_name']} can be made of it: {first_line(error)}") from error
@@ -125,11 +127,13 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, structure_only: bool) 
     path = folder / _CONFIG
     if structure_only:
         return _from_config(path)
-    model_class = _class_of(_read_config(path), folder)
+    config = _read_config(path)
+    model_class = _class_of(config, folder)
     try:
-        model = _pretrained(model_class, folder, dtype, variant=_variant_in(folder))
-        _require_stored_as_floats(model, folder)
-        return model
+        variant = _variant_in(folder)
+        _require_stored_as_floats(folder)
+        with limited_modules(config):
+            return _pretrained(model_class, folder, dtype, variant=variant)
     except ModelNotFoundError:
         raise
     except (OSError, SafetensorError, *_MALFORMED) as error:
@@ -154,22 +158,22 @@ def _pretrained(model_class: Any, name: str | Path, dtype: torch.dtype | None, *
     return cast("nn.Module", model.eval())
 
 
-def _require_stored_as_floats(model: nn.Module, folder: Path) -> None:
+def _require_stored_as_floats(folder: Path) -> None:
     """Refuse whole numbers in the place of a model's weights, as quantization leaves them beside scales that nothing here knows.
 
     Raises:
         ModelNotFoundError: there are such.
     """
-    wanted = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    stored: dict[str, tuple[Path, str]] = {}
     for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
         file: Any
-        with safe_open(path, "pt") as file:
-            for name in wanted.intersection(file.keys()):
-                stored = file.get_slice(name).get_dtype()
-                if (dtype := DTYPES.get(stored)) is not None and not dtype.is_floating_point:
-                    raise ModelNotFoundError(
-                        f"{path}: {name} is stored in whole numbers ({stored}): it is quantized, and its scales are not known"
-                    )
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:  # who loads the weights says what is wrong with a file
+            stored |= {name: (path, file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    whole = {name for name, (_, kind) in stored.items() if kind in DTYPES and not DTYPES[kind].is_floating_point}
+    for name, parameter in _from_config(folder / _CONFIG).named_parameters() if whole else ():  # most models have none
+        if name in whole and parameter.is_floating_point():
+            path, kind = stored[name]
+            raise ModelNotFoundError(f"{path}: {name} is stored in whole numbers ({kind}): it is quantized, and its scales are not known")
 
 
 def _variant_in(folder: Path) -> str | None:
@@ -256,9 +260,10 @@ def _from_hub(name: str, dtype: torch.dtype | None, structure_only: bool) -> Loa
         part, config = _denoiser_config(repository, revision)
         if structure_only:
             return LoadedModel(_from_config(config), source, source, False)
-        model_class = _class_of(_read_config(config), source)
+        written = _read_config(config)
         try:
-            model = _pretrained(model_class, repository, dtype, subfolder=part, revision=revision)
+            with limited_modules(written):
+                model = _pretrained(_class_of(written, source), repository, dtype, subfolder=part, revision=revision)
         except (SafetensorError, *_MALFORMED) as error:
             if is_hub_error(error):
                 raise

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edit_compile.adapters.hub_access import first_line, hub_files
+from edit_compile.adapters.module_limit import limited_modules
 from edit_compile.adapters.pipelines import PIPELINE_INDEX
 from edit_compile.errors import EditCompileError, ModelNotFoundError
 from edit_compile.files import read_small
@@ -88,11 +89,10 @@ def _find_class(library: str, name: str, where: Path) -> Any:
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:
-    with torch.device("meta"):
-        if hasattr(kind, "from_config"):  # of diffusers
-            model: nn.Module = kind.from_config(kind.load_config(folder))
-        else:
-            model = kind(kind.config_class.from_pretrained(folder))
+    of_diffusers = hasattr(kind, "from_config")
+    config = kind.load_config(folder) if of_diffusers else kind.config_class.from_pretrained(folder)
+    with torch.device("meta"), limited_modules(config if of_diffusers else config.to_dict()):
+        model: nn.Module = kind.from_config(config) if of_diffusers else kind(config)
     model.eval()
     for method in ("forward", "encode", "decode"):
         if callable(getattr(model, method, None)):

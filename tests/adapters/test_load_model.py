@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import edit_compile as ec
-from edit_compile.adapters import hub_access
+from edit_compile.adapters import hub_access, module_limit
 from edit_compile.adapters.inputs import example_inputs
 from edit_compile.adapters.load_model import load_model
 from edit_compile.adapters.model_names import architectures
@@ -135,6 +135,17 @@ def test_without_a_network_one_line_comes_at_once(no_network, caplog, capfd, nam
     assert not constants.HF_HUB_OFFLINE
 
 
+def test_the_hubs_client_is_offline_until_the_last_of_several_threads_is_done(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    first, second = hub_access.only_cached(), hub_access.only_cached()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE
+    second.__exit__(None, None, None)
+    assert not constants.HF_HUB_OFFLINE
+
+
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers passes it
 def test_a_cached_copy_is_found_without_a_network(no_network, tmp_path):
     snapshot = tmp_path / "models--stabilityai--stable-diffusion-3.5-medium" / "snapshots" / ("0" * 40)
@@ -204,6 +215,15 @@ def test_weights_in_whole_numbers_are_refused(folder):
     name = "transformer_blocks.0.attn1.to_k.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, weights_of(folder), {"format": "pt"})
     assert f"{name} is stored in whole numbers (I8): it is quantized" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_more_blocks_than_anybody_can_make_are_refused(folder, name, monkeypatch):
+    monkeypatch.setattr(module_limit, "MOST_MODULES", 500)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 10**9}))
+    told = "no PixArtTransformer2DModel can be made of it: it has more than 500 modules; the largest number of its config is"
+    assert f"{told} 1000000000, of ['num_layers']" in refusal(folder / name)
 
 
 def test_weights_in_a_pipe_are_refused(folder):
