@@ -22,7 +22,7 @@ from edit_compile.student.lora import adapted_layers
 from edit_compile.student.runtime import RestoreForRecompute, Runtime
 from edit_compile.student.save import saving_both
 from edit_compile.student.site import class_of_site, convert_site
-from edit_compile.student.weights import check_finite, moving, original_below, shared_copy, shared_tensors
+from edit_compile.student.weights import check_finite, moving, original_below, record_shared, shared_copy
 from edit_compile.torch_internals import is_compiled_module, is_quantized
 
 
@@ -57,7 +57,7 @@ def install(model: nn.Module, compiled: CompiledPlan, *, read_only: bool = False
     student.__dict__["edit_conversion"] = conversion
     student.__class__ = _class_of_model(type(student))
     assert isinstance(student, ConvertedModel)
-    conversion.shared.record(shared_tensors(student))
+    record_shared(student)
     return student
 
 
@@ -81,7 +81,7 @@ def _check_grids(model: nn.Module, runtime: Runtime) -> None:
 
 
 def _holders(plan: Plan) -> list[str]:
-    """The paths of the sites and of all modules that hold one, but the model itself."""
+    """List the paths of the sites and of all modules that hold one, but the model itself."""
     parts = [site.path.split(".") for site in plan.rewritten]
     return sorted({".".join(path[:depth]) for path in parts for depth in range(1, len(path) + 1)})
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from edit_compile.adapters.pipelines import add_notice, origin_of
 from edit_compile.errors import CheckpointError, some_of
+from edit_compile.files import write_text
 from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.checkpoint_format import HERE, write
 from edit_compile.student.handle import ConvertedModel, unwrap
 from edit_compile.student.lora import files_for_others, lora_names, plain_name, without_lora
 from edit_compile.student.site import converted_sites
 from edit_compile.student.standalone import write_standalone
-from edit_compile.student.weights import check_finite, is_on_disk, original_state, shared_tensors, trained_tensors, written_weights
+from edit_compile.student.weights import changes_of, check_finite, is_on_disk, original_state, shared_tensors, trained_tensors
 from edit_compile.tensor_files import Entry, in_order
 from edit_compile.torch_internals import is_quantized, is_sharded
 
@@ -86,7 +87,7 @@ def _check_names(student: ConvertedModel) -> None:
     found = {name for name in without_lora(student, student.state_dict()) if not name.startswith(added)}
     if strange := sorted(found ^ known.keys()):
         raise CheckpointError(
-            f"{', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''}: not as it was at conversion. Adapters (LoRA) that other "
+            f"{some_of(strange)}: not as it was at conversion. Adapters (LoRA) that other "
             "libraries added are saved by them; unload or fuse them before edit_compile.save"
         )
 
@@ -115,7 +116,7 @@ def _check_values(student: ConvertedModel) -> None:
 def _changed(student: ConvertedModel) -> list[str]:
     """Name the weights that are to be saved because they are not the base's any more, though nothing was unshared."""
     tensors = shared_tensors(student)  # of which quantized ones, outside of the sites, are made of the base again
-    changed = [name for name in written_weights(student, thoroughly=True) if not is_quantized(tensors[name])]
+    changed = [name for name in changes_of(student, thoroughly=True).written if not is_quantized(tensors[name])]
     named = student.named_parameters(remove_duplicate=False)
     saved = {plain_name(student, name) for name, parameter in named if parameter.is_floating_point()}
     if lost := [name for name in changed if name not in saved]:
@@ -184,6 +185,6 @@ def saving_both(original: type[nn.Module]) -> dict[str, Any]:
         save(model, Path(save_directory), base=HERE)
         card = Path(save_directory) / "README.md"
         if not card.exists():
-            card.write_text(_CARD)
+            write_text(card, _CARD)
 
     return {"save_pretrained": save_pretrained}

@@ -21,12 +21,16 @@ class _Place(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """One weight: its dtype, the sum of its bits (None if that is lost), a few values, and where these were seen last."""
+    """One weight: its dtype, the sum of its bits (None if that is lost), a few values, and where these were seen last.
+
+    `is_table` says whether a model may put another one in its place, as it does with tables of positions for other sizes.
+    """
 
     dtype: torch.dtype
     checksum: int | None
     values: TensorPrint
     seen: _Place
+    is_table: bool
 
 
 class SharedWeights:
@@ -45,11 +49,17 @@ class SharedWeights:
         """List the weights that are known."""
         return list(self._known)
 
-    def record(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what weights are now, by name, for what they are to be. Those that have no values here are left out."""
+    def record(self, tensors: Mapping[str, Tensor], tables: Collection[str] = ()) -> None:
+        """Take what weights are now, by name, for what they are to be. Those that have no values here are left out.
+
+        Args:
+            tables: the names of buffers that are in no state dict: what is written into them counts, another one in their place does not.
+        """
         found = {name: tensor for name, tensor in tensors.items() if has_values(tensor)}
         values = fingerprint(found)
-        self._known |= {name: _Known(t.dtype, checksum(t), values[name], _place(t)) for name, t in found.items()}
+        for name, tensor in found.items():
+            is_table = name in tables or (name in self._known and self._known[name].is_table)
+            self._known[name] = _Known(tensor.dtype, checksum(tensor), values[name], _place(tensor), is_table)
 
     def follow(self, tensors: Mapping[str, Tensor], lost: Collection[str]) -> None:
         """Note that weights were moved or cast.
@@ -90,6 +100,9 @@ class SharedWeights:
             differs = checksum(before) != known.checksum or (
                 tensor.dtype != known.dtype and not torch.equal(before.to(tensor.dtype), tensor)
             )
+        if differs and known.is_table and place.memory != known.seen.memory:
+            del self._known[name]  # the model's own from now on
+            return False
         if not differs and tensor.dtype != known.dtype:
             self.record({name: tensor})  # what is written from now on is told exactly again
         elif not differs:

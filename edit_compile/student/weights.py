@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from edit_compile.student.lora import (
     without_lora,
 )
 from edit_compile.student.shared import has_values
-from edit_compile.student.site import converted_sites
+from edit_compile.student.site import ConvertedSite, converted_sites
 from edit_compile.torch_internals import is_lazy_copy, is_sharded, lazy_copies, watch_writes
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what torch's wrappers call what they hold
@@ -47,42 +47,66 @@ def shared_copy(model: nn.Module, *, read_only: bool = False) -> nn.Module:
         return copy.deepcopy(model, memo)
 
 
-def shared_tensors(student: ConvertedModel) -> dict[str, Tensor]:
-    """List the weights outside the sites that are to be the original's, under the names that they have there."""
-    conversion = student.edit_conversion
-    sites = tuple(f"{path}." for path in converted_sites(student))
-    found: dict[str, Tensor] = {}
-    named: Any = itertools.chain(student.named_parameters(remove_duplicate=False), student.named_buffers(remove_duplicate=False))
-    for name, tensor in named:
-        plain = plain_name(student, name)
-        if plain in conversion.fingerprint and plain not in conversion.originals and not plain.startswith(sites):
-            found[plain] = tensor
+def modules_outside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules outside the converted sites by path, shared ones under each of theirs."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and not isinstance(child, ConvertedSite):
+            yield from modules_outside(child, f"{path}.{name}" if path else name)
+
+
+def shared_tensors(student: ConvertedModel, modules: Iterable[tuple[str, nn.Module]] | None = None) -> dict[str, Tensor]:
+    """List the weights and buffers outside the sites that are to be the original's, under the names that they have there.
+
+    Args:
+        modules: those outside the sites, if they were listed before.
+    """
+    conversion, found = student.edit_conversion, {}
+    for path, module in modules_outside(student) if modules is None else modules:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            plain = plain_name(student, f"{path}.{name}" if path else name)
+            in_state = plain in conversion.fingerprint or name in module._non_persistent_buffers_set
+            if tensor is not None and in_state and plain not in conversion.originals:
+                found[plain] = tensor
     return found
 
 
-def written_weights(student: ConvertedModel, *, thoroughly: bool = False) -> list[str]:
-    """Name the weights outside the sites that were changed without `unshare`: see `SharedWeights.written`."""
-    if any(map(is_on_disk, student.modules())):
-        return []
-    return student.edit_conversion.shared.written(shared_tensors(student), thoroughly=thoroughly)
+def record_shared(student: ConvertedModel) -> None:
+    """Take the weights and buffers outside the sites for the original's."""
+    tensors, conversion = shared_tensors(student), student.edit_conversion
+    conversion.shared.record(tensors, tables=tensors.keys() - conversion.fingerprint.keys())
 
 
-def replaced_weights(student: ConvertedModel) -> list[str]:
-    """Name the weights outside the sites that are no longer in the model: their modules were replaced or parametrized, or removed."""
-    there = {*shared_tensors(student), *student.edit_conversion.originals}
-    return [name for name in student.edit_conversion.shared.names() if name not in there and not _has_tensor(student, name)]
+class Changes(NamedTuple):
+    """What is not the original's any more outside the sites.
+
+    Attributes:
+        gone: weights that are no longer in the model: their modules were replaced or parametrized, or removed.
+        forwards: modules that run another module's method as their forward, where some LoRA libraries put theirs.
+        written: weights and buffers that were changed without `unshare`: see `SharedWeights.written`.
+    """
+
+    gone: list[str]
+    forwards: list[str]
+    written: list[str]
 
 
-def replaced_forwards(student: ConvertedModel) -> list[str]:
-    """Name the modules outside the sites that run another module's method as their forward, where some LoRA libraries put theirs."""
-    sites = tuple(f"{path}." for path in converted_sites(student))
-    forwards = ((path, module, vars(module).get("forward")) for path, module in student.named_modules())
-    others = (
-        path
-        for path, module, forward in forwards
-        if isinstance(held := getattr(forward, "__self__", module), nn.Module) and held is not module
+def changes_of(student: ConvertedModel, *, thoroughly: bool = False) -> Changes:
+    """Name what is not the original's any more outside the sites, in one walk over the modules: calls of the teacher wait for it."""
+    modules, conversion = list(modules_outside(student)), student.edit_conversion
+    tensors = shared_tensors(student, modules)
+    missing = (name for name in conversion.shared.names() if name not in tensors and name not in conversion.originals)
+    on_disk = any(is_on_disk(module) for _, module in modules)
+    return Changes(
+        [name for name in missing if not _has_tensor(student, name)],
+        [path for path, module in modules if _runs_another(module)],
+        [] if on_disk else conversion.shared.written(tensors, thoroughly=thoroughly),
     )
-    return [path for path in others if not f"{path}.".startswith(sites)]
+
+
+def _runs_another(module: nn.Module) -> bool:
+    owner = getattr(vars(module).get("forward"), "__self__", module)
+    return isinstance(owner, nn.Module) and owner is not module
 
 
 def _has_tensor(model: nn.Module, name: str) -> bool:
@@ -107,26 +131,27 @@ def require_original_weights(student: ConvertedModel) -> None:
     Raises:
         EditCompileError: there are such.
     """
-    if gone := replaced_weights(student):
+    gone, forwards, written = changes_of(student)
+    if gone:
         raise EditCompileError(
             f"the teacher is not the original model: {some_of(gone)} outside the converted sites is not where it was, for its module was "
             "replaced or parametrized; undo that, or run the original model"
         )
-    if others := replaced_forwards(student):
+    if forwards:
         raise EditCompileError(
-            f"the teacher is not the original model: {some_of(others)} outside the converted sites runs another module's forward, as LoRA "
-            "of some libraries does; take that off, or run the original model"
+            f"the teacher is not the original model: {some_of(forwards)} outside the converted sites runs another module's forward, as "
+            "LoRA of some libraries does; take that off, or run the original model"
         )
-    if changed := written_weights(student):
+    if written:
         raise EditCompileError(
-            f"the teacher is not the original model: {some_of(changed)} outside the converted sites were written to; call "
+            f"the teacher is not the original model: {some_of(written)} outside the converted sites were written to; call "
             "edit_compile.unshare(student) before LoRA is fused, weights are loaded or trained there, or run the original model"
         )
 
 
 def moving(student: ConvertedModel, move: Callable[[], object]) -> None:
     """Move or cast a student, and go on telling what is written to the weights outside its sites."""
-    shared, lost = student.edit_conversion.shared, written_weights(student)
+    shared, lost = student.edit_conversion.shared, changes_of(student).written
     move()
     moved = shared_tensors(student)
     watch_writes([tensor for tensor in moved.values() if has_values(tensor) and not is_lazy_copy(tensor)])
@@ -170,7 +195,7 @@ def own_weights(model: ConvertedModel, include: Iterable[str] = ("*",), *, read_
     if lora_layers(model):
         raise EditCompileError("weights with LoRA cannot be unshared: call edit_compile.unshare before LoRA is added, or merge that first")
     originals = model.edit_conversion.originals
-    if changed := [name for name in written_weights(model, thoroughly=True) if any(fnmatchcase(name, glob) for glob in globs)]:
+    if changed := [name for name in changes_of(model, thoroughly=True).written if any(fnmatchcase(name, glob) for glob in globs)]:
         raise EditCompileError(
             f"{some_of(changed)} were written to before, so that the original weights are not here any more: save the student, load it, "
             "and go on with that"
@@ -227,16 +252,12 @@ def original_below(model: nn.Module) -> nn.Module | None:
     """
     assert isinstance(model, ConvertedModel)
     conversion = model.edit_conversion
-    if may_have_foreign_adapters(model) if torch.compiler.is_compiling() else _is_changed(model):
+    if may_have_foreign_adapters(model) if torch.compiler.is_compiling() else has_foreign_adapters(model) or any(changes_of(model)):
         return None
     if not conversion.originals:
         return model
     conversion.original = conversion.original or OriginalWeights()
     return conversion.original(model)
-
-
-def _is_changed(model: ConvertedModel) -> bool:
-    return has_foreign_adapters(model) or bool(written_weights(model) or replaced_weights(model) or replaced_forwards(model))
 
 
 def with_original_weights(model: nn.Module, adapters: bool = False) -> nn.Module:

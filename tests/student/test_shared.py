@@ -25,14 +25,15 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 class Counted(toy.Toy):
-    """With a buffer that its output depends on."""
+    """With buffers that its output depends on, one of them in no state dict."""
 
     def __init__(self):
         super().__init__(joint=True)
         self.register_buffer("level", torch.full((12,), 0.5))
+        self.register_buffer("table", torch.ones(4), persistent=False)
 
     def forward(self, x, text=None, text_mask=None):
-        return super().forward(x, text, text_mask) * self.level.mean()
+        return super().forward(x, text, text_mask) * self.level.mean() * self.table.sum()
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,21 @@ def test_a_written_buffer_is_not_lost_in_silence(base, student, tmp_path):
     with pytest.raises(ec.CheckpointError, match="level was written to, and is a buffer"):
         ec.save(student, tmp_path)
     student.level.fill_(0.5)
+    ec.save(student, tmp_path)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_is_written_into_a_buffer_of_no_state_dict_is_no_teachers_and_not_lost_in_silence(base, student, tmp_path, moved):
+    student = student.to(torch.float64).float() if moved else student
+    student.table.fill_(2)
+    with pytest.raises(ec.EditCompileError, match=r"original model: table outside .* were written to"), ec.teacher(student):
+        pass
+    with pytest.raises(ec.CheckpointError, match="table was written to, and is a buffer"):
+        ec.save(student, tmp_path)
+    student.table.fill_(1)
+    with ec.teacher(student):
+        assert torch.equal(call(student), call(base))
+    student.table = torch.ones(6)  # as models do for other sizes
     ec.save(student, tmp_path)
 
 
