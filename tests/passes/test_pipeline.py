@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import traceback
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 import edit_compile as ec
@@ -70,6 +73,31 @@ def test_a_pass_of_your_own_runs_where_it_is_put_and_is_recorded():
     with pytest.raises(ec.PlanError, match="made with the pass 'double_values', which is not among those given"):
         recompile(model, plan)
     assert recompile(model, plan, passes).plan == plan
+
+
+class Mapped(toy.ToyAttention):
+    """With a function that it is given, and settings that refer to themselves."""
+
+    def projected(self, tokens):
+        query, key, value = super().projected(tokens)
+        return query, key, self.function(value)
+
+
+@pytest.mark.parametrize(
+    ("functions", "structures"),
+    [
+        ((torch.tanh, torch.tanh), 1),
+        ((torch.tanh, torch.sigmoid), 2),
+        ((partial(F.gelu, approximate="tanh"), partial(F.gelu, approximate="none")), 2),
+    ],
+)
+def test_sites_that_are_given_other_functions_are_other_structures(functions, structures):
+    model, settings = toy.Toy(), SimpleNamespace()
+    settings.own = settings
+    for block, function in zip(model.blocks, functions, strict=True):
+        block.attn.__class__, block.attn.function, block.attn.settings = Mapped, function, settings
+    plan = ec.plan(model, example_inputs=toy.inputs())
+    assert len({record.graph for record in plan.passes if record.graph != "model"}) == structures
 
 
 def forgets_to_count(site):
