@@ -26,6 +26,7 @@ from edit_compile.passes.build_design import check_output, design_code
 from edit_compile.passes.canonicalize import canonicalize
 from edit_compile.passes.capture import Capture, capture, what_failed
 from edit_compile.passes.classify_tokens import TokenMap, classify_tokens
+from edit_compile.passes.einsum import dimension_names
 from edit_compile.passes.forward_alone import forward_alone
 from edit_compile.passes.graph_walk import module_path, op_name, operand, operands, shape_of
 from edit_compile.passes.site_axes import seed_axes
@@ -240,12 +241,11 @@ def _axes_run_over(node: fx.Node, tokens: TokenMap) -> Iterable[tuple[Axis, Axis
 
 def _einsum_axes(node: fx.Node, tokens: TokenMap) -> list[Axis]:
     """Return the axis of every letter but those of the batch, which all operands and the result have."""
-    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
-    letters: dict[str, Axis] = {}
-    for term, each in zip(terms.split(","), operands(node, 1), strict=True):
-        letters |= zip(term, axes_of(each, tokens.axes), strict=False)
-    batch = set(result).intersection(*terms.split(","))
-    return [axis for letter, axis in letters.items() if letter not in batch]
+    axes = [axes_of(each, tokens.axes) for each in operands(node, 1)]
+    terms, result = dimension_names(str(node.args[0]), list(map(len, axes)))
+    named = dict(pair for term, own in zip(terms, axes, strict=True) for pair in zip(term, own, strict=True))
+    batch = set(result).intersection(*terms)
+    return [axis for name, axis in named.items() if name not in batch]
 
 
 def _image_tokens(axis: Axis, tokens: TokenMap) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edit_compile.passes.einsum import Names
 from edit_compile.passes.graph_walk import remove_dead, upstream
-from edit_compile.passes.products import Names, permutation, product_of
+from edit_compile.passes.products import permutation, product_of
 from edit_compile.passes.query_chunks import join_query_chunks
 from edit_compile.passes.read_attention import UNREAD, Normalized, ReadAttention, normalized, read_attention
 from edit_compile.passes.read_scores import NotRead, Placed

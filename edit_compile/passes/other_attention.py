@@ -11,9 +11,10 @@ from edit_compile.ir.tokens import TokenKind
 from edit_compile.passes.axes.algebra import Axis, axis_size, hint
 from edit_compile.passes.axes.rules import MOVING
 from edit_compile.passes.classify_tokens import TokenMap
+from edit_compile.passes.einsum import Names
 from edit_compile.passes.graph_walk import argument, module_path, number, op_name, shape_of, upstream
 from edit_compile.passes.op_traits import is_pointwise
-from edit_compile.passes.products import Names, Product, product_of, rank
+from edit_compile.passes.products import Product, product_of, rank
 from edit_compile.passes.read_attention import SOFTMAXES, UNREAD
 
 _DISTANCES = ("cdist", "_cdist_forward", "_euclidean_dist")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from edit_compile.passes.einsum import Names, dimension_names
 from edit_compile.passes.graph_walk import argument, number, numbers, op_name, operand, operands
 
 aten = torch.ops.aten
@@ -16,8 +16,6 @@ MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 BADDBMM = aten.baddbmm.default
 _TRANSPOSES = ("transpose", "swapaxes", "swapdims")
 _MATRIX_TRANSPOSES = ("mT", "adjoint", "mH")
-
-Names = tuple[str, ...]  # of a tensor's dimensions
 
 
 @dataclass(frozen=True)
@@ -72,28 +70,12 @@ def _matmul(node: fx.Node, left: fx.Node, right: fx.Node) -> Product | None:
 
 def _einsum(node: fx.Node) -> Product | None:
     given = operands(node, 1)
-    terms, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
-    listed = terms.split(",")
-    if len(given) != 2 or len(listed) != 2:
+    if len(given) != 2:
         return None
-    spare = [letter for letter in string.ascii_letters if letter not in terms]
-    dots = max(rank(each) - len(term.replace("...", "")) if "." in term else 0 for each, term in zip(given, listed, strict=True))
-    left, right = (_spelled_out(term, rank(each), spare[:dots]) for each, term in zip(given, listed, strict=True))
-    out = _spelled_out(result, rank(node), spare[:dots]) if arrow else _implied(left + right, spare[:dots])
-    if any(len(set(names)) < len(names) for names in (left, right, out)):
+    (left, right), names = dimension_names(str(node.args[0]), list(map(rank, given)))
+    if any(len(set(each)) < len(each) for each in (left, right, names)):
         return None
-    return Product(node, given[0], given[1], left, right, out)
-
-
-def _spelled_out(term: str, dims: int, spare: Sequence[str]) -> Names:
-    """Put letters in the place of an ellipsis, from the right."""
-    count = dims - len(term.replace("...", ""))
-    return tuple(term.replace("...", "".join(spare[len(spare) - count :])) if "." in term else term)
-
-
-def _implied(names: Names, dots: Sequence[str]) -> Names:
-    """Return what einsum gives without an arrow: the ellipsis, then what occurs once, by the alphabet."""
-    return (*dots, *sorted(name for name in set(names) - set(dots) if names.count(name) == 1))
+    return Product(node, given[0], given[1], left, right, names)
 
 
 def rank(node: fx.Node) -> int:

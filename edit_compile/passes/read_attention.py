@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edit_compile.passes.einsum import Names
 from edit_compile.passes.graph_walk import argument, number, numbers, op_name, operand
-from edit_compile.passes.products import Names, Product, keeps_dim, permutation, product_of, rank
+from edit_compile.passes.products import Product, keeps_dim, permutation, product_of, rank
 from edit_compile.passes.read_scores import NEUTRAL, NotRead, Placed, Scores, read_scores, regroup
 
 aten = torch.ops.aten

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from edit_compile.passes.axes.algebra import hint
+from edit_compile.passes.einsum import Names
 from edit_compile.passes.graph_walk import argument, op_name, operand
-from edit_compile.passes.products import BADDBMM, Names, Product, permutation, product_of, rank
+from edit_compile.passes.products import BADDBMM, Product, permutation, product_of, rank
 from edit_compile.passes.writes import is_written
 
 aten = torch.ops.aten

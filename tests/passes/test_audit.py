@@ -80,6 +80,16 @@ def linear_einsum(built, x):
     return g(aten.einsum.default, "bnc,bcd->bnd", [x, g(aten.einsum.default, "bnc,bnd->bcd", [x, x])])
 
 
+def einsum_with_ellipsis(built, x):
+    g = at(built)
+    return g(aten.einsum.default, "...ij,...jc->...ic", [g(aten.einsum.default, "...ic,...jc", [x, x]), x])
+
+
+def linear_einsum_with_ellipsis(built, x):
+    g = at(built)
+    return g(aten.einsum.default, "...nc,...cd->...nd", [x, g(aten.einsum.default, "...nc,...nd->...cd", [x, x])])
+
+
 def kernel(built, x):
     """A kernel of softmax attention called by its own name."""
     g = at(built)
@@ -94,7 +104,7 @@ def text_keys(built, x):
     return built(aten.add.Tensor, y, built(aten.mean.dim, text, [1], True, at="a"), at="a")
 
 
-@pytest.mark.parametrize("make", [linear, linear_einsum, text_keys])
+@pytest.mark.parametrize("make", [linear, linear_einsum, linear_einsum_with_ellipsis, text_keys])
 def test_what_is_linear_in_image_tokens_is_fine(make):
     found = audited(make)
     assert found.findings == ()
@@ -112,6 +122,7 @@ def test_what_is_linear_in_image_tokens_is_fine(make):
         (matrix_transpose, "softmax attention"),
         (distances, "matmul"),
         (einsum, "einsum"),
+        (einsum_with_ellipsis, "einsum"),
         (kernel, "softmax attention"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from edit_compile.passes.axes.algebra import Axes, Axis, axis_size, entangled, hint, new_axis, unify
 from edit_compile.passes.axes.call import Call, aligned, size_of
+from edit_compile.passes.einsum import dimension_names
 from edit_compile.passes.graph_walk import op_name
 
 # ------------------------------------------------------------------ products
@@ -74,38 +75,21 @@ def attention(call: Call) -> Axes:
 
 
 def einsum(call: Call) -> Axes:
-    """Name dimensions by letters, those of an ellipsis by their places from the right."""
-    equation = str(call.node.args[0]).replace(" ", "")
-    inputs, arrow, result = equation.partition("->")
-    terms = [_letters(term, len(axes)) for term, axes in zip(inputs.split(","), call.listed(1), strict=True)]
+    """Give what one letter names one axis."""
+    operands = call.listed(1)
+    terms, result = dimension_names(str(call.node.args[0]), list(map(len, operands)))
     named: dict[str, Axis] = {}
-    for term, axes in zip(terms, call.listed(1), strict=True):
-        for letter, axis in zip(term, axes, strict=True):
-            known = named.get(letter)
-            named[letter] = axis if known is None or axis_size(known) == 1 else known if axis_size(axis) == 1 else unify(known, axis)
-    if not arrow:
-        result = _implied_result(inputs)
-    return tuple(named[letter] for letter in _letters(result, len(call.shape)))
-
-
-def _letters(term: str, rank: int) -> list[str]:
-    """Give every dimension of a term of an equation a name; those of the ellipsis are numbered from the right."""
-    front, dots, back = term.partition("...")
-    covered = rank - len(front) - len(back) if dots else 0
-    return [*front, *(f"...{back_to_front}" for back_to_front in range(covered, 0, -1)), *back]
-
-
-def _implied_result(inputs: str) -> str:
-    """Return the result of an equation that does not state it: the ellipsis, then all letters that occur once."""
-    letters = inputs.replace(".", "").replace(",", "")
-    return ("..." if "..." in inputs else "") + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    for term, axes in zip(terms, operands, strict=True):
+        for name, axis in zip(term, axes, strict=True):
+            known = named.get(name)
+            named[name] = axis if known is None or axis_size(known) == 1 else known if axis_size(axis) == 1 else unify(known, axis)
+    return tuple(named[name] for name in result)
 
 
 # ------------------------------------------------------------------ reductions
 
 
 _WHOLE_BY_DEFAULT: dict[str, Any] = {"linalg_matrix_norm": (-2, -1), "nuclear_norm": (), "linalg_vecdot": -1}
-_REST = ("native_layer_norm", "native_group_norm")
 
 
 def reduced(call: Call) -> Axes:
