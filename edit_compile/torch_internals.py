@@ -5,6 +5,7 @@ pyproject.toml pins torch below the first version on which they have not been ch
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import math
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -103,6 +105,14 @@ def is_compiled_module(module: torch.nn.Module) -> bool:
     """Say whether a module is what torch.compile makes of one, a wrapper with a forward of its own; only if dynamo is loaded."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     return frames is not None and isinstance(module, frames.OptimizedModule)
+
+
+def without_hooks(module: torch.nn.Module) -> torch.nn.Module:
+    """Copy a module over the same weights and submodules, without the hooks around its own forward."""
+    copied = copy.copy(module)
+    hooks = [name for name in vars(torch.nn.Module()) if name.startswith(("_forward", "_backward"))]
+    copied.__dict__ |= {name: OrderedDict() for name in hooks}
+    return copied
 
 
 class _AsWritten(torch.nn.Module):

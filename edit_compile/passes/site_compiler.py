@@ -21,6 +21,7 @@ from edit_compile.passes.plan_sites import Candidate, decided, refused, with_com
 from edit_compile.passes.site_graph import Declined, Refused, SiteGraph
 from edit_compile.passes.structural_hash import structural_hash
 from edit_compile.progress import each, working
+from edit_compile.torch_internals import without_hooks
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class SiteCompiler:
         return _Compiled(None, tuple(failures or verdicts))
 
     def _site_graph(self, module: nn.Module, plan: SitePlan, choice: Choice) -> SiteGraph:
+        module = without_hooks(module)  # they are no part of its forward, and go on running around the one that it gets
         captured = self._arguments.capture(module, plan.path)
         return SiteGraph(module, captured.inputs, captured, plan, choice, captured.graph)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Conversion:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Copy what calls and training change; the rest is never written."""
-        runtime, shared = self.runtime.__deepcopy__(memo), self.shared.copy()
+        runtime, shared = copy.deepcopy(self.runtime, memo), self.shared.copy()  # hooks hold the runtime too
         copied = Conversion(self.plan, self.fingerprint, runtime, self.base, dict(self.originals), self.lora, shared)
         memo[id(self)] = copied
         return copied

@@ -16,7 +16,7 @@ from edit_compile.errors import RewriteError
 from edit_compile.passes.site_compiler import SiteForward
 from edit_compile.passes.site_graph import ADDED
 from edit_compile.student.handle import Conversion, Generated
-from edit_compile.torch_internals import attention_is_changed, compile_again, is_compiled_module, is_sharded
+from edit_compile.torch_internals import attention_is_changed, compile_again, is_compiled_module, is_sharded, without_hooks
 
 TEACHER = "_edit_teacher"
 _SETTABLE = ("training", "forward")  # attributes that act on a converted site as on any module
@@ -94,7 +94,7 @@ class ConvertedSite(Generated):
         super().__setattr__(name, value)
 
     def _has_no_effect(self, name: str, value: Any) -> bool:
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, Tensor):  # the forward reads those that it has
             return not hasattr(self, name)
         if isinstance(value, nn.Module):
             is_called = any(f"{path}.".startswith(f"{name}.") for path in self.edit_called)
@@ -145,7 +145,7 @@ def convert_site(
         read_only: its own weights are in the teacher's memory, and are not written to until they are sharded.
     """
     module = model.get_submodule(path)
-    teacher = copy.copy(module)
+    teacher = without_hooks(module)  # which run around the site's own forward
     same = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()} if read_only else {}
     own = copy.deepcopy(module, same)  # trained weights are the student's own; the teacher keeps sharing its
     own.__class__ = cls

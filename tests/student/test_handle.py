@@ -49,6 +49,62 @@ def in_pipeline(model):
     return SimpleNamespace(transformer=model)
 
 
+def test_hooks_of_a_site_run_once_around_teacher_and_student():
+    hooked, plain = (toy.shaken(toy.Toy().eval()) for _ in range(2))
+
+    def add_hooks(model):
+        model.blocks[0].attn.register_forward_pre_hook(lambda module, args: (args[0] - 0.5, *args[1:]))
+        model.blocks[0].attn.register_forward_hook(lambda module, args, output: 2 * output)
+
+    add_hooks(hooked)
+    with_hooks, later = (ec.linearize(model, example_inputs=toy.inputs()) for model in (hooked, plain))
+    later.load_state_dict(with_hooks.state_dict())
+    add_hooks(later)
+    given = toy.inputs(2, 10, 14)
+    with torch.no_grad():
+        assert torch.equal(with_hooks(**given), later(**given))
+        with ec.teacher(with_hooks):
+            assert torch.equal(with_hooks(**given), hooked(**given))
+
+
+class Scaled(toy.ToyAttention):
+    """With a tensor that is neither a parameter nor a buffer."""
+
+    def projected(self, tokens):
+        query, key, value = super().projected(tokens)
+        return query, key, value * self.scale
+
+
+def test_a_tensor_that_a_site_reads_may_be_set():
+    base, given = toy.shaken(toy.Toy(blocks=1).eval()), toy.inputs(2, 10, 14)
+    base.blocks[0].attn.__class__, base.blocks[0].attn.scale = Scaled, torch.ones(24)
+    student = ec.linearize(base, example_inputs=toy.inputs())
+    base.blocks[0].attn.scale = torch.linspace(-1, 1, 24)
+    expected = ec.linearize(base, plan=ec.plan_of(student))
+    expected.load_state_dict(student.state_dict())
+    student.blocks[0].attn.scale = torch.linspace(-1, 1, 24)
+    with torch.no_grad():
+        assert torch.equal(student(**given), expected(**given))
+
+
+def checkpointed_from_a_feature(student):
+    """Gradients of a loss that begins in the middle of the first block, which runs again for them."""
+    student.gradient_checkpointing, kept = True, []
+    handle = student.blocks[0].attn.register_forward_hook(lambda module, args, output: kept.append(output))
+    student(**toy.inputs(2, 10, 14, 5, 3))
+    handle.remove()
+    kept[0].square().mean().backward()
+    return {name: p.grad for name, p in student.blocks[0].attn.named_parameters() if p.grad is not None}
+
+
+def test_a_copys_checkpointed_blocks_run_again_in_the_copys_calls(student):
+    twin = copy.deepcopy(student)
+    expected, found = checkpointed_from_a_feature(student), checkpointed_from_a_feature(twin)
+    assert expected
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
 WRAPPERS = {
     "PEFT": with_adapters,
     "compiled": compiled,
