@@ -10,6 +10,7 @@ import click
 from edit_compile.adapters.model_names import is_on_hub
 from edit_compile.cli.command import Command, print_json, say
 from edit_compile.cli.parameters import Size, converted_model
+from edit_compile.distillation.recipe.names import is_recipe_file, shipped_recipes
 from edit_compile.errors import ConfigError, EditCompileError, Interrupted
 from edit_compile.extras import need
 from edit_compile.progress import working
@@ -42,8 +43,10 @@ def compare(
     """Compare ways to convert and distil a model: tables and a gallery.
 
     STUDY: a YAML file, or the name of a shipped study; its cells are trained and measured, those that are done are not done again.
-    RUN: folders of finished runs, or the hub ids of repositories that runs were uploaded to.
+    RUN: folders of finished runs, recipes whose runs are in runs/, or the hub ids of repositories that runs were uploaded to.
     """
+    recipes = [path for path in paths if path in shipped_recipes() or (len(paths) > 1 and is_recipe_file(path))]  # one file is a study's
+    paths = tuple(converted_model(path) if path in recipes else path for path in paths)
     if table and (only or samples is not None or sizes):
         raise click.UsageError("--table prints what was found before: --only, --samples and --latency have no effect")
     if not table:

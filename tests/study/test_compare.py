@@ -177,7 +177,7 @@ def test_cells_in_other_hands_are_left_to_them(tmp_path, monkeypatch):
         assert mine
 
 
-def test_only_and_what_the_command_line_refuses(done):
+def test_only_and_what_the_command_line_refuses(done, tmp_path, monkeypatch):
     path, folder, _ = done
 
     def error(*arguments):
@@ -193,6 +193,10 @@ def test_only_and_what_the_command_line_refuses(done):
     assert "is a file" in error(path, "-o", path)
     assert "cannot be written: No such file or directory; choose another folder" in error(path, "-o", "/proc/nowhere")
     assert "a run is given twice" in error(folder / "cells/eight/seed-0", folder / "cells/eight/seed-0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo-dit").mkdir(parents=True)
+    assert "runs/demo-dit is not the folder of a finished run: it has no recipe.yaml" in error("demo-dit")
+    assert "runs/demo-mm-dit does not exist yet: `edit-compile distill demo-mm-dit` makes it" in error("demo-dit", "demo-mm-dit")
 
 
 @pytest.mark.parametrize(
