@@ -160,6 +160,11 @@ def test_example_inputs_survive_as_data(value):
     assert encode(decode(json.loads(json.dumps(description)))) == description
 
 
+def test_example_inputs_whose_keys_would_become_strings_are_refused():
+    with pytest.raises(ec.PlanError, match="dicts among the inputs have strings for keys, not 0"):
+        encode({"a": {0: torch.zeros(1)}})
+
+
 @settings(RELAXED)
 @given(
     st.recursive(

@@ -92,6 +92,8 @@ def test_save_and_load_pipeline(pipe, student, options, tmp_path):
     assert np.array_equal(draw(quiet(ec.load_pipeline(tmp_path / "student")), options, *SIZES[0]), expected)
     with pytest.raises(ec.CheckpointError, match="cannot be loaded as a pipeline"):
         ec.load_pipeline(tmp_path / "student", base=tmp_path / "nowhere")
+    with pytest.raises(ec.CheckpointError, match=r"is not a pipeline with a transformer or a UNet; without one: edit_compile\.load"):
+        ec.load_pipeline(tmp_path / "student", base=pipe.transformer)
 
 
 def test_save_pretrained_of_the_pipeline_is_a_whole(pipe, student, options, tmp_path):

@@ -19,7 +19,9 @@ def encode(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, dict):
-        return {"dict": {str(k): encode(v) for k, v in value.items()}}
+        if other := [key for key in value if not isinstance(key, str)]:
+            raise PlanError(f"dicts among the inputs have strings for keys, not {other[0]!r}")
+        return {"dict": {k: encode(v) for k, v in value.items()}}
     if isinstance(value, list | tuple):
         return {"list" if isinstance(value, list) else "tuple": [encode(v) for v in value]}
     if value is None or isinstance(value, bool | int | float | str):

@@ -22,7 +22,7 @@ from edit_compile.adapters.pipelines import (
     with_denoiser,
 )
 from edit_compile.adapters.stored_dtype import stored_dtype
-from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError, RewriteError
+from edit_compile.errors import CheckpointError, EditCompileError, ModelNotFoundError, RewriteError, some_of
 from edit_compile.ir.plan import Plan
 from edit_compile.passes.pipeline import Passes
 from edit_compile.passes.planner import recompile
@@ -125,7 +125,9 @@ def load_pipeline(
             raise CheckpointError(
                 f"{name} cannot be loaded as a pipeline: {error}; pass base=..., or load the transformer: edit_compile.load"
             ) from error
-    return with_denoiser(base, load(folder, denoiser_of(base), passes=passes))
+    if isinstance(base, nn.Module) or (denoiser := denoiser_of(base)) is None:
+        raise CheckpointError(f"a {type(base).__name__} is not a pipeline with a transformer or a UNet; without one: edit_compile.load")
+    return with_denoiser(base, load(folder, denoiser, passes=passes))
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -163,7 +165,7 @@ def as_checkpoint_says(folder: str | Path, name: str) -> Iterator[None]:
 
 
 def _pipeline_of(base: str | Path) -> str:
-    """The pipeline that a transformer's folder is part of, or the base as it is."""
+    """Return the pipeline that a transformer's folder is part of, or the base as it is."""
     parent = Path(base).parent
     return str(parent if (parent / PIPELINE_INDEX).is_file() and Path(base).is_dir() else base)
 
@@ -194,7 +196,7 @@ def _check(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) 
     )
     for problem, names in problems:
         if names:
-            raise CheckpointError(f"{folder} {problem} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}; nothing was loaded")
+            raise CheckpointError(f"{folder} {problem} {some_of(names)}; nothing was loaded")
     try:
         check_finite(found.items(), f"{folder}: nothing was loaded")
     except RewriteError as error:
