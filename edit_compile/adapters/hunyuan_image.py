@@ -11,7 +11,6 @@ from torch import Tensor
 from edit_compile.adapters.family import InputSizes, Size, TextToImageFamily
 
 VAE_SCALE = 32
-GLYPH_TOKENS = 128  # of the second text encoder
 GUIDANCE = 3.25  # what models with distilled guidance are told; the default of the pipeline, times 1000
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from edit_compile.errors import ConfigError
-from edit_compile.frozen import Frozen
+from edit_compile.frozen import Frozen, first_problem
 from edit_compile.yaml_text import parse_yaml, read_text
 
 _KNOWN = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
@@ -59,8 +59,7 @@ def _empty(written: dict[str, Any], where: str) -> Tensor:
     try:
         wanted = _TensorOf.model_validate(written)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{where}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(f"{where}.{first_problem(error)}") from None
     if wanted.dtype not in _DTYPES:
         raise ConfigError(f"{where}: unknown dtype {wanted.dtype!r}; there are: {', '.join(_DTYPES)}")
     return torch.full(wanted.shape, wanted.fill, dtype=_DTYPES[wanted.dtype])

@@ -39,7 +39,7 @@ class PixArt(TextToImageFamily):
 
 
 def _added(model: Any, *, resolution: Tensor, aspect_ratio: Tensor) -> dict[str, Tensor | None]:
-    """The image's size (B, 2) and aspect ratio (B, 1), which only some PixArt-alpha models are told."""
+    """Return the image's size (B, 2) and aspect ratio (B, 1), which only some PixArt-alpha models are told."""
     if getattr(model, "use_additional_conditions", False):
         return {"resolution": resolution, "aspect_ratio": aspect_ratio}
     return {"resolution": None, "aspect_ratio": None}

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from edit_compile.errors import PlanError
+from edit_compile.frozen import first_problem
 from edit_compile.ir import plan_table
 from edit_compile.ir.plan_data import (
     KEEP,
@@ -82,8 +83,7 @@ class Plan(PlanData):
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise PlanError(f"not a plan: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise PlanError(f"not a plan: {first_problem(error)}") from None
         plan.check()
         return plan
 

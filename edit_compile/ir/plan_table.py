@@ -106,7 +106,7 @@ def html(plan: PlanData) -> str:
 
 
 def _varying_options(sites: Iterable[SitePlan]) -> dict[str, list[str]]:
-    """The names of a design's options that are not the same at all of its sites."""
+    """Name each design's options that are not the same at all of its sites."""
     values: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for site in sites:
         for name, value in site.options.items():
@@ -115,7 +115,7 @@ def _varying_options(sites: Iterable[SitePlan]) -> dict[str, list[str]]:
 
 
 def _where(site: SitePlan, *, exact: bool = True) -> str:
-    """The refused operation and its source line; not exact: without the operation's number, which differs from block to block."""
+    """Tell the refused operation and its source line; not exact: without the operation's number, which differs from block to block."""
     if site.refusal is None:
         return ""
     node = site.refusal.node if exact or site.refusal.node is None else re.sub(r"_\d+$", "", site.refusal.node)
@@ -141,7 +141,7 @@ def _tokens(site: SitePlan, names: SymbolNames) -> str:
 
 
 def _lines(plan: PlanData, width: int | None) -> Iterator[list[Span]]:
-    """The lines of the table. Reasons have a column where it fits, and stand below the table where it does not."""
+    """Yield the lines of the table. Reasons have a column where it fits, and stand below the table where it does not."""
     names = readable_names(plan)
     found = rows(plan, names)
     cells: list[tuple[str, ...]] = [(str(row.sites), row.path, row.tokens, row.action, row.reason) for row in found]
@@ -167,7 +167,7 @@ def _footnotes(plan: PlanData, names: SymbolNames) -> list[str]:
 
 
 def _labels(found: Iterable[Row]) -> dict[tuple[str, str], str]:
-    """What stands for an action and its reason: the action, numbered where it has several reasons."""
+    """Say what stands for an action and its reason: the action, numbered where it has several reasons."""
     pairs = list(dict.fromkeys((row.action, row.reason) for row in found))
     reasons = Counter(action for action, _ in pairs)
     seen: Counter[str] = Counter()
@@ -211,6 +211,6 @@ def _wrapped(text: str, width: int | None) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """Text in which rich finds no markup, as rich.markup.escape does it."""
+    """Escape a text so that rich finds no markup in it, as rich.markup.escape does."""
     escaped = re.sub(r"(\\*)(\[[a-z#/@][^[]*?])", r"\1\1\\\2", text)
     return f"{escaped}\\" if escaped.endswith("\\") and not escaped.endswith("\\\\") else escaped
