@@ -24,7 +24,7 @@ from edit_compile.distillation.context import Context, Denoise, trained_paramete
 from edit_compile.distillation.data import DataSource, open_source
 from edit_compile.distillation.data.records import write_skipped
 from edit_compile.distillation.data.seeding import seed_of
-from edit_compile.distillation.data.source import DataSummary, FiniteSource
+from edit_compile.distillation.data.source import DataSummary, FiniteSource, check_size
 from edit_compile.distillation.evaluate.sample_grid import GridSampler
 from edit_compile.distillation.evaluate.speed import Speed, measure_speeds
 from edit_compile.distillation.evaluate.validation import ValidationResult, validate_everywhere
@@ -250,20 +250,7 @@ class Run:
             source = source or open_source(recipe.data, self.teacher, recipe.seed, **options)
         self.context = Context(recipe, self.student.model, self.teacher, source, self.denoise, self.schedule, accelerator)
         self.grids = GridSampler(self.context, *self._last_size())
-        for phase in phases_of(recipe):
-            try:
-                self.context.local_batch_slices(phase.options.global_batch_size, phase.options.micro_batch_size)
-                source.check(phase.height, phase.width, *([] if phase.frames is None else [phase.frames]))
-                self.context.visited(phase.height, phase.width, phase.frames)
-                if isinstance(phase.options, Stage):
-                    weights_of_timesteps(phase.options, self.schedule, torch.zeros(1))
-            except DistillError as error:
-                raise DistillError(f"{phase.name}: {error}") from error
-        for height, width in recipe.validation.resolutions:
-            try:
-                source.check(height, width, *([] if self._last_size()[2] is None else [self._last_size()[2]]))
-            except DistillError as error:
-                raise DistillError(f"validation.resolutions: {height} x {width}: {error}") from error
+        self._check_sizes()
         self.checkpoint = self.folder.open(recipe, resume=resume, writes=accelerator.is_main_process)
         with accelerator.main_process_first():
             if self.checkpoint is not None:
@@ -273,6 +260,20 @@ class Run:
         if isinstance(source, FiniteSource):
             first = phases_of(recipe)[0]
             self.data = source.summary(first.height, first.width)
+
+    def _check_sizes(self) -> None:
+        """Find out whether every phase can run, and every size can be validated at."""
+        context, source = self.context, self.context.source
+        for phase in phases_of(self.recipe):
+            with _errors_of(phase.name):
+                context.local_batch_slices(phase.options.global_batch_size, phase.options.micro_batch_size)
+                check_size(source, phase.height, phase.width, phase.frames)
+                context.visited(phase.height, phase.width, phase.frames)
+                if isinstance(phase.options, Stage):
+                    weights_of_timesteps(phase.options, self.schedule, torch.zeros(1))
+        for height, width in self.recipe.validation.resolutions:
+            with _errors_of(f"validation.resolutions: {height} x {width}"):
+                check_size(source, height, width, self._last_size()[2])
 
     def train(self) -> Trainer:
         """Train, and save the student.
@@ -372,3 +373,12 @@ class Run:
             if shards(self.accelerator) and not alone:
                 raise  # the other processes wait in the middle of a forward
             log.warning("%s is left out: %s", what, str(error).partition("\n")[0] or type(error).__name__)
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """Say of which phase or size an error is."""
+    try:
+        yield
+    except DistillError as error:
+        raise DistillError(f"{what}: {error}") from error

@@ -118,6 +118,15 @@ class DataSource(Protocol):
         ...
 
 
+def check_size(source: DataSource, height: int, width: int, frames: int | None) -> None:
+    """Let a source check a size in pixels. One of images need not take a number of frames.
+
+    Raises:
+        DistillError: as `DataSource.check`.
+    """
+    source.check(height, width, *(() if frames is None else (frames,)))
+
+
 @dataclass(frozen=True)
 class DataSummary:
     """What a source has at one resolution.

@@ -16,6 +16,7 @@ from edit_compile.adapters.pipeline_calls import call_as_recorded
 from edit_compile.api import plan_with_forwards
 from edit_compile.distillation.context import Context, trained_parameters
 from edit_compile.distillation.data import DataSource, open_source
+from edit_compile.distillation.data.source import check_size
 from edit_compile.distillation.models import check_data, noise_schedule
 from edit_compile.distillation.ranking.folder import CandidateFolder, RankingFolder
 from edit_compile.distillation.ranking.ranking import DesignCandidate
@@ -75,7 +76,7 @@ class RankedModel:
         """The recipe's data."""
         options: dict[str, Any] = {"base": self.base, "device": self.accelerator.device, "dtype": self.recipe.dtype}
         source = open_source(self.recipe.data, self.loaded.model, self.recipe.seed, **options)
-        source.check(self.phase.height, self.phase.width, *([] if self.phase.frames is None else [self.phase.frames]))
+        check_size(source, self.phase.height, self.phase.width, self.phase.frames)
         return source
 
     @cached_property
