@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,11 @@ class Trainer:
             metadata = checkpoint[0]
             first, self.progress = metadata.phase, Progress(metadata.total, time.monotonic() - metadata.seconds)
         try:
-            with ExitStack() as stack:
-                stack.enter_context(own_random_state(context.accelerator.device))
+            with own_random_state(context.accelerator.device):
                 reshard(context.student)
                 for number in range(first, len(phases)):
                     if self.model is None and phases[number].losses is not None:
-                        self._begin_stages(stack)
+                        self._begin_stages()
                     self._run_phase(number, phases[number], checkpoint)
                     checkpoint = None
         except Exception:
@@ -120,7 +119,7 @@ class Trainer:
             self.average.copy_to_parameters()
             self.average = None
 
-    def _begin_stages(self, stack: ExitStack) -> None:
+    def _begin_stages(self) -> None:
         student, teacher, recipe = self.context.student, self.context.teacher, self.context.recipe
         self.model = wrap(student, teacher, recipe, self.context.accelerator)
         if recipe.ema_decay is not None:
@@ -189,8 +188,9 @@ class Trainer:
         groups: list[Any] = [list(state.trained.values())]
         if phase.losses is None:
             groups = [list(site.parameters()) for site in converted_sites(self.context.student).values()]
-        norms = [gather_full(nn.utils.clip_grad_norm_(group, self.context.recipe.max_grad_norm)) for group in groups]
-        return torch.stack(norms).max().to(self.context.accelerator.device)  # that of offloaded shards is on the CPU
+        device, most = self.context.accelerator.device, self.context.recipe.max_grad_norm
+        # On the CPU are the norms of offloaded shards, and of a site without gradients.
+        return torch.stack([gather_full(nn.utils.clip_grad_norm_(group, most)).to(device) for group in groups]).max()
 
     def _after_step(self, number: int, phase: Phase, step: int, state: TrainState, stop: bool) -> None:
         """Log, write a sample grid and save, when it is time to."""
