@@ -19,7 +19,7 @@ import torch
 
 from edit_compile.bench import size_in_words
 from edit_compile.bench.run import Bench, BenchReport
-from edit_compile.bench.subjects import TEACHER
+from edit_compile.bench.subjects import BOUND, TEACHER
 from edit_compile.config import LinearizeConfig
 from edit_compile.report.markdown import markdown_table
 
@@ -35,11 +35,11 @@ HEAD = ("model", "px", "", "measured", "predicted", "off by", "speed-up", "predi
 
 
 def rows(report: BenchReport) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Yield a row for each subject at each size, and by how much its prediction is off."""
+    """Yield a row for the teacher and each conversion at each size, and by how much its prediction is off."""
     by_name = {(row.size, row.name): row for row in report.rows}
     for row in report.rows:
         teacher = by_name[row.size, TEACHER]
-        if row.predicted is None or row.seconds is None or teacher.seconds is None or teacher.predicted is None:
+        if row.name == BOUND or row.predicted is None or row.seconds is None or teacher.seconds is None or teacher.predicted is None:
             continue
         off = row.predicted / row.seconds.median - 1
         cells = [report.model, size_in_words(row.size), row.name]

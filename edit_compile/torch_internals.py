@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +163,20 @@ def _intercepts_functions() -> bool:
         if not isinstance(torch._C._get_function_stack_at(place), DeviceContext):
             return True
     return False
+
+
+_replacing_attention = threading.RLock()
+
+
+@contextmanager
+def attention_replaced(function: Callable[..., Any]) -> Iterator[None]:
+    """Put a function in the place of `F.scaled_dot_product_attention` inside, in all threads: one thread at a time does that.
+
+    Args:
+        function: is given what it replaces, and the arguments of a call.
+    """
+    with _replacing_attention, _patched(F, scaled_dot_product_attention=functools.partial(function, F.scaled_dot_product_attention)):
+        yield
 
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -435,6 +449,40 @@ def broken_condition(inputs: Mapping[str, Tensor], sizes: list[tuple[int, ...]])
         if known and not isinstance(guard.expr, sympy.Ne) and guard.expr.subs(values) == sympy.false:  # of !=, sizes met one special size
             return str(guard.expr.subs(named))
     return None
+
+
+def equations_of_sizes(inputs: Sequence[Tensor], name: Callable[[int, int], str]) -> list[str]:
+    """List what a captured graph takes for granted of its inputs' open sizes, as Python expressions: which equal others, or are computed of
+    them, and the equations under which it was captured, such as that one is even.
+
+    Args:
+        inputs: as they were captured.
+        name: writes the size of an input's dimension, by the numbers of both.
+    """
+    import sympy
+    from torch.utils._sympy.printers import PythonPrinter
+
+    open_sizes: dict[str, Any] = {
+        name(number, dim): size
+        for number, tensor in enumerate(inputs)
+        for dim, size in enumerate(tensor.shape)
+        if isinstance(size, torch.SymInt) and size.node.expr.free_symbols
+    }
+    code: dict[Any, str] = {}
+    for own, size in open_sizes.items():
+        if size.node.expr.is_symbol:
+            code.setdefault(size.node.expr, own)
+    written = PythonPrinter()
+    written._print_Symbol = lambda symbol: code[symbol]
+    found = []
+    for own, size in open_sizes.items():
+        if size.node.expr.free_symbols <= code.keys() and code.get(size.node.expr) != own:
+            found.append(f"{own} == {written.doprint(size.node.expr)}")
+    for size in list(open_sizes.values())[:1]:
+        guards = [guard.expr for guard in size.node.shape_env.guards]
+        equations = [expr for expr in guards if isinstance(expr, sympy.Eq) and expr.free_symbols and expr.free_symbols <= code.keys()]
+        found += map(written.doprint, equations)
+    return list(dict.fromkeys(found))
 
 
 def writes_into_operand(target: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,10 +23,19 @@ from edit_compile.designs.ops.linear_attention import attention_with_normaliser,
 from edit_compile.distillation import distill, load_recipe
 from interpreted_kernels import expected_attention
 
-pytestmark = [pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("without_tf32")]
 CUDA = torch.device("cuda")
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 CAPTION = "a picture with a white background showing a large blue cross in the upper left part"
+
+
+@pytest.fixture
+def without_tf32() -> Iterator[None]:
+    """Have float32 convolutions computed in float32, which products are, and not in TF32, as is the default on GPUs."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

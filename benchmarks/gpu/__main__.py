@@ -116,6 +116,7 @@ def _environment(work: Path) -> dict[str, str]:
     folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "XDG_CACHE_HOME": "cache"}
     made = {name: str(work / folder) for name, folder in folders.items()}
     fixed = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    fixed |= {"TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}  # which does not know what softmax kernel was preferred: it would give out another one
     return {**made, "PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ, **fixed}
 
 

@@ -26,13 +26,15 @@ def _graphs(name: str, blocks: int | None, work: Work) -> list[Row]:
     import torch
     from torch._dynamo.utils import counters
 
+    from edit_compile.api import block_options
+
     made, rows = _Models(name, blocks, work), []
     for subject, model in made.subjects.items():
         torch.compiler.reset()
         counters.clear()
         expected = {size: _call(model, size, work) for size in made.sizes}
         for path in made.blocks:
-            model.get_submodule(path).compile(fullgraph=True, dynamic=True, **_backend(work))
+            model.get_submodule(path).compile(**block_options(_backend(work)))
         began, first, worst = time.perf_counter(), 0.0, 0.0
         for size, wanted in expected.items():
             worst = max(worst, _error(_call(model, size, work), wanted))

@@ -97,15 +97,12 @@ def _seconds_of_kernels(name: str, side: int, work: Work) -> dict[str, float | N
     found: dict[str, float | None] = {}
     for kernel, call in _kernels(work, q, k, v):
         row: Row = {}
-        try:
-            with problem_in(row), torch.no_grad():
-                call()
-                first = seconds_of(call, work.device)
-                found[kernel] = first if first > 1 else min(first, *(seconds_of(call, work.device) for _ in range(4)))
-        except Exception as error:  # whatever a kernel says that does not take these operands
-            print(f"{kernel} at {tokens} tokens: {' '.join(str(error).split())[:200]}", flush=True)
-            found[kernel] = None
-        if row:
+        with problem_in(row, any_error=True), torch.no_grad():
+            call()
+            first = seconds_of(call, work.device)
+            found[kernel] = first if first > 1 else min(first, *(seconds_of(call, work.device) for _ in range(4)))
+        if row:  # as of a kernel that does not take these operands
+            print(f"{kernel} at {tokens} tokens: {row['problem']}", flush=True)
             found[kernel] = None
     return found
 

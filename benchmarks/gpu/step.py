@@ -125,8 +125,8 @@ def in_gib(number: float | None) -> float | None:
 
 
 @contextlib.contextmanager
-def problem_in(row: Row) -> Iterator[None]:
-    """Note in a row that what is inside ran out of memory."""
+def problem_in(row: Row, *, any_error: bool = False) -> Iterator[None]:
+    """Note in a row that what is inside ran out of memory, or any other error, of a compiler too, which must not cost other rows."""
     import torch
 
     try:
@@ -134,3 +134,7 @@ def problem_in(row: Row) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         row["problem"] = f"out of memory: {str(error).splitlines()[0][:160]}"
         torch.cuda.empty_cache()
+    except Exception as error:
+        if not any_error:
+            raise
+        row["problem"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

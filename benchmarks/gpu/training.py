@@ -34,6 +34,10 @@ _SHORT = (
 )
 
 
+class _Enough(Exception):
+    """Ends a run whose steps were timed: what would come then, checkpoints of tens of gigabytes among it, is of no interest."""
+
+
 def units(name: str, tiny: bool) -> list[Unit]:
     cases = [*CASES[name]]
     return [Unit(case, partial(_training, name, case)) for case in (cases[-2:] if tiny else cases)]
@@ -59,14 +63,14 @@ def _training(name: str, case: str, work: Work) -> list[Row]:
     times: list[float] = []
 
     def report(metrics: dict[str, Any]) -> None:
-        if len(times) == STEPS:  # of the phase that follows a layerwise fit
-            return
         if work.device.type == "cuda":
             torch.cuda.synchronize()
             row["peak GiB"] = in_gib(torch.cuda.max_memory_allocated())
             row["reserved GiB"] = in_gib(torch.cuda.max_memory_reserved())
         times.append(time.perf_counter())
         row["loss"] = short(metrics["loss"])
+        if len(times) == STEPS:
+            raise _Enough
 
     with problem_in(row):
         model = random_model(recipe.model, device=work.device.type, dtype=recipe.dtype).model
@@ -76,8 +80,11 @@ def _training(name: str, case: str, work: Work) -> list[Row]:
             torch.cuda.reset_peak_memory_stats()
         try:
             distill(recipe, folder, overwrite=True, student=student, report=report)
+        except _Enough:
+            pass
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            torch.compiler.reset()  # with what compiled code keeps
             if len(times) > UNCOUNTED:
                 steps = [b - a for a, b in zip(times[UNCOUNTED - 1 :], times[UNCOUNTED:], strict=False)]
                 row["ms a step"] = in_ms(statistics.median(steps))

@@ -25,6 +25,7 @@ def run_units(step: Step, results: Results, work: Work) -> bool:
             continue
         if work.seconds_left < _SHORTEST_UNIT:
             break
+        _forget(work)
         results.add("begin", step.name, unit.name)
         began, rows, error = time.monotonic(), [], None
         try:
@@ -42,20 +43,28 @@ def run_units(step: Step, results: Results, work: Work) -> bool:
             print(f"{step.name}: {', '.join(f'{name} {value}' for name, value in row.items() if value is not None)}", flush=True)
         if error is not None:
             print(f"{step.name}, {unit.name}: {error}", flush=True)
-            if not _device_answers(work):
-                return False
+        if not _device_answers(work):
+            return False
     return True
+
+
+def _forget(work: Work) -> None:
+    """Give back the memory of what nothing refers to any more, as models, which refer to themselves: the next unit may need all of it."""
+    import torch
+
+    gc.collect()
+    if work.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _device_answers(work: Work) -> bool:
     """Say whether the device still computes: after an illegal access it never does again in the same process."""
     import torch
 
-    gc.collect()
     if work.device.type != "cuda":
         return True
     try:
-        torch.cuda.empty_cache()
+        _forget(work)
         return bool((torch.ones(8, device="cuda") * 2).sum().item() == 16)
     except RuntimeError:
         return False

@@ -203,8 +203,9 @@ def _cost(structure: nn.Module, size: Extent, made: SizedInputs, keys: Mapping[s
         traffic = count_traffic(structure, inputs, paths) if rates is not None else None
     found = None
     if rates is not None and traffic is not None:
-        # Of equal blocks one has run: the others have no layout, and the text tokens that are known.
-        parts = parts_by_site(structure, layouts, tuple(made.grids[0]), made.text or 0)
+        # Of equal blocks one has run, and its layouts are those of the others.
+        noted = {path: layouts[first] for path, first in after.ran.items() if first in layouts}
+        parts = parts_by_site(structure, noted, tuple(made.grids[0]), made.text or 0)
         found = predict(traffic, parts, rates, compiled=True, batch=made.batch)
     flops = ((path, before.parts[path] // made.batch, after.parts[path] // made.batch) for path in paths)
     sites = tuple(SiteCost(path, old, new, *_seconds(found, path)) for path, old, new in flops)

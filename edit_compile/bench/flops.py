@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,10 +27,12 @@ class FlopCount:
     Attributes:
         total: of the whole model.
         parts: of each submodule that was asked for, by path.
+        ran: by the path of each of them, of which it is the number: another one, if that ran in its place.
     """
 
     total: int
     parts: Mapping[str, int]
+    ran: Mapping[str, str] = field(compare=False)
 
 
 def block_keys(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def count_flops(
         return sum(counts.get(f"{type(model).__name__}.{path}", {}).values())
 
     total = counter.get_total_flops() + sum(counted(first) for first in equal.values())
-    return FlopCount(total, {path: counted(_in_first(path, equal)) for path in paths})
+    ran = {path: _in_first(path, equal) for path in paths}
+    return FlopCount(total, {path: counted(first) for path, first in ran.items()}, ran)
 
 
 def _in_first(path: str, equal: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from edit_compile.frozen import Frozen
 from edit_compile.version import __version__
+from edit_compile.words import counted
 
 
 def processor() -> str:
@@ -29,7 +30,7 @@ def cpu() -> str:
 
 def machine_in_words() -> str:
     """Name what times depend on: the processor, and how many threads compute."""
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 class Machine(Frozen):
@@ -57,4 +58,4 @@ class Machine(Frozen):
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.processor}, {self.cores} cores, {self.threads} threads; Python {self.python}, {versions}"
+        return f"{self.processor}, {counted(self.cores, 'core')}, {counted(self.threads, 'thread')}; Python {self.python}, {versions}"

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from edit_compile.torch_internals import attention_replaced
 
 
 def peak_memory(call: Callable[[], Any], device: str | None = None) -> int:
@@ -63,16 +64,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def _fused_on_meta() -> Iterator[None]:
     """Run attention on the meta device as one operation. A mode would not do: it is not active where checkpointing recomputes."""
-    own = F.scaled_dot_product_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def fused(own: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _FusedAttention.apply(query, key, value) if query.is_meta else own(query, key, value, *args, **kwargs)
 
-    F.scaled_dot_product_attention = attention
-    try:
+    with attention_replaced(fused):
         yield
-    finally:
-        F.scaled_dot_product_attention = own
 
 
 class _FusedAttention(torch.autograd.Function):

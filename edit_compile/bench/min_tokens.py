@@ -23,7 +23,7 @@ _RUNS = 5
 _LONG = 2.0  # seconds of a forward, at which larger sizes are not tried: one of twice the side takes up to sixteen times as long
 
 
-def set_min_tokens(student: Any, tokens: MinTokens) -> int:
+def set_min_tokens(student: Any, tokens: MinTokens, *, pipeline: str | None = None) -> int:
     """Let a converted model run as the original where there are too few image tokens for conversion to pay.
 
     It is decided call by call, for the whole model, bit for bit the original then, and saved with the student. Where gradients
@@ -35,7 +35,8 @@ def set_min_tokens(student: Any, tokens: MinTokens) -> int:
         tokens: the number of image tokens from which on the student runs as converted, 0 for always, as before this call; or
             "predicted", where both should be equally fast by this machine's rates, or if `edit-compile bench` never measured them,
             where both need the same FLOPs; or "measured", where it is no slower than the teacher as both are now:
-            on this device, compiled if they are. Both take some square sizes, of models with an adapter.
+            on this device, compiled if they are. Both take some square sizes, "measured" of models with an adapter.
+        pipeline: as for `cost`, for "predicted".
 
     Returns:
         The number.
@@ -43,11 +44,11 @@ def set_min_tokens(student: Any, tokens: MinTokens) -> int:
     Raises:
         ConfigError: it is neither a number nor one of the two words.
         EditCompileError: the student is at no size the faster one.
-        NoExampleInputsError: no adapter knows the model, so that nothing can be counted or measured: give a number.
+        NoExampleInputsError: no adapter knows the model, so that nothing can be measured, nor counted without its pipeline: give a number.
     """
     model = unwrap(student)
     if tokens == "predicted":
-        found = _predicted(model)
+        found = _predicted(model, pipeline)
     elif tokens == "measured":
         with min_tokens_set(model, 0):
             found = _measured(model)
@@ -71,10 +72,10 @@ def min_tokens_set(model: nn.Module, tokens: int) -> Iterator[None]:
         conversion.run_as_original_below(before)
 
 
-def _predicted(model: nn.Module) -> int:
+def _predicted(model: nn.Module, pipeline: str | None) -> int:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     rates = known_roofline(weight.device, weight.dtype)
-    report = cost(model, rates=rates)
+    report = cost(model, pipeline=pipeline, rates=rates)
     found = report.break_even_tokens if rates is None else report.break_even_predicted
     if found is None:
         raise EditCompileError(f"{type(model).__name__}: no size is known from which on the student needs less than its teacher")

@@ -6,6 +6,7 @@ replaces this attention is faster. A design's floor is the bound and what the de
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from edit_compile.bench.primitives import as_call
 from edit_compile.bench.profile import Share, parts_of_sites, profile_shares
 from edit_compile.bench.roofline import Roofline, roofline
 from edit_compile.bench.subjects import BOUND, TEACHER, Subject, Work, count_work, make_subjects
-from edit_compile.bench.turns import repeats_of, time_in_turns
+from edit_compile.bench.turns import repeats_for, repeats_of, seconds_of, time_in_turns
 from edit_compile.config import LinearizeConfig
 from edit_compile.designs.ops.parts import Part
 from edit_compile.errors import ConfigError, GridError, NoExampleInputsError
@@ -37,6 +38,7 @@ from edit_compile.progress import each, working
 from edit_compile.torch_internals import recompile_limit
 from edit_compile.words import bytes_in_words
 
+log = logging.getLogger(__name__)
 _GRAPHS = 256  # of one function: each subject has its own
 
 
@@ -53,7 +55,7 @@ class BenchRow:
         problem: why it was not timed, with the figure; None if it was.
         seconds: of a forward.
         floor: seconds of the bound and what the conversion adds, at the machine's best rates; of conversions.
-        predicted: seconds by what a forward does and the rates of the machine, of the teacher and conversions.
+        predicted: seconds by what a forward does and the rates of the machine.
         speedup: the teacher's seconds over these, round by round.
         of_bound, of_floor: the bound's and the floor's seconds over these, round by round.
         peak: bytes beside the weights and all else that was there before, measured; None where the system does not tell.
@@ -216,13 +218,13 @@ class _SizeBench:
             else:
                 rows[subject.name] = replace(rows[subject.name], problem=problem)
         parts = self._parts_as_calls(calls) if BOUND in calls else {}
-        repeats: dict[Any, int] = {name: repeats_of(call, bench.device) for name, call in calls.items()}
+        tried = {name: _seconds_and_peak(call, bench.device) for name, call in calls.items()}
+        repeats: dict[Any, int] = {name: repeats_for(seconds) for name, (seconds, _) in tried.items()}
         repeats |= {part: repeats_of(call, bench.device) for part, (call, _) in parts.items()}
         everything = {**calls, **{part: call for part, (call, _) in parts.items()}}
         with working(f"{words} px: rounds", runs) as rounds:
             seconds = time_in_turns(everything, bench.device, runs=runs, warmup=0, repeats=repeats, done=rounds.advance)
-        peaks = {name: measured_peak(call, bench.device) for name, call in calls.items()}
-        done = [self._timed(row, seconds, parts, peaks) if row.name in calls else row for row in rows.values()]
+        done = [self._timed(row, seconds, parts, tried[row.name][1]) if row.name in calls else row for row in rows.values()]
         return [replace(row, profile=self._profile(row.name, calls[row.name])) if profiled and row.name in calls else row for row in done]
 
     def _profile(self, name: str, call: Callable[[], Any]) -> tuple[Share, ...]:
@@ -249,7 +251,7 @@ class _SizeBench:
         row: BenchRow,
         seconds: Mapping[Any, Sequence[float]],
         parts: Mapping[Part, tuple[Callable[[], Any], float]],
-        peaks: Mapping[Any, int | None],
+        peak: int | None,
     ) -> BenchRow:
         own, bound = seconds[row.name], seconds.get(BOUND)
         floor = None
@@ -267,14 +269,14 @@ class _SizeBench:
             speedup=against(seconds.get(TEACHER)),
             of_bound=against(bound),
             of_floor=against(floor),
-            peak=peaks[row.name],
+            peak=peak,
         )
 
 
 def _predicted(bench: Bench, work: Mapping[str, Work], inputs: Mapping[str, Any], rates: Roofline) -> Iterator[tuple[str, float]]:
-    """Predict the seconds of the teacher and of its conversions."""
-    teacher, *conversions, _ = bench.subjects
-    for subject in conversions:
+    """Predict the seconds of all subjects, the bound's as of what is no attention between image tokens."""
+    teacher, *others = bench.subjects
+    for subject in others:
         traffic = count_traffic(teacher.structure, inputs, subject.rewritten)
         found = predict(traffic, work[subject.name].sites, rates, compiled=bench.compiled)
         yield from ((teacher.name, found.seconds_before), (subject.name, found.seconds_after))
@@ -282,13 +284,25 @@ def _predicted(bench: Bench, work: Mapping[str, Work], inputs: Mapping[str, Any]
 
 @torch.no_grad()
 def _problem_of(call: Callable[[], Any], times: int) -> str | None:
-    """Make a call some times; say what was in the way."""
+    """Make a call some times; say what was in the way, as memory, or a compiler."""
     try:
         for _ in range(max(1, times)):
             call()
     except torch.OutOfMemoryError as error:
         return _out_of_memory(error)
+    except RuntimeError as error:
+        log.debug("a forward failed", exc_info=error)
+        return f"failed: {type(error).__name__}: {first_line(error)}"
     return None
+
+
+def _seconds_and_peak(call: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
+    """Time a call, and measure its memory, once for both: it may take a minute."""
+    seconds: list[float] = []
+    peak = measured_peak(lambda: seconds.append(seconds_of(call, device)), device)
+    if not seconds:  # memory cannot be measured here
+        seconds.append(seconds_of(call, device))
+    return seconds[0], peak
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:

@@ -45,7 +45,12 @@ def time_in_turns(
 def repeats_of(call: Callable[[], Any], device: torch.device) -> int:
     """Find out how often a short call has to be made to be timed well."""
     call()
-    return min(_MOST_REPEATS, math.ceil(_LONG_ENOUGH / max(seconds_of(call, device), 1e-7)))
+    return repeats_for(seconds_of(call, device))
+
+
+def repeats_for(seconds: float) -> int:
+    """Say how often a call that takes so long has to be made to be timed well."""
+    return min(_MOST_REPEATS, math.ceil(_LONG_ENOUGH / max(seconds, 1e-7)))
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:

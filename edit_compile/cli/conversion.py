@@ -112,7 +112,7 @@ def convert(
     student = ec.linearize(loaded, chosen, inputs)
     if min_tokens is not None:
         with working("finding min_tokens"):
-            ec.set_min_tokens(student, min_tokens)
+            ec.set_min_tokens(student, min_tokens, pipeline=loaded.pipeline)
     with working(f"saving to {output}"):
         ec.save(student, output, base=loaded.pipeline or loaded.source, standalone=standalone)
     added = added_parameters(student)

@@ -6,9 +6,10 @@ keeps its own weights, which its code is pointed to.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from edit_compile.adapters.hub_access import first_line
+from edit_compile.adapters.step_cache import step_cache_of
 from edit_compile.api import repeated_blocks
 from edit_compile.bench.flops import block_keys
-from edit_compile.deployment.cases import Case, Varying, device_of, difference, fits, input_names, split_constants, tensors_of
+from edit_compile.deployment.cases import Case, Varying, device_of, difference, fits, input_names, plain, split_constants, tensors_of
 from edit_compile.deployment.formats import KEY, parsed, quiet
 from edit_compile.deployment.program import Program, call_case, make_program
+from edit_compile.deployment.size_conditions import Equation, SizeConditions
 from edit_compile.errors import ExportError
 from edit_compile.frozen import Frozen, first_problem
 from edit_compile.passes.capture import bound_arguments
 from edit_compile.progress import each, working
 from edit_compile.student.handle import ConvertedModel, unwrap
 from edit_compile.student.runtime import Frame, Runtime
-from edit_compile.torch_internals import eager_instead_of_compiled, memory_id
+from edit_compile.torch_internals import eager_instead_of_compiled, is_quantized, is_sharded, memory_id
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,10 @@ class BlockDescription(Frozen):
     dtypes: tuple[str, ...]
     constants: dict[str, Any]
     """Arguments that are fixed in it."""
-    weights: tuple[str, ...]
+    conditions: tuple[Equation, ...]
+    """Equations of sizes that it takes for granted."""
+    weights: dict[str, str]
+    """Types and shapes of the block's own weights that it reads, by name."""
 
 
 class BlocksDescription(Frozen):
@@ -152,16 +158,19 @@ def _captured(model: ConvertedModel, path: str, call: dict[str, Any], constants:
     runtime, block = model.edit_conversion.runtime, model.get_submodule(path)
     what = f"{path} of {type(model).__name__}"
     program = make_program(_DeployedBlock(block, runtime, constants), call, constants, varying, what=what, for_torch=True)
-    weights = tuple(sorted(program.exported.state_dict))
+    read = sorted(program.exported.state_dict)
     if lifted := [name for name in program.exported.constants if name not in program.exported.state_dict]:
         owned = {f"{_BLOCK}{name}" for name, _ in block.named_buffers()}
         if others := [name for name in lifted if name not in owned]:
             raise ExportError(
                 f"{what} makes constants of its own ({others[0]}), which code without weights cannot hold: export the whole model"
             )
-        weights = (*weights, *lifted)
+        read += lifted
+    own = _weights_of(block)
+    weights = {name: _kind(own[name]) for name in (each.removeprefix(_BLOCK) for each in read)}
     dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors_of(call))
-    return _Code(program, BlockDescription(names=program.names, shapes=program.shapes, dtypes=dtypes, constants=constants, weights=weights))
+    fixed: dict[str, Any] = {"constants": plain(constants), "conditions": program.conditions, "weights": weights}
+    return _Code(program, BlockDescription(names=program.names, shapes=program.shapes, dtypes=dtypes, **fixed))
 
 
 def write_blocks(code: Mapping[str, _Code], path: Path, described: str) -> None:
@@ -178,14 +187,42 @@ def write_blocks(code: Mapping[str, _Code], path: Path, described: str) -> None:
     package_aoti(str(path), files)
 
 
+def _weights_of(block: nn.Module) -> dict[str, Tensor]:
+    """List a block's parameters and buffers by name."""
+    named = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def _kind(tensor: Tensor) -> str:
+    """Write what compiled code takes for granted of a weight: its type and shape; of one that is no plain tensor, its class."""
+    is_plain = not is_quantized(tensor) and not is_sharded(tensor)
+    return f"{str(tensor.dtype).removeprefix('torch.') if is_plain else type(tensor).__name__} {tuple(tensor.shape)}"
+
+
+def _unfit(about: BlockDescription, state: Mapping[str, Tensor]) -> str | None:
+    """Say which weight is not what compiled code takes for granted; None if all are. LoRA and quantization make others of them."""
+    for name, kind in about.weights.items():
+        found = _kind(state[name]) if name in state else "missing"
+        if found != kind:
+            return f"{name} is {found}, not {kind}"
+    return None
+
+
 class _CompiledForward:
     """The forward of a block that has compiled code: runs it where it holds for the call, and the block's own forward elsewhere."""
 
-    def __init__(self, model: ConvertedModel, block: nn.Module, about: BlockDescription, package: Any) -> None:
-        self.runtime, self.block, self.about, self.package = model.edit_conversion.runtime, block, about, package
+    def __init__(self, model: ConvertedModel, block: nn.Module, device: str, about: BlockDescription, package: Any) -> None:
+        self.runtime, self.block, self.device, self.about, self.package = model.edit_conversion.runtime, block, device, about, package
         self.original: Callable[..., Any] = block.forward
+        self.conditions = SizeConditions(about.conditions)
         self.outputs: Any = pytree.treespec_loads(package.loader.get_call_spec()[1])
-        self.pointed: tuple[int, ...] | None = None  # the memory of the weights that the code was pointed to
+        self.seen: tuple[Any, ...] = ()  # the memory of the block's weights when the code was last pointed to them
+        self.fits = False  # and whether it could be
+        self.runs = 0  # of the code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the block's own forward: the code is pointed to one block's weights, and cannot be to another's at once."""
+        return copy.deepcopy(self.original, memo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = self.runtime.frame()
@@ -193,21 +230,29 @@ class _CompiledForward:
             return self.original(*args, **kwargs)
         call, constants = split_constants(_packed({**bound_arguments(self.block, args, kwargs), _GRIDS: frame.grids}))
         tensors = tensors_of(call)
-        known = tuple(input_names(call)) == self.about.names and constants == self.about.constants
-        if not known or not fits(tensors, self.about.shapes, self.about.dtypes):
-            log.info("%s runs uncompiled: its code is for calls of other sizes or arguments", type(self.block).__name__)
+        known = tuple(input_names(call)) == self.about.names and plain(constants) == self.about.constants
+        if not known or not self._takes(tensors) or not self._point():
+            log.info("%s runs uncompiled: its code is for other weights, or calls of other sizes or arguments", type(self.block).__name__)
             return self.original(*args, **kwargs)
-        self._point()
+        self.runs += 1
         return pytree.tree_unflatten(self.package.loader.boxed_run(tensors), self.outputs)
 
-    def _point(self) -> None:
-        """Point the code to the block's weights as they are now."""
-        state = {name: tensor.detach() for name, tensor in (*self.block.named_parameters(), *self.block.named_buffers())}
-        memory = tuple(memory_id(tensor) for tensor in state.values())
-        if memory != self.pointed:
-            weights = {f"{_BLOCK}{name}": tensor for name, tensor in state.items() if f"{_BLOCK}{name}" in self.about.weights}
-            self.package.load_constants(weights, check_full_update=True, user_managed=True)
-            self.pointed, self.kept = memory, weights
+    def _takes(self, tensors: list[Tensor]) -> bool:
+        """Say whether the code holds for a call with these tensors."""
+        here, about = all(tensor.device.type == self.device for tensor in tensors), self.about
+        return here and fits(tensors, about.shapes, about.dtypes) and self.conditions.broken(tensors, about.names) is None
+
+    def _point(self) -> bool:
+        """Point the code to the block's weights as they are now; say whether it can be, as not with LoRA or quantized ones."""
+        state = _weights_of(self.block)
+        memory = tuple((name, memory_id(tensor), tensor.device.type) for name, tensor in state.items())
+        if memory != self.seen:
+            self.seen, self.kept = memory, state
+            self.fits = all(tensor.device.type == self.device for tensor in state.values()) and _unfit(self.about, state) is None
+            if self.fits:
+                weights = {f"{_BLOCK}{name}": state[name] for name in self.about.weights}
+                self.package.load_constants(weights, check_full_update=True, user_managed=True)
+        return self.fits
 
 
 def load_blocks(student: Any, path: str | Path) -> Any:
@@ -232,6 +277,10 @@ def load_blocks(student: Any, path: str | Path) -> Any:
     if not path.is_file():
         raise ExportError(f"{path}: there is no such file")
     about = _described(path)
+    if (cache := step_cache_of(model)) is not None:
+        raise ExportError(
+            f"{type(model).__name__} has a cache of sampling steps ({cache}): load its blocks' code first, and enable the cache then"
+        )
     if about.device != device_of(model).type:
         raise ExportError(f"{path} holds code for {about.device}; the student is on {device_of(model).type}")
     blocks = repeated_blocks(model)
@@ -239,13 +288,18 @@ def load_blocks(student: Any, path: str | Path) -> Any:
         raise ExportError(f"{path} was made of another {about.model}: it has other blocks, such as {missing[0]}")
     for block_path in each(blocks, "loading blocks", len(blocks)):
         block, name = model.get_submodule(block_path), about.blocks[block_path]
-        named = {f"{_BLOCK}{own}": t for own, t in (*block.named_parameters(), *block.named_buffers())}
-        if lacking := [weight for weight in about.code[name].weights if weight not in named]:
-            raise ExportError(f"{path} was made of another {about.model}: {block_path} has no {lacking[0].removeprefix(_BLOCK)}")
+        if (problem := _unfit(about.code[name], _weights_of(block))) is not None:
+            raise ExportError(f"{path} was made of another {about.model}, or one with other weights: in {block_path}, {problem}")
         with quiet():
             package = load_package(str(path), name)
-        block.__dict__["forward"] = _CompiledForward(model, block, about.code[name], package)
+        block.__dict__["forward"] = _CompiledForward(model, block, about.device, about.code[name], package)
     return student
+
+
+def runs_of_blocks(model: nn.Module, blocks: Iterable[str]) -> dict[str, int]:
+    """Count how often the compiled code of each block has run."""
+    forwards: dict[str, Any] = {path: model.get_submodule(path).forward for path in blocks}
+    return {path: forward.runs if isinstance(forward, _CompiledForward) else 0 for path, forward in forwards.items()}
 
 
 def _described(path: Path) -> BlocksDescription:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ GRID = "image_grid"  # the further input of models whose grid no graph can read 
 NAMES = ("batch", "frames", "height", "width", "text")  # what dimensions may be named after
 DEFAULT = ("batch", "frames", "height", "width")
 _BATCH, _MOST = 2, 4  # samples of the first case, and multiples of a token that are tried as another height or width
+_STEPS = {"frames": (1, 0, 0), "height": (0, 1, 0), "width": (0, 0, 1)}  # in which a size grows
 Varying = dict[tuple[int, int], tuple[str, ...]]  # what a dimension varies with, by the number of its tensor among the inputs
 
 
@@ -55,6 +57,12 @@ def split_constants(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """Part arguments that hold tensors from those that hold none, and are the file's own."""
     tensors = {name: value for name, value in inputs.items() if tensors_of(value)}
     return tensors, {name: value for name, value in inputs.items() if name not in tensors}
+
+
+def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments without tensors as a file holds them: in JSON, which has no tuples."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(arguments), default=repr))
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,10 +139,14 @@ class SizedCases:
             GridError: the model does not support a size; says why.
             NoExampleInputsError: no adapter knows the model.
         """
-        is_open = {"height", "width"} <= set(chosen)
+        numbers = self._given_as_numbers(sizes[0] if sizes else self._two_sizes(False)[0])
+        chosen = set(chosen) - numbers.keys()
+        is_open = {"height", "width"} <= chosen
         sizes = tuple(sizes or self._two_sizes(is_open))
+        if {"height", "width"} & numbers.keys() and len(set(sizes)) > 1:
+            raise GridError(f"{type(self.student).__name__}: a file holds for one size: {numbers.get('height') or numbers['width']}")
         captured = self._unlike(sizes[0]) if is_open else sizes[0]
-        varying, impossible, variants = self._varying(captured)
+        varying, impossible, variants = self._varying(captured, numbers)
         cases = []
         for number, size in enumerate(sizes):
             batch = 1 if number % 2 and "batch" in chosen else _BATCH
@@ -182,23 +194,41 @@ class SizedCases:
         inputs = made.inputs if real else meta_inputs(made.inputs, None)
         return {**inputs, GRID: as_input(made.grid, device)} if needs_grid(self.student) else inputs
 
-    def _varying(self, size: Extent) -> tuple[Varying, dict[str, str], dict[str, list[tuple[int, ...]]]]:
+    def _given_as_numbers(self, size: Extent) -> dict[str, str]:
+        """Tell which sizes the model takes as numbers, too, which a file has fixed, and in which argument."""
+        first, step = self._inputs(size, _BATCH), pixels_per_token(self.student)
+        found = {}
+        for name, inputs in (
+            ("batch", self._inputs(size, _BATCH + 1)),
+            *((name, self._larger_inputs(size, direction, step)) for name, direction in _STEPS.items()),
+        ):
+            constants = [] if inputs is None else [key for key, value in split_constants(inputs)[1].items() if value != first.get(key)]
+            if constants:
+                found[name] = f"it is a number in {constants[0]}"
+        return found
+
+    def _larger_inputs(self, size: Extent, direction: Sequence[int], step: int) -> dict[str, Any] | None:
+        larger = self._larger(size, tuple(direction[-len(size) :]), step)
+        return None if isinstance(larger, str) else self._inputs(larger, _BATCH)
+
+    def _varying(self, size: Extent, numbers: Mapping[str, str]) -> tuple[Varying, dict[str, str], dict[str, list[tuple[int, ...]]]]:
         """Find out what each dimension varies with, from inputs that differ in one thing; returns their shapes, too."""
         first = self._inputs(size, _BATCH)
         found: Varying = {}
-        impossible: dict[str, str] = {}
+        impossible = dict(numbers)
         variants: dict[str, Any] = {"batch": (size, _BATCH + 1, 0), "text": (size, _BATCH, 1)}
-        steps = {"frames": (1, 0, 0), "height": (0, 1, 0), "width": (0, 0, 1)}
+        if "batch" in numbers:
+            del variants["batch"]
         step = pixels_per_token(self.student)
-        for name, direction in steps.items():
-            if name == "frames" and len(size) == 2:
+        for name, direction in _STEPS.items():
+            if name in numbers or (name == "frames" and len(size) == 2):
                 continue
             larger = self._larger(size, tuple(direction[-len(size) :]), step)
             if isinstance(larger, str):
                 impossible[name] = larger
             else:
                 variants[name] = (larger, _BATCH, 0)
-        if {"height", "width"} <= impossible.keys():
+        if {"height", "width"} <= impossible.keys() - numbers.keys():
             square = self._larger(size, (0, 1, 1)[-len(size) :], step)
             if not isinstance(square, str):  # both at once: neither is told from the other
                 del impossible["height"], impossible["width"]

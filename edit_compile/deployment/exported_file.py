@@ -11,8 +11,9 @@ import torch.utils._pytree as pytree
 from pydantic import ValidationError
 from torch import Tensor
 
-from edit_compile.deployment.cases import GRID, input_names, split_constants, tensors_of
+from edit_compile.deployment.cases import GRID, input_names, plain, split_constants, tensors_of
 from edit_compile.deployment.formats import Run, format_of, parsed, quiet
+from edit_compile.deployment.size_conditions import Equation, SizeConditions
 from edit_compile.errors import ExportError, some_of
 from edit_compile.frozen import Frozen, first_problem
 
@@ -47,6 +48,8 @@ class FileDescription(Frozen):
     inputs: tuple[InputDescription, ...]
     constants: dict[str, Any]
     """Arguments of the model's forward that are fixed in the file."""
+    conditions: tuple[Equation, ...]
+    """Equations of sizes that the file takes for granted."""
     varies: tuple[str, ...]
     """What of batch, frames, height, width and text may vary."""
     fixed: dict[str, str]
@@ -66,7 +69,7 @@ class ExportedModel:
 
     def __init__(self, path: Path, about: FileDescription, run: Run) -> None:
         self.path, self.about, self._run = path, about, run
-        self._dtypes = [getattr(torch, each.dtype) for each in about.inputs]
+        self._conditions, self._for_torch = SizeConditions(about.conditions), format_of(path).for_torch
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
         """Run the model.
@@ -86,7 +89,7 @@ class ExportedModel:
         for name, value in constants.items():
             if name in known:
                 raise ExportError(f"{self.path.name} takes a tensor as {name}, not {value!r}")
-            if value != fixed.get(name):
+            if plain({name: value}) != {name: fixed.get(name)}:
                 raise ExportError(f"{self.path.name} was made with {name}={fixed.get(name)!r}, not {value!r}: export it again with that")
         tensors = dict(zip(input_names(given), tensors_of(given), strict=True))
         if missing := [each.name for each in self.about.inputs if each.name not in tensors]:
@@ -97,8 +100,17 @@ class ExportedModel:
         ordered = [tensors[each.name] for each in self.about.inputs]
         for each, tensor in zip(self.about.inputs, ordered, strict=True):
             self._check(each, tensor)
+            self._check_device(each, tensor)
+        if (broken := self._conditions.broken(ordered, [each.name for each in self.about.inputs])) is not None:
+            raise ExportError(f"{self.path.name} takes sizes with {broken}")
         with torch.no_grad():
             return tuple(self._run([tensor.contiguous() for tensor in ordered]))
+
+    def _check_device(self, described: InputDescription, tensor: Tensor) -> None:
+        """Refuse a tensor that the file's code would read from where it is not; other programs than torch are given copies."""
+        here, there = tensor.device.type, self.about.device if self._for_torch else "cpu"
+        if here != there and (tensor.is_meta or self._for_torch):
+            raise ExportError(f"{self.path.name} takes {described.name} on {there}, not on {here}")
 
     def _check(self, described: InputDescription, tensor: Tensor) -> None:
         fits = tensor.ndim == len(described.shape) and all(
@@ -137,10 +149,9 @@ def load_exported(path: str | Path) -> ExportedModel:
             f"{path} cannot be loaded as {kind.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
     try:
-        about = FileDescription.model_validate(parsed(described, path))
+        return ExportedModel(path, FileDescription.model_validate(parsed(described, path)), run)
     except ValidationError as error:
         raise ExportError(f"{path} was written by another version of edit_compile: {first_problem(error)}") from None
-    return ExportedModel(path, about, run)
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -16,11 +16,19 @@ from torch.export import Dim, ExportedProgram
 
 from edit_compile.adapters.hub_access import first_line
 from edit_compile.deployment.cases import GRID, Case, Varying, input_names, split_constants, tensors_of
+from edit_compile.deployment.size_conditions import is_equation, size_name
 from edit_compile.errors import ExportError
 from edit_compile.passes.native_attention import native_attention
 from edit_compile.student.handle import ConvertedModel
 from edit_compile.student.runtime import Statement
-from edit_compile.torch_internals import broken_condition, drop_size_checks, eager_instead_of_compiled, exporting_for_torch, size_expression
+from edit_compile.torch_internals import (
+    broken_condition,
+    drop_size_checks,
+    eager_instead_of_compiled,
+    equations_of_sizes,
+    exporting_for_torch,
+    size_expression,
+)
 
 
 class Deployed(nn.Module):
@@ -48,6 +56,7 @@ class Program:
         shapes: of each input; a number where it is fixed, otherwise what it varies with.
         most: of each input, the largest sizes of dimensions that have one.
         fixed: names of what was to vary and does not, and why.
+        conditions: equations of sizes that it takes for granted, as `SizeConditions` reads them.
     """
 
     exported: ExportedProgram
@@ -56,6 +65,7 @@ class Program:
     shapes: tuple[tuple[int | str, ...], ...]
     most: tuple[dict[int, int], ...]
     fixed: dict[str, str]
+    conditions: tuple[str, ...]
 
 
 def make_program(
@@ -95,7 +105,7 @@ def make_program(
     drop_size_checks(exported)
     _drop_squeezes_of_nothing(exported)
     shapes, fixed = _shapes(exported, tensors, varying, variants or {})
-    return Program(exported, tuple(input_names(call)), dict(constants), shapes, _most(exported), fixed)
+    return Program(exported, tuple(input_names(call)), dict(constants), shapes, _most(exported), fixed, _conditions(exported))
 
 
 def _open(number: int, tensor: Tensor, varying: Varying, bounds: Mapping[tuple[int, int], int]) -> dict[int, Any]:
@@ -134,6 +144,12 @@ def _most(exported: ExportedProgram) -> tuple[dict[int, int], ...]:
         uppers = {dim: ranges.get(size_expression(size)) for dim, size in sizes if isinstance(size, torch.SymInt)}
         found.append({dim: int(upper) for dim, upper in uppers.items() if upper is not None and upper.is_Integer})
     return tuple(found)
+
+
+def _conditions(exported: ExportedProgram) -> tuple[str, ...]:
+    """List the equations of sizes that a graph takes for granted, as far as they can be read again."""
+    written = equations_of_sizes([node.meta["val"] for node in _placeholders(exported)], size_name)
+    return tuple(condition for condition in written if is_equation(condition))
 
 
 def _shapes(

@@ -19,8 +19,19 @@ from edit_compile.adapters.family import Extent
 from edit_compile.adapters.hub_access import first_line
 from edit_compile.adapters.step_cache import step_cache_of
 from edit_compile.bench.min_tokens import min_tokens_set
-from edit_compile.deployment.blocks import BlocksDescription, capture_blocks, load_blocks, write_blocks
-from edit_compile.deployment.cases import DEFAULT, NAMES, Case, Cases, SizedCases, device_of, given_cases, split_constants, tensors_of
+from edit_compile.deployment.blocks import BlocksDescription, capture_blocks, load_blocks, runs_of_blocks, write_blocks
+from edit_compile.deployment.cases import (
+    DEFAULT,
+    NAMES,
+    Case,
+    Cases,
+    SizedCases,
+    device_of,
+    given_cases,
+    plain,
+    split_constants,
+    tensors_of,
+)
 from edit_compile.deployment.exported_file import FileDescription, InputDescription, load_exported, relative_error
 from edit_compile.deployment.formats import Format, format_of, quiet
 from edit_compile.deployment.program import Program, call_case, program_of
@@ -151,6 +162,8 @@ def _export_blocks(model: ConvertedModel, path: Path, cases: Cases) -> ExportRep
             write_blocks(code, temporary, about.model_dump_json())
         compiled = load_blocks(copy.deepcopy(model), temporary)
         errors = _compared(lambda case: call_case(compiled, case), model, cases.all, path)
+        if idle := [block for block, number in runs_of_blocks(compiled, blocks).items() if not number]:
+            raise ExportError(f"{about.model}: the code of {idle[0]} holds for none of its own calls; it was not kept. Please report this")
     return ExportReport(path, about, errors)
 
 
@@ -220,7 +233,8 @@ def _described(
         format=kind.name,
         device=device_of(model).type,
         inputs=inputs,
-        constants=program.constants,
+        constants=plain(program.constants),
+        conditions=program.conditions,
         varies=tuple(name for name in (*NAMES, "size") if name in named and (name in chosen or name == "size") and name not in fixed),
         fixed=fixed,
         sizes=tuple(case.name for case in cases.all),

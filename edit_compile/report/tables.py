@@ -16,7 +16,7 @@ from edit_compile.ir.plan import Plan
 from edit_compile.ir.plan_table import listed
 from edit_compile.ir.symbol_names import readable_names
 from edit_compile.report.folded_table import FoldedTable
-from edit_compile.words import bytes_in_words
+from edit_compile.words import bytes_in_words, counted
 
 BREAK_EVEN = 1.05  # a ratio of FLOPs below which nobody would notice a gain
 
@@ -75,7 +75,8 @@ def _meaning(report: CostReport) -> list[str]:
         return []
     where = f", by which it pays from {report.break_even_predicted:,} image tokens on" if report.break_even_predicted else ""
     rates = report.rates
-    return [f"[dim]predicted: speed-up of a forward, compiled, {rates.dtype}, on {escape(rates.device)}, {rates.threads} threads{where}[/]"]
+    machine = f"{escape(rates.device)}, {counted(rates.threads, 'thread')}"
+    return [f"[dim]predicted: speed-up of a forward, compiled, {rates.dtype}, on {machine}{where}[/]"]
 
 
 def _warnings(report: CostReport) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -18,6 +19,8 @@ from edit_compile.adapters.inputs import default_sizes, inputs_for_size
 from edit_compile.api import repeated_blocks
 from edit_compile.bench import Cost, count_flops
 from edit_compile.bench.conversion_cost import break_even_tokens
+from edit_compile.bench.roofline import Roofline
+from edit_compile.bench.sized_inputs import InputMaker
 from edit_compile.passes.capture import meta_copy, meta_inputs
 
 
@@ -140,6 +143,18 @@ def test_equal_blocks_need_run_only_once(demo):
     paths = [site.path for site in ec.plan_of(demo).sites]
     assert count_flops(structure, inputs, paths, repeated_blocks(structure)) == count_flops(structure, inputs, paths)
     assert "forward" not in vars(structure.transformer_blocks[1])
+
+
+def test_text_of_equal_blocks_counts_where_only_the_block_that_ran_tells_its_length(demo, monkeypatch):
+    """As of pipelines without an adapter."""
+    rates = {"product": 1e12, "softmax": 5e11, "depthwise": 1e11, "bandwidth": 1e10, "overhead": 1e-6}
+    rates = Roofline(device="a machine", threads=1, torch_version="2", dtype="float32", **rates)
+    known = ec.cost(demo, [(64, 64)], rates=rates).costs
+    at = InputMaker.at
+    monkeypatch.setattr(InputMaker, "at", lambda *given: dataclasses.replace(at(*given), text=None))
+    unknown = ec.cost(demo, [(64, 64)], rates=rates).costs
+    assert unknown[0].text is None
+    assert unknown[0].sites == known[0].sites
 
 
 def test_sizes_that_cannot_be_drawn_say_why(demo):

@@ -148,5 +148,5 @@ def test_costs_have_predictions_where_there_are_rates(cache):
     assert summary["rates"]["product"] == 1e12
     assert summary["predicted_to_pay_from"] == report.break_even_predicted
     text = shown(cost_table(report), 100)
-    assert "predicted: speed-up of a forward, compiled, float32, on a machine, 1 threads" in text
+    assert "predicted: speed-up of a forward, compiled, float32, on a machine, 1 thread" in text
     assert f"{ratios[-1]:.2f}x" in text

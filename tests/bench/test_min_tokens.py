@@ -41,9 +41,11 @@ def test_predicted_it_is_by_the_machines_rates_or_where_both_need_the_same_flops
     monkeypatch.setattr(min_tokens, "known_roofline", lambda device, dtype: "rates")
     for predicted in (70, None):
         report = SimpleNamespace(break_even_tokens=50, break_even_predicted=predicted)
-        monkeypatch.setattr(min_tokens, "cost", lambda model, rates, report=report: report if rates == "rates" else None)
+        monkeypatch.setattr(
+            min_tokens, "cost", lambda model, pipeline, rates, report=report: report if (pipeline, rates) == ("p", "rates") else 0
+        )
         with nullcontext() if predicted else pytest.raises(ec.EditCompileError, match="no size is known"):
-            assert ec.set_min_tokens(student(), "predicted") == 70
+            assert ec.set_min_tokens(student(), "predicted", pipeline="p") == 70
         assert ec.plan_of(student()).min_tokens == 70
 
 

@@ -12,11 +12,14 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import LoraConfig, inject_adapter_in_model
 
 import edit_compile as ec
 import toy
 from edit_compile.adapters.inputs import inputs_for_size
+from edit_compile.api import repeated_blocks
 from edit_compile.cli import main
+from edit_compile.deployment.blocks import runs_of_blocks
 from edit_compile.student.site import converted_sites
 from families import FAMILIES
 
@@ -186,6 +189,64 @@ def test_blocks_without_weights_run_any_student_of_the_structure(students, tmp_p
     compiled = ec.load_blocks(copy.deepcopy(student), file)
     with ec.teacher(compiled):
         assert torch.equal(expected(compiled, inputs), original)
+
+
+@pytest.fixture(scope="module")
+def blocks(students, tmp_path_factory):
+    """The code of a model's blocks."""
+    file = tmp_path_factory.mktemp("blocks") / "pixart.pt2"
+    ec.export(students("pixart"), file, blocks=True, sizes=[(80, 112), (48, 96)])
+    return file
+
+
+def compare_with_written(student, compiled=True):
+    """Holds a call to one as the blocks are written, which is what runs where gradients may be needed."""
+    inputs = sized(student, 48, 64, 3)
+    before = sum(blocks_run(student))
+    with torch.enable_grad():
+        wanted = student(**inputs)[0].detach()
+    assert sum(blocks_run(student)) == before
+    found = expected(student, inputs)
+    assert (sum(blocks_run(student)) > before) is compiled
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    return found
+
+
+def blocks_run(student):
+    return runs_of_blocks(student, repeated_blocks(student)).values()
+
+
+@pytest.mark.slow
+def test_code_of_blocks_follows_their_weights(blocks):
+    """Also where a weight was shared with the original until it was written to, and in copies."""
+    model, inputs = FAMILIES["pixart"]()
+    student = ec.load_blocks(ec.linearize(model, example_inputs=inputs), blocks)
+    first = compare_with_written(student)
+    with torch.no_grad():
+        for parameter in student.transformer_blocks[0].ff.parameters():
+            parameter.mul_(1.5)
+    second = compare_with_written(student)
+    assert (second - first).abs().max() > 1e-3 * first.abs().max()
+    copied = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.1)
+    compare_with_written(copied, compiled=False)
+    compare_with_written(ec.load_blocks(copied, blocks))
+    assert torch.equal(compare_with_written(student), second)
+
+
+@pytest.mark.slow
+def test_blocks_with_other_weights_than_the_code_knows_run_as_written(blocks):
+    model, inputs = FAMILIES["pixart"]()
+    student = ec.load_blocks(ec.linearize(model, example_inputs=inputs), blocks)
+    plain = compare_with_written(student)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["net.2"], init_lora_weights=False), student)
+    adapted = compare_with_written(student, compiled=False)
+    assert (adapted - plain).abs().max() > 1e-3 * plain.abs().max()
+    half = ec.linearize(model, example_inputs=inputs).to(torch.bfloat16)
+    with pytest.raises(ec.ExportError, match=r"in transformer_blocks\.0, .* is bfloat16 \(.*\), not float32"):
+        ec.load_blocks(half, blocks)
 
 
 def test_blocks_are_pt2_files(students, tmp_path):
