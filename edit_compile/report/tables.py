@@ -134,8 +134,3 @@ def speed_table(rows: Sequence[SpeedRow]) -> RenderableType:
 
 def _ms(timing: Timing) -> str:
     return f"{timing.median * 1000:,.1f} ms"
-
-
-def speed_summary(rows: Sequence[SpeedRow]) -> list[dict[str, Any]]:
-    """Return timings as JSON-ready data, in seconds and bytes."""
-    return [dataclasses.asdict(row) for row in rows]
