@@ -28,6 +28,7 @@ from edit_compile.files import write_text
 from edit_compile.report.markdown import markdown_table
 
 MODELS = ("pixart-sigma", "sd3.5-medium")
+GRAPHS = 256  # of one kind of block: of the model, and of the student on both sides of `min_tokens`
 HEAD = ("model", "px", "min_tokens", "unconverted", "student", "unconverted / student")
 
 
@@ -55,7 +56,7 @@ def main() -> None:
         student = ec.linearize(model)
         for compiled in (model, student):
             for path in repeated_blocks(student):  # as ec.compile does, which takes students alone
-                compiled.get_submodule(path).compile(**block_options())
+                compiled.get_submodule(path).compile(**block_options(graphs=GRAPHS))
         for least in (0, "predicted"):
             tokens = ec.set_min_tokens(student, least)
             for side in arguments.sides:

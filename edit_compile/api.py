@@ -34,13 +34,14 @@ from edit_compile.student.lora import leave_out_for_teachers
 from edit_compile.student.runtime import Statement
 from edit_compile.student.site import converted_sites
 from edit_compile.student.weights import OriginalWeights, require_original_weights
-from edit_compile.torch_internals import keep_graphs_in_order, keep_strides
+from edit_compile.torch_internals import allow_graphs, keep_graphs_in_order, keep_strides
 
 __all__ = ["audit", "block_options", "compile", "grid", "linearize", "plan", "plan_and_convert", "plan_of", "repeated_blocks", "teacher"]
 __all__ += ["plan_with_forwards", "transformer_of"]
 
 Model = TypeVar("Model")
 _REGIONAL: dict[str, Any] = {"dynamic": True, "fullgraph": True}
+_GRAPHS = 64  # of one kind of block: student, teacher and below `min_tokens`, with gradients and without, first and last blocks
 
 
 def plan(
@@ -172,7 +173,6 @@ def linearize(
         audit(student)
     is_pipeline = found is not model and not isinstance(model, str | PathLike | LoadedModel)
     return with_denoiser(model, student) if is_pipeline else student
-    return student
 
 
 def linearize_for_shards(loaded: LoadedModel, config: LinearizeConfig) -> nn.Module:
@@ -305,9 +305,13 @@ def compile(student: Model, *, kernels: Kernels = "auto", **options: Any) -> Mod
     return student
 
 
-def block_options(options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Complete options of torch.compile by those that a repeated block is compiled with."""
-    return keep_strides({**_REGIONAL, **(options or {})})
+def block_options(options: Mapping[str, Any] | None = None, *, graphs: int = _GRAPHS) -> dict[str, Any]:
+    """Complete options of torch.compile by those that a repeated block is compiled with.
+
+    Args:
+        graphs: how many of them all blocks of one kind may have together.
+    """
+    return keep_strides(allow_graphs({**_REGIONAL, **(options or {})}, graphs))
 
 
 def repeated_blocks(student: Any) -> list[str]:

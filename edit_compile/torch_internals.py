@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import inspect
 import math
 import os
 import sys
@@ -94,6 +95,19 @@ def keep_strides(options: dict[str, Any]) -> dict[str, Any]:
         completed |= list_mode_options(options["mode"], options.get("dynamic"))
         options = {name: value for name, value in options.items() if name != "mode"}
     return {**options, "options": completed}
+
+
+def allow_graphs(options: dict[str, Any], graphs: int) -> dict[str, Any]:
+    """Let torch.compile keep up to `graphs` graphs of a function, unless its options name a number: they are returned, completed.
+
+    Before torch 2.14 there is no option for it, and the limit of the process is raised, if that is lower.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": graphs, **options}
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, graphs)
+    return options
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -345,15 +359,6 @@ def is_lazy_copy(tensor: Tensor) -> bool:
 def lerp_all_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
     """Move tensors towards others in place: tensor + weight * (end - tensor)."""
     torch._foreach_lerp_(tensors, ends, weight)
-
-
-@contextmanager
-def recompile_limit(graphs: int) -> Iterator[None]:
-    """Let torch.compile keep up to `graphs` graphs of one function inside."""
-    import torch._dynamo
-
-    with torch._dynamo.config.patch(recompile_limit=graphs):
-        yield
 
 
 def drop_size_checks(program: ExportedProgram) -> None:

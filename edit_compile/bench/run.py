@@ -35,11 +35,9 @@ from edit_compile.designs.ops.parts import Part
 from edit_compile.errors import ConfigError, GridError, NoExampleInputsError
 from edit_compile.passes.capture import meta_inputs
 from edit_compile.progress import each, working
-from edit_compile.torch_internals import recompile_limit
 from edit_compile.words import bytes_in_words
 
 log = logging.getLogger(__name__)
-_GRAPHS = 256  # of one function: each subject has its own
 
 
 @dataclass(frozen=True)
@@ -176,8 +174,7 @@ class Bench:
             with working(f"{size_in_words(size)} px: counting FLOPs and memory"):
                 at_size = _SizeBench(self, size, inputs, rates)
             try:
-                with recompile_limit(_GRAPHS):
-                    rows += at_size.rows(runs, warmup, profiled, limit)
+                rows += at_size.rows(runs, warmup, profiled, limit)
             except torch.OutOfMemoryError as error:  # of parts, or of subjects that fitted one by one: other sizes may fit
                 impossible[size_in_words(size)] = f"{size_in_words(size)} px: {_out_of_memory(error)}"
         how = (str(self.device), str(self.dtype).removeprefix("torch."), self.compiled, runs)

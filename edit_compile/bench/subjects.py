@@ -28,6 +28,7 @@ from edit_compile.student.grid import grid
 from edit_compile.student.site import converted_sites
 
 TEACHER, BOUND = "teacher", "bound"
+_GRAPHS = 256  # of one kind of block: each subject has its own
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def make_subjects(model: nn.Module, conversions: Mapping[str, LinearizeConfig], 
         blocks = repeated_blocks(subjects[-1].model)
         for path in blocks:
             for subject in subjects:
-                subject.model.get_submodule(path).compile(**block_options())
+                subject.model.get_submodule(path).compile(**block_options(graphs=_GRAPHS))
     return subjects
 
 

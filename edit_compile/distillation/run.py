@@ -54,7 +54,7 @@ from edit_compile.distillation.train.optimizer import check_optimizer, muon_matr
 from edit_compile.distillation.train.peers import watching_peers
 from edit_compile.distillation.train.step import weights_of_timesteps
 from edit_compile.distillation.train.trackers import settings_of
-from edit_compile.distillation.train.train_context import only_trainable, raise_recompile_limit
+from edit_compile.distillation.train.train_context import only_trainable
 from edit_compile.distillation.train.trainer import Trainer
 from edit_compile.errors import DistillError, EditCompileError, NoExampleInputsError
 from edit_compile.extras import need
@@ -172,7 +172,7 @@ def distill(
         denoise = denoise or (call_as_recorded if recipe.data.recorded_calls else denoise_by_family)
         run = Run(recipe, folder, accelerator, made, schedule, denoise, report or (lambda row: None))
         below = min_tokens_set(made.model, 0)  # what is trained runs at every size
-        with only_trainable(made.model, run.trained), raise_recompile_limit(compiled=recipe.compile), below:
+        with only_trainable(made.model, run.trained), below:
             run.prepare(source, resume=resume, accept_changed_data=accept_changed_data)
             if run.data is not None and announce is not None and accelerator.is_main_process:
                 announce(run.data)

@@ -71,6 +71,28 @@ def test_blocks_compiled_one_by_one(any_pair):
     check(student, inputs, outputs)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+def test_all_that_a_block_is_compiled_for_fits_in_one_process():
+    """Blocks with a second attention, without, and the last one; trained, run, run as the teacher and below `min_tokens`: more than
+    torch's limit of eight graphs.
+    """
+    whole, example = FAMILIES["sd3-dual"]()
+    model = build(type(whole), **{**whole.config, "num_layers": 3, "dual_attention_layers": (0,)})
+    student = ec.compile(ec.linearize(model, example_inputs=example), backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    student(**example)[0].mean().backward()
+    with torch.no_grad():
+        converted = student(**example)[0]
+        with ec.teacher(student):
+            original = student(**example)[0]
+        ec.set_min_tokens(student, 10**6)
+        below = student(**example)[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+    torch.testing.assert_close(original, below)
+    assert not torch.allclose(converted, original)
+
+
 @pytest.mark.slow
 def test_flux_compiled_whole_with_its_grid_stated():
     teacher, student, inputs = pair("flux")

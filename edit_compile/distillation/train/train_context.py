@@ -8,10 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from edit_compile.torch_internals import recompile_limit
-
-_GRAPHS = 64
-
 
 @contextmanager
 def only_trainable(student: nn.Module, names: Collection[str]) -> Iterator[None]:
@@ -31,17 +27,4 @@ def only_trainable(student: nn.Module, names: Collection[str]) -> Iterator[None]
 def own_random_state(device: torch.device) -> Iterator[None]:
     """Let torch's random numbers be seeded inside without a trace outside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
-@contextmanager
-def raise_recompile_limit(*, compiled: bool) -> Iterator[None]:
-    """Let torch.compile keep more graphs of one block than its limit of 8.
-
-    Teacher and student, with gradients and without, and the own shapes of the first and the last block are more than that.
-    """
-    if not compiled:
-        yield
-        return
-    with recompile_limit(_GRAPHS):
         yield
