@@ -369,6 +369,8 @@ def literal(value: Any, name_of: Callable[[Any], str], where: str) -> str:
         return repr(value)
     if isinstance(value, float):
         return repr(value) if value == value and abs(value) != float("inf") else f"float({str(value)!r})"
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return f"{name_of(type(value))}({', '.join(literal(each, name_of, where) for each in value)})"
     if isinstance(value, tuple):
         return f"({', '.join(literal(each, name_of, where) for each in value)}{',' if len(value) == 1 else ''})"
     if isinstance(value, list):

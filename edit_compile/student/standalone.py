@@ -14,6 +14,7 @@ import linecache
 import re
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -301,7 +302,8 @@ def _check_source(model: ConvertedModel, source: str) -> None:
     sys.modules[module.__name__] = module  # dataclasses look there
     try:
         exec(compile(source, f"{MODULE}.py", "exec"), vars(module))
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the original class, which was made before
             made = getattr(module, standalone_class_name(model)).from_config(dict(cast("Any", model).config))
     except Exception as error:  # whatever the code of a design may raise where it is alone
         raise CheckpointError(f"{type(model).__name__} cannot stand alone: its source fails, {type(error).__name__}: {error}") from error
