@@ -75,7 +75,10 @@ def group_norm(layer: nn.Module, frame: Array) -> Array:
 
 def conv_fusion(module: nn.Module, x: Array, grid: tuple[int, ...], temporal: str) -> Array:
     """X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X)))) for tokens (N, C), each frame by itself but for the temporal kernel."""
-    hidden = np.stack([conv(module.reduce, frame, 1, False) for frame in as_frames(x, grid)])
+    frames = as_frames(x, grid)
+    if module.depthwise is not None:  # the 3x3 in two
+        frames = np.stack([conv(module.depthwise, frame, 1, True) for frame in frames])
+    hidden = np.stack([conv(module.reduce, frame, 1, False) for frame in frames])
     if temporal != "none":
         hidden = over_time(module.temporal, hidden, temporal, 1)
     hidden = np.stack([group_norm(module.norm, frame) for frame in hidden])

@@ -139,6 +139,8 @@ VARIANTS = {
     "all-plain": ({"query": "plain", "key": "plain", "value": "plain"}, {}),
     "joint-fusion-fusion-plain": (CF_PLAIN, JOINT),
     "joint-all-plain": ({"query": "plain", "key": "plain", "value": "plain", "eta": "ratio"}, JOINT | {"text_first": True}),
+    "separable": ({"separable": True}, {"rope": True}),
+    "joint-separable-reduction": ({"separable": True, "reduction": 8}, JOINT),
     # projections
     "grouped-heads": ({}, {"heads": 4, "key_heads": 2, "rope": True, "qk_norm": True}),
     "repeated-heads": ({}, {"heads": 6, "key_heads": 2, "repeat_heads": True, "rope": True}),

@@ -48,6 +48,8 @@ class Edit(Design):
             temporal: what the convolutions see of a video's other frames: "none"; with a depthwise kernel of three frames that
                 starts as the identity, the frame before and the one after ("centred") or the two before ("causal", so that
                 no query, key or value depends on a later frame). Without meaning, and without effect, for images.
+            separable: ConvFusion's 3x3 convolution is a depthwise one and a 1x1: 18 C + 2 C^2 / reduction FLOPs a token in place of
+                18 C^2 / reduction.
             temporal_stride: by how much the compressor thins a video's frames; 2 needs a temporal kernel.
         """
 
@@ -59,6 +61,7 @@ class Edit(Design):
         identity: bool = True
         temporal: Temporal = "none"
         temporal_stride: Literal[1, 2] = 1
+        separable: bool = False
 
         @model_validator(mode="after")
         def _paired(self) -> Edit.Options:
@@ -153,7 +156,8 @@ def compressed_tokens(site: Site, grid: Sequence[int], options: Any) -> int:
 def _module(kind: Projection, name: str, site: Site, options: Any) -> nn.Module | None:
     frames, identity = temporal(site, options), options.identity
     if kind == "conv-fusion":
-        return ConvFusion(site.channels[f"before_{name}"], options.reduction, temporal=frames, identity=identity)
+        channels = site.channels[f"before_{name}"]
+        return ConvFusion(channels, options.reduction, temporal=frames, identity=identity, separable=options.separable)
     if kind == "plain":
         return None
     step = options.temporal_stride if frames != "none" else 1
@@ -172,12 +176,14 @@ def tap_parts(site: Site, grid: Sequence[int], options: Any) -> tuple[Part, ...]
 
 
 def _tap_parts(kind: Projection, name: str, site: Site, grid: Sequence[int], options: Any) -> Iterator[Part]:
-    """Yield ConvFusion's 3x3 and 1x1, 20 C^2 N / reduction FLOPs, or the compressor's, 18 C M, M with all frames; and a temporal kernel."""
+    """Yield ConvFusion's 3x3 and 1x1, 20 C^2 N / reduction FLOPs or, separable, 18 C N + 4 C^2 N / reduction; or the compressor's, 18 C M,
+    M with all frames; and a temporal kernel."""
     has_time = temporal(site, options) != "none"
     if kind == "conv-fusion":
         n, c = math.prod(grid), site.channels[f"before_{name}"]
         hidden = c // int(options.reduction)
-        yield from (Product(n, hidden, 9 * c), Product(n, c, hidden))
+        yield from (Product(n, c, 9), Product(n, hidden, c)) if options.separable else (Product(n, hidden, 9 * c),)
+        yield Product(n, c, hidden)
         if has_time:
             yield Product(n, hidden, TEMPORAL_TAPS)
     elif kind == "compressor":

@@ -276,7 +276,7 @@ def test_impossible_configurations_are_refused(case):
         ({"design": "keep", "options": {"reduction": 2}}, "design='keep' has no options"),
         (
             {"design": "edit", "options": {"reductoin": 2}},
-            r"did you mean reduction\? there are: reduction, query, key, value, features, identity, temporal, temporal_stride$",
+            r"did you mean reduction\? there are: reduction, query, key, value, features, identity, temporal, temporal_stride, separable$",
         ),
         ({"design": "auto"}, "design='auto' is not for rules: give a rule for each of mm-edit, edit"),
         ({"design": "fast"}, "design='fast' is not for rules: give a rule for each of mm-edit, edit"),

@@ -212,6 +212,7 @@ ABLATION = {  # of EDiT's query, key and value: ConvFusion, compressor, the mode
     "CF/CF/-": {"query": "conv-fusion", "key": "conv-fusion", "value": "plain"},
     "-/SC/SC": {"query": "plain", "key": "compressor", "value": "compressor"},
     "CF/-/-": {"query": "conv-fusion", "key": "plain", "value": "plain"},
+    "separable": {"query": "conv-fusion", "key": "compressor", "value": "compressor", "separable": True},
 }
 
 
@@ -224,7 +225,7 @@ def test_the_rows_of_the_papers_ablation(design: str, layout: str, row: str):
     (site,) = ec.plan_of(student).rewritten
     assert {name: site.options[name] for name in ABLATION[row]} == ABLATION[row]
     inserted = {name.split(".edit.")[1].split(".")[0] for name, _ in student.named_parameters() if ".edit." in name}
-    assert inserted == {name for name, kind in ABLATION[row].items() if kind != "plain"}
+    assert inserted == {name for name, kind in ABLATION[row].items() if kind not in ("plain", True)}
     check_flops(student, layout)
     for given in calls(layout):
         assert student(**given).isfinite().all()
