@@ -210,8 +210,9 @@ class Measurer:
 
     def _gallery_settings(self) -> dict[str, Any]:
         recipe = self.recipe.model_dump(mode="json", include={"data", "timesteps", "seed"})
-        size = list(last_size(self.recipe))
-        return {"captions": self.measures.gallery, "sampling_steps": self.recipe.samples.steps, "size": size, **recipe}
+        size, samples = list(last_size(self.recipe)), self.recipe.samples
+        guidance = {} if samples.guidance is None else {"guidance": samples.guidance}
+        return {"captions": self.measures.gallery, "sampling_steps": samples.steps, **guidance, "size": size, **recipe}
 
     def _with_drawn_demo(self, folder: Path, measured: Measurements, model: nn.Module, *, is_teacher: bool = False) -> Measurements:
         """Let a demo model draw.

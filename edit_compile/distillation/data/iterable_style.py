@@ -96,7 +96,7 @@ class IterableSource:
         shape = nearest_shape(sorted((size for _, size in batch), key=_ratio)[len(batch) // 2], shapes)
         samples = []
         for record, position in zip(chosen, request.positions, strict=True):
-            draw = caption_draw(self.caption_dropout, self.seed, request.split, position)
+            draw = None if request.empty_captions else caption_draw(self.caption_dropout, self.seed, request.split, position)
             samples.append(self._first_readable([record, *fallbacks], shape, draw))
         return encode(self.encoder, samples, shape)
 

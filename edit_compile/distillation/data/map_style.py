@@ -147,7 +147,7 @@ class MapStyleSource:
         resolution = (request.height, request.width)
 
         def one(place: int, position: int) -> Any:
-            draw = caption_draw(self.caption_dropout, self.seed, request.split, position)
+            draw = None if request.empty_captions else caption_draw(self.caption_dropout, self.seed, request.split, position)
             for index in sampler.fallbacks(group, place):
                 try:
                     return self.dataset.get(index, shape, resolution, draw)

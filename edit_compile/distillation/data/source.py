@@ -24,6 +24,7 @@ class BatchRequest:
             about this area, the same for all rows of a batch.
         split: "validation" samples are never seen in training.
         frames: of the videos; None for images, and for as many frames as are usual.
+        empty_captions: give all samples the empty caption in the place of their own, as guidance needs.
     """
 
     position: int
@@ -33,6 +34,7 @@ class BatchRequest:
     width: int
     split: Split = "train"
     frames: int | None = None
+    empty_captions: bool = False
 
     @property
     def positions(self) -> range:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +25,16 @@ class Start(NamedTuple):
     Attributes:
         captions: one for each sample; empty where the data does not tell them.
         batch: noise and conditions, on the run's device.
+        empty: the same with the empty caption; None without guidance.
+        guidance: its scale.
         schedule: at the samples' size.
         timesteps: (n,), descending.
     """
 
     captions: tuple[str, ...]
     batch: NoisyBatch
+    empty: NoisyBatch | None
+    guidance: float
     schedule: NoiseSchedule
     timesteps: Tensor
 
@@ -40,20 +44,26 @@ def start_of(context: Context, count: int, height: int, width: int, frames: int 
 
     The timesteps are those that the recipe's sampler visits, or as many as its sample grids take, evenly spaced.
     """
-    batch = context.source.batch(BatchRequest(0, count, range(count), height, width, "validation", frames))
+    request = BatchRequest(0, count, range(count), height, width, "validation", frames)
+    batch = context.source.batch(request)
     if context.source.decode(batch.latents[:1]) is None:
         return None
     noise = noise_for(range(count), batch.latents.shape[1:], context.recipe.seed, "samples")
     schedule, visited = context.schedule_at(height, width, frames), context.visited(height, width, frames)
     steps = context.recipe.samples.steps
     timesteps = schedule.timesteps(1 - torch.arange(steps, dtype=torch.float64) / steps - 1e-6) if visited is None else visited.flip(0)
-    noisy = context.on_device(NoisyBatch(noise, torch.zeros(count), batch.conditions, noise))
-    return Start(tuple(batch.captions or [""] * count), noisy, schedule, timesteps)
+
+    def noisy(conditions: dict[str, Any]) -> NoisyBatch:
+        return context.on_device(NoisyBatch(noise, torch.zeros(count), conditions, noise))
+
+    guidance = context.recipe.samples.guidance
+    empty = None if guidance is None else noisy(context.source.batch(replace(request, empty_captions=True)).conditions)
+    return Start(tuple(batch.captions or [""] * count), noisy(batch.conditions), empty, guidance or 0.0, schedule, timesteps)
 
 
 @torch.no_grad()
 def sample(context: Context, model: nn.Module, start: Start) -> Tensor:
-    """Sample deterministically from noise, without guidance (DDIM, arXiv 2010.02502; for a flow these are Euler's steps).
+    """Sample deterministically from noise (DDIM, arXiv 2010.02502; for a flow these are Euler's steps).
 
     Returns:
         Latents, (B, C, H, W), of videos (B, C, T, H, W).
@@ -63,6 +73,9 @@ def sample(context: Context, model: nn.Module, start: Start) -> Tensor:
     for now, then in each(pairs, f"sampling {len(x)} images", len(start.timesteps)):
         t = torch.full((len(x),), now, device=x.device)
         prediction = context.predict(model, NoisyBatch(x, t, start.batch.conditions, x)).float()
+        if start.empty is not None:
+            unguided = context.predict(model, NoisyBatch(x, t, start.empty.conditions, x)).float()
+            prediction = unguided + start.guidance * (prediction - unguided)
         x0, noise = schedule.predict_x0_and_noise(x, prediction, t)
         x = x0 if then is None else schedule.add_noise(x0, noise, torch.full_like(t, then))[0]
     return x

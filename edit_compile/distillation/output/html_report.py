@@ -86,7 +86,7 @@ def html_summary(folder: Path) -> str:
     before, after, speeds = result.before, result.after, result.speeds
     sections = [
         _facts(before, after, speeds, result.seconds),
-        _section("Images", _samples(run), "Teacher and student from the same noise, without guidance; edit-compile sample draws with it."),
+        _section("Images", _samples(run), "Teacher and student from the same noise; edit-compile sample draws others."),
         _section("Losses", _plot(folder / "losses.png")),
         _section(
             "Validation error", _table(("", "converted", "distilled"), before.rows_until(after)), f"{MEASURE}; {after.samples} samples."

@@ -244,7 +244,9 @@ class SampleGrids(Frozen):
     count: PositiveInt = Field(default=4, json_schema_extra=FREE)
     """Images per grid, of the first validation captions."""
     steps: PositiveInt = Field(default=20, json_schema_extra=FREE)
-    """Sampling steps per image, without guidance. Recipes with `timesteps: {sampler_steps: N}` take those instead."""
+    """Sampling steps per image. Recipes with `timesteps: {sampler_steps: N}` take those instead."""
+    guidance: NonNegativeFloat | None = Field(default=None, json_schema_extra=FREE)
+    """The scale of classifier-free guidance, which takes a second forward with the empty caption; null for none."""
 
 
 class Recipe(Frozen):

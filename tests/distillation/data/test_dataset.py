@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,6 +94,9 @@ def test_a_stream_gives_the_same_whoever_asks_and_whenever(parquet):
         parts = [streamed(parquet).batch(BatchRequest(request.position, 4, rows, 16, 16)) for rows in (range(2), range(2, 4))]
         assert torch.equal(torch.cat([part.latents for part in parts]), found.latents)
         assert parts[0].captions + parts[1].captions == found.captions
+    emptied = source.batch(replace(requests[0], empty_captions=True))
+    assert torch.equal(emptied.latents, source.batch(requests[0]).latents)
+    assert emptied.captions == ("",) * 4
 
 
 def test_a_streams_epoch_has_all_but_the_held_out(parquet):

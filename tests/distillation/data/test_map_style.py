@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -86,6 +87,11 @@ def test_captions_are_emptied_by_position(folder):
     assert 30 < sum(empty(0)) < 90
     assert empty(0) != empty(200)
     assert empty(0) == empty(0)
+    request = BatchRequest(0, 3, range(3), 16, 16, "validation")
+    own, emptied = (source(folder).batch(replace(request, empty_captions=empty)) for empty in (False, True))
+    assert torch.equal(own.latents, emptied.latents)
+    assert all(own.captions)
+    assert emptied.captions == ("", "", "")
 
 
 def test_what_cannot_be_read_is_replaced_and_named(folder):

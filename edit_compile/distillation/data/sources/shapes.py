@@ -105,7 +105,7 @@ class ShapesSource:
     def _sample(self, request: BatchRequest, position: int) -> tuple[np.ndarray, str]:
         rng = random.Random(f"{self.seed}/{request.split}/{position}")
         pixels, caption = self.draw(rng, max(request.height, request.width))
-        return pixels, "" if rng.random() < self.caption_dropout else caption
+        return pixels, "" if request.empty_captions or rng.random() < self.caption_dropout else caption
 
 
 def _draw_image(rng: random.Random, side: int) -> tuple[np.ndarray, str]:
