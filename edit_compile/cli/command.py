@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from edit_compile.errors import EditCompileError
+from edit_compile.errors import EditCompileError, Interrupted
 from edit_compile.progress import listening
 from edit_compile.stop_signals import stopped_status, stopping_on_signals
 
@@ -161,6 +161,22 @@ class Group(click.Group):
         if args and self.get_command(ctx, args[0]) is None and (near := get_close_matches(args[0], self.list_commands(ctx), 1)):
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def continuable(command: str, *, speaks: bool = True) -> Iterator[None]:
+    """End the command that is running in one line, which says how to continue, where a signal stops what is inside.
+
+    Args:
+        command: that continues.
+        speaks: whether this process prints the line.
+    """
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        if speaks:
+            click.echo(f"{str(stopped) or 'stopped'}. To continue: {command}", err=True)
+        sys.exit(stopped_status())
 
 
 def same_command(*more: str, without: str = "") -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from edit_compile.adapters.model_names import is_on_hub
-from edit_compile.cli.command import Command, print_json, say
+from edit_compile.cli.command import Command, continuable, print_json, say
 from edit_compile.cli.parameters import Size, converted_model
 from edit_compile.distillation.recipe.names import is_recipe_file, shipped_recipes
-from edit_compile.errors import ConfigError, EditCompileError, Interrupted
+from edit_compile.errors import ConfigError, EditCompileError
 from edit_compile.extras import need
 from edit_compile.progress import working
-from edit_compile.stop_signals import stopped_status
 
 
 @click.command(
@@ -56,11 +54,8 @@ def compare(
         from edit_compile.study.console import print_results
     parent = click.get_current_context().parent
     request = Request(paths, output, only, samples, sizes, parent.params["modules"] if parent is not None else ())
-    try:
+    with continuable(request.command):
         results = read_results(request.folder) if table else request.run(say)
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        click.echo(f"{str(stopped) or 'stopped'}. To continue: {request.command}", err=True)
-        sys.exit(stopped_status())
     if as_json:
         click.echo(results.model_dump_json(indent=2))
     else:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edit_compile.cli.command import Command, is_quiet, print_json, same_command, say
+from edit_compile.cli.command import Command, continuable, is_quiet, print_json, same_command, say
 from edit_compile.cli.parameters import RECIPE, Size, check_folder, original_model_argument, overrides_option, read_list, recipe_argument
 from edit_compile.distillation.ranking.budget import BUDGET_FORMS
 from edit_compile.distillation.recipe.names import find_recipe
-from edit_compile.errors import EditCompileError, Interrupted
+from edit_compile.errors import EditCompileError
 from edit_compile.extras import need
 from edit_compile.progress import working
-from edit_compile.stop_signals import stopped_status
 from edit_compile.words import bytes_in_words
 
 
@@ -74,7 +72,7 @@ def distill(
     if push_to_hub is not None and speaks:
         make_repository(push_to_hub)  # what could fail after the training is tried before it
     quiet = as_json or is_quiet() or not speaks
-    try:
+    with continuable(same_command("--resume", without="--overwrite"), speaks=speaks):
         result = run(
             resolved,
             folder,
@@ -83,10 +81,6 @@ def distill(
             announce=None if quiet else lambda data: say(str(data)),
             accept_changed_data=accept_changed_data,
         )
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        if speaks:
-            click.echo(f"{str(stopped) or 'stopped'}. To continue: {same_command('--resume', without='--overwrite')}", err=True)
-        sys.exit(stopped_status())
     if not speaks:
         return
     print_result(result, as_json)
@@ -171,9 +165,6 @@ def rank(
     folder = ranking_folder(model, output)
     resolved = load_recipe(recipe or recipe_for(model), overrides)
     listed = read_list("--candidates", candidates) if candidates is not None else None
-    try:
+    with continuable(same_command()):
         found = run(model, folder, recipe=resolved, candidates=listed, **options)
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        click.echo(f"{str(stopped) or 'stopped'}. To continue: {same_command()}", err=True)
-        sys.exit(stopped_status())
     print_ranking(found, folder, as_json)
