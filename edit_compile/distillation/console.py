@@ -43,7 +43,7 @@ def print_ranking(ranking: Ranking, folder: Path, as_json: bool) -> None:
         print(ranking.to_json())
         return
     console = make_console()
-    console.print(title(ranking), style="bold")
+    console.print(title(ranking), style="bold", markup=False)
     console.print("error with one site converted, for what it saves of the FLOPs:", markup=False)
     console.print(_rich_table(sites_table(ranking)))
     for line in untaken(ranking):

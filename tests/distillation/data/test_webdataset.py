@@ -42,6 +42,13 @@ def test_images_and_captions_of_all_shards(shards, pattern):
     assert dataset.name(5) == f"{shards / '001.tar'}:005"
 
 
+def test_brackets_in_a_path_are_its_own(tmp_path):
+    (tmp_path / "[ab]").mkdir()
+    for shard in range(2):
+        data_files.tar_of(tmp_path / "[ab]" / f"{shard}.tar", members(range(2)))
+    assert [len(TarShards(str(tmp_path / "[ab]" / name), None, {})) for name in ("0.tar", "{0..1}.tar")] == [2, 4]
+
+
 @pytest.mark.parametrize("caption", [None, "json", "json.prompt"])
 def test_captions_in_json(tmp_path, caption):
     data_files.tar_of(tmp_path / "a.tar", members(range(2), "json"))

@@ -131,7 +131,8 @@ def _shards(pattern: str) -> list[Path]:
     patterns = list(islice(_expanded(pattern), _MAX_SHARDS + 1))
     if len(patterns) > _MAX_SHARDS:
         raise DistillError(f"data.path: {pattern} stands for more than {_MAX_SHARDS:,} files; * stands for those that there are")
-    found = [Path(file) for each in patterns for file in sorted(glob.glob(each))]  # noqa: PTH207 - the pattern may be absolute
+    named = ([each] if Path(each).exists() else sorted(glob.glob(each)) for each in patterns)  # noqa: PTH207 - the pattern may be absolute
+    found = [Path(file) for files in named for file in files]
     if not found:
         raise DistillError(f"data.path: no files match {pattern}")
     return found
