@@ -13,7 +13,7 @@ def step_cache_of(model: nn.Module) -> str | None:
     if getattr(model, "_is_cached", False):
         return "cache-dit"
     for module in model.modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
         found = next((hook for hook in hooks.values() if getattr(hook, "_is_stateful", False)), None)
         if found is not None:
             return type(found).__name__

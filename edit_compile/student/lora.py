@@ -143,9 +143,10 @@ def may_have_foreign_adapters(model: ConvertedModel) -> bool:
 
 def leave_out_for_teachers(model: ConvertedModel) -> None:
     """Have calls as the teacher run without the adapters that are in a converted model now."""
-    sites = tuple(f"{path}." for path in converted_sites(model))  # whose teachers have none
-    for path, layer in adapted_layers(model).items():
-        if not isinstance(layer, OffForTeachers) and not path.startswith(sites):
+    layers = {path: layer for path, layer in adapted_layers(model).items() if not isinstance(layer, OffForTeachers)}
+    sites = tuple(f"{path}." for path in converted_sites(model)) if layers else ()  # whose teachers have none
+    for path, layer in layers.items():
+        if not path.startswith(sites):
             layer.__dict__["edit_conversion"] = model.edit_conversion
             kind: Any = type(layer)
             layer.__class__ = _off_for_teachers(kind)

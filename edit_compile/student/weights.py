@@ -343,6 +343,6 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 
 def is_on_disk(module: nn.Module) -> bool:
     """Ask diffusers' group offloading, whose parameters hold anything while their values are in a file."""
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = vars(module).get("_diffusers_hook")
     hook = registry.get_hook("group_offloading") if registry is not None else None
     return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
