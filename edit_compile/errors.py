@@ -77,3 +77,8 @@ def some_of(names: Iterable[str]) -> str:
     """List the first eight of some names for a message, and say how many more there are."""
     listed = list(names) or ["none"]
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line that an error's message has, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edit_compile.adapters.model_names import hub_id
-from edit_compile.errors import ModelNotFoundError
+from edit_compile.errors import ModelNotFoundError, first_line
 
 _TIMEOUT = 5.0  # seconds
 _CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # whose errors are about the hub or the way to it
@@ -173,8 +173,3 @@ def card_of(name: str) -> dict[str, str]:
             return {}
     fields = ("license", "license_name", "license_link", "pipeline_tag")
     return {field: str(data[field]) for field in fields if isinstance(data.get(field), str)}
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line that an error's message has, or its type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

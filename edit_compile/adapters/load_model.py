@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from edit_compile.adapters.hub_access import download_error, first_line, hub_access, hub_errors, is_hub_error
+from edit_compile.adapters.hub_access import download_error, hub_access, hub_errors, is_hub_error
 from edit_compile.adapters.model_names import ARCHITECTURES, check_name, hub_id, with_revision
 from edit_compile.adapters.module_limit import limited_modules
 from edit_compile.adapters.pipelines import DENOISERS, PIPELINE_INDEX, dtype_kwarg
 from edit_compile.demo import models as demo
-from edit_compile.errors import ModelNotFoundError
+from edit_compile.errors import ModelNotFoundError, first_line
 from edit_compile.extras import need
 from edit_compile.files import read_small
 from edit_compile.tensor_files import DTYPES

@@ -10,9 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.adapters.pipelines import denoiser_name, dtype_kwarg, load_diffusers_pipeline
-from edit_compile.errors import DistillError
+from edit_compile.errors import DistillError, first_line
 from edit_compile.passes.capture import bound_arguments
 
 FRAMES = "num_frames"  # the argument of pipelines that make videos

@@ -19,10 +19,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edit_compile.adapters.hub_access import first_line, hub_files
+from edit_compile.adapters.hub_access import hub_files
 from edit_compile.adapters.module_limit import limited_modules
 from edit_compile.adapters.pipelines import PIPELINE_INDEX
-from edit_compile.errors import EditCompileError, ModelNotFoundError
+from edit_compile.errors import EditCompileError, ModelNotFoundError, first_line
 from edit_compile.files import read_small
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth", "*.onnx*", "*.msgpack", "*.h5", "*.gguf")

@@ -10,11 +10,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from edit_compile.adapters.family import lookup_family
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.adapters.inputs import example_inputs
 from edit_compile.adapters.pipeline_structure import pipeline_structure
 from edit_compile.adapters.pipelines import DENOISERS, denoiser_name, load_diffusers_pipeline
-from edit_compile.errors import EditCompileError, NoExampleInputsError
+from edit_compile.errors import EditCompileError, NoExampleInputsError, first_line
 from edit_compile.passes.capture import bound_arguments
 
 FRAMES = 25  # of videos: one, and a multiple of 4, 6 and 8, by which pipelines' VAEs compress time

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.adapters.pipeline_structure import pipeline_structure
 from edit_compile.adapters.record_inputs import record
-from edit_compile.errors import DistillError, EditCompileError
+from edit_compile.errors import DistillError, EditCompileError, first_line
 
 
 def timesteps_of_pipeline(pipeline: str, steps: int, height: int, width: int, frames: int | None = None) -> Tensor:

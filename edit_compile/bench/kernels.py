@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.bench.turns import repeats_of, time_in_turns
 from edit_compile.designs.ops.feature_maps import elu_plus_one
 from edit_compile.designs.ops.kernels.choice import (
@@ -27,6 +26,7 @@ from edit_compile.designs.ops.kernels.choice import (
 )
 from edit_compile.designs.ops.linear_attention import linear_attention
 from edit_compile.designs.ops.token_spans import to_image
+from edit_compile.errors import first_line
 from edit_compile.progress import working
 from edit_compile.student.handle import unwrap
 from edit_compile.torch_internals import allow_graphs

@@ -19,7 +19,6 @@ import torch.utils._pytree as pytree
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.adapters.step_cache import step_cache_of
 from edit_compile.api import repeated_blocks
 from edit_compile.bench.flops import block_keys
@@ -27,7 +26,7 @@ from edit_compile.deployment.cases import Case, Varying, device_of, difference, 
 from edit_compile.deployment.formats import KEY, parsed, quiet
 from edit_compile.deployment.program import Program, call_case, make_program
 from edit_compile.deployment.size_conditions import Equation, SizeConditions
-from edit_compile.errors import ExportError
+from edit_compile.errors import ExportError, first_line
 from edit_compile.frozen import Frozen, first_problem
 from edit_compile.passes.capture import bound_arguments
 from edit_compile.progress import each, working

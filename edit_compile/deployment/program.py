@@ -14,10 +14,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.deployment.cases import GRID, Case, Varying, input_names, split_constants, tensors_of
 from edit_compile.deployment.size_conditions import is_equation, size_name
-from edit_compile.errors import ExportError
+from edit_compile.errors import ExportError, first_line
 from edit_compile.passes.native_attention import native_attention
 from edit_compile.student.handle import ConvertedModel
 from edit_compile.student.runtime import Statement

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from edit_compile.adapters.family import Extent
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.adapters.step_cache import step_cache_of
 from edit_compile.bench.min_tokens import min_tokens_set
 from edit_compile.deployment.blocks import BlocksDescription, capture_blocks, load_blocks, runs_of_blocks, write_blocks
@@ -35,7 +34,7 @@ from edit_compile.deployment.cases import (
 from edit_compile.deployment.exported_file import FileDescription, InputDescription, load_exported, relative_error
 from edit_compile.deployment.formats import Format, format_of, quiet
 from edit_compile.deployment.program import Program, call_case, program_of
-from edit_compile.errors import ConfigError, ExportError
+from edit_compile.errors import ConfigError, ExportError, first_line
 from edit_compile.files import flush
 from edit_compile.progress import working
 from edit_compile.student.handle import ConvertedModel, plan_of, unwrap

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_compile.adapters.hub_access import first_line
-from edit_compile.errors import ConfigError
+from edit_compile.errors import ConfigError, first_line
 
 DEFAULT = "openai/clip-vit-large-patch14"
 _CONFIGS = ("config.json", "preprocessor_config.json")

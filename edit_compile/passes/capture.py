@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from edit_compile.errors import CaptureError
+from edit_compile.errors import CaptureError, first_line
 from edit_compile.ir.plan import Refusal
 from edit_compile.passes.capture_context import Relaxed, capturing, functions_called
 from edit_compile.passes.graph_walk import path_in_package
@@ -495,7 +495,7 @@ def _explanation(module: nn.Module, error: Exception) -> str:
     frame = _innermost_user_frame(error)
     where = f" at {frame}" if frame else ""
     return (
-        f"{type(module).__name__} cannot be captured{where}: {type(error).__name__}: {_first_line(error)} "
+        f"{type(module).__name__} cannot be captured{where}: {type(error).__name__}: {first_line(error)} "
         "If a value decides the control flow there, make it an attribute fixed at construction; if the inputs are wrong, "
         "pass example_inputs=dict(...) or record them with edit_compile.record(pipe, ...)."
     )
@@ -504,11 +504,7 @@ def _explanation(module: nn.Module, error: Exception) -> str:
 def what_failed(error: Exception) -> str:
     """Describe an exception of somebody else's code in one line: its type, the first line of what it says, and where it was raised."""
     frame = _innermost_user_frame(error)
-    return f"{type(error).__name__}: {_first_line(error)}" + (f" at {frame}" if frame else "")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{type(error).__name__}: {first_line(error)}" + (f" at {frame}" if frame else "")
 
 
 def _innermost_user_frame(error: Exception) -> str | None:

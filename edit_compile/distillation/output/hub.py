@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.distillation.data.records import SKIPPED_FILE
 from edit_compile.distillation.output.data_record import DATA_FILE
 from edit_compile.distillation.output.model_card import THIS
-from edit_compile.errors import DistillError
+from edit_compile.errors import DistillError, first_line
 from edit_compile.student.checkpoint_format import INDEX
 from edit_compile.words import without_paths
 

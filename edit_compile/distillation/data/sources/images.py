@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from edit_compile.adapters.hub_access import first_line
 from edit_compile.distillation.data.cache.encode import records_from
 from edit_compile.distillation.data.captioned_images import CaptionedImages
 from edit_compile.distillation.data.decode_image import IMAGE_SUFFIXES, looks_like_image
@@ -29,7 +28,7 @@ from edit_compile.distillation.data.records import (
     summarize,
 )
 from edit_compile.distillation.data.registry import register_data
-from edit_compile.errors import DistillError, EditCompileError
+from edit_compile.errors import DistillError, EditCompileError, first_line
 from edit_compile.extras import need
 from edit_compile.words import counted
 
