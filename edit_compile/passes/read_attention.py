@@ -142,7 +142,7 @@ def read_attention(found: Normalized) -> ReadAttention:
     if [renamed.get(name) for name in product.summed] != [column]:
         raise NotRead("the product after its softmax sums over another dimension than the softmax (as talking heads do)")
     query, key = _query_and_key(scores, column)
-    row, depth = _row(query, key, names), _depth(scores.product)
+    row, depth = _row(query, key), _depth(scores.product)
     own = [name for name in value_names if name.startswith("v:")]
     if len(own) != 1 or own[0] not in names or row not in names:
         raise NotRead("its values have no channels of their own, or several dimensions of them")
@@ -178,7 +178,7 @@ def _query_and_key(scores: Scores, column: str) -> tuple[Placed, Placed]:
     raise NotRead("the product before its softmax does not pair queries with keys (as talking heads mix the scores of heads)")
 
 
-def _row(query: Placed, key: Placed, names: Names) -> str:
+def _row(query: Placed, key: Placed) -> str:
     """Find the queries' dimension: what keys do not have; of several, as with one key for all heads, the one of no fixed size."""
     free = [name for name in query.names if name not in key.names]
     if len(free) > 1:

@@ -17,7 +17,7 @@ from edit_compile.designs.ops.token_spans import cut_image, on_images, sample_ax
 from edit_compile.ir.plan import Refusal
 from edit_compile.ir.site import Place, Site
 from edit_compile.ir.tokens import TokenKind, TokenLayout
-from edit_compile.passes.axes.algebra import Axis, Value, axes_of, hint
+from edit_compile.passes.axes.algebra import Axis, axes_of, hint
 from edit_compile.passes.axes.propagate import flow_axes
 from edit_compile.passes.canonicalize import canonicalize, drop_returned_weights
 from edit_compile.passes.clone_branch import BranchCloner, thinned_sizes
@@ -64,7 +64,7 @@ def locate_core(site: SiteGraph) -> int:
         site.core = attention = _only_attention(site)
         _check_layout(site, attention)
         site.places = dict(_attention_places(site, attention))
-        site.site = replace(_facts(site), **_head_facts(attention, site.axes))
+        site.site = replace(_facts(site), **_head_facts(attention))
     else:
         site.core = network = _only_network(site)
         site.places = dict(_network_places(site, network))
@@ -88,7 +88,7 @@ def _facts(site: SiteGraph) -> Site:
     )
 
 
-def _head_facts(attention: Attention, axes: Mapping[fx.Node, Value]) -> dict[str, Any]:
+def _head_facts(attention: Attention) -> dict[str, Any]:
     query, key, value = (shape_of(node) or () for node in (attention.query, attention.key, attention.value))
     heads = {"heads": int(query[1]), "key_heads": int(key[1])}
     return heads | {"head_dim": int(query[-1]), "value_dim": int(value[-1]), "scale": attention.scale}
