@@ -35,7 +35,7 @@ from torch.export.graph_signature import InputKind
 
 from edit_compile.errors import CaptureError, first_line
 from edit_compile.ir.plan import Refusal
-from edit_compile.passes.capture_context import Relaxed, capturing, functions_called
+from edit_compile.passes.capture_context import Relaxed, capturing, functions_called, one_at_a_time
 from edit_compile.passes.graph_walk import path_in_package
 from edit_compile.passes.time_limit import OutOfTime, watched
 from edit_compile.torch_internals import THIS_FILE, TORCH_FOLDER, drop_size_checks, known_size, open_compiled_modules, writes_into_operand
@@ -197,7 +197,7 @@ class _Attempt:
 
 def _captured(attempt: _Attempt, open_sizes: bool, limit: float) -> Capture:
     relaxed = None
-    with watched(_name(attempt.module), limit if open_sizes else None):
+    with one_at_a_time, watched(_name(attempt.module), limit if open_sizes else None):
         if open_sizes:
             program, relaxed = _export_open(attempt)
         else:

@@ -39,7 +39,7 @@ from edit_compile.torch_internals import (
 _NOT_OF_MODELS = ("torch", "sympy", "numpy", "mpmath", "builtins")  # packages whose functions are left alone
 
 
-_one_at_a_time = threading.RLock()  # what is changed inside belongs to the process
+one_at_a_time = threading.RLock()  # what is changed inside belongs to the process
 
 
 @dataclass
@@ -66,7 +66,7 @@ def capturing(module: nn.Module, relaxed: Relaxed | None = None, *, one_device: 
         relaxed: what to do for code that wants sizes as plain numbers; None where sizes are plain anyway.
         one_device: make tensors on the meta device that the module makes on none in particular, as it may if it runs on the CPU only.
     """
-    with _one_at_a_time, ExitStack() as stack:
+    with one_at_a_time, ExitStack() as stack:
         stack.enter_context(native_attention(module))
         stack.enter_context(eager_instead_of_compiled())
         stack.enter_context(export_unseen())

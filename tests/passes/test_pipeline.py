@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import traceback
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import edit_compile as ec
 import toy
@@ -98,6 +100,17 @@ def test_sites_that_are_given_other_functions_are_other_structures(functions, st
         block.attn.__class__, block.attn.function, block.attn.settings = Mapped, function, settings
     plan = ec.plan(model, example_inputs=toy.inputs())
     assert len({record.graph for record in plan.passes if record.graph != "model"}) == structures
+
+
+def test_plans_that_are_made_at_once_leave_torch_as_it_was():
+    before, plans = dict(vars(ShapeEnv)), []
+    threads = [threading.Thread(target=lambda: plans.append(ec.plan(toy.Toy(blocks=1), example_inputs=toy.inputs()))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert plans[0] == plans[1]
+    assert vars(ShapeEnv) == before
 
 
 def forgets_to_count(site):
