@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from edit_compile import files
+from edit_compile.distillation.output.run_folder import RunFolder
 from edit_compile.files import claimed, prompt_lines, read_small, replacing, write_text
 
 LOAD = """
@@ -162,3 +165,17 @@ def test_who_holds_a_lock_shows_signs_of_life(tmp_path, monkeypatch):
 def test_a_prompt_is_a_line_whatever_separators_are_in_it(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\n two\u2028lines, one\x0bprompt \rthe last".encode())
     assert prompt_lines(tmp_path / "prompts.txt") == ["a cat", "two\u2028lines, one\x0bprompt", "the last"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")  # noqa: PTH110
+def test_a_full_disk_is_named_by_the_file(tmp_path):
+    def fill(path):
+        with replacing(path), Path("/dev/full").open("w") as full:
+            full.write("a")
+
+    with pytest.raises(OSError, match=re.escape(f"[Errno {errno.ENOSPC}] No space left on device: '{tmp_path / 'new'}'")):
+        fill(tmp_path / "new")
+    folder = RunFolder(tmp_path)
+    folder.metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=re.escape(f": '{folder.metrics}'")):
+        folder.add({"phase": "stage 0", "total": 1})

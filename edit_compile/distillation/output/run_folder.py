@@ -18,7 +18,7 @@ from edit_compile.distillation.recipe.schema import FREE, Recipe, changes_in_wor
 from edit_compile.distillation.train.checkpoints import Checkpoint, CheckpointMetadata, list_checkpoints, load_newest, remove_after
 from edit_compile.distillation.train.metrics import MetricsRow
 from edit_compile.errors import DistillError, some_of
-from edit_compile.files import write_text
+from edit_compile.files import naming, write_text
 from edit_compile.frozen import dump_except, first_problem
 from edit_compile.student.checkpoint_format import INDEX
 from edit_compile.version import made_by_another
@@ -133,7 +133,7 @@ class RunFolder:
 
     def add(self, row: MetricsRow) -> None:
         """Append a row of metrics."""
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(_line(row))
 
     def finish(self, result: dict[str, Any], model_card: str) -> None:
