@@ -14,7 +14,7 @@ from edit_compile.adapters.family import Extent, lookup_family
 from edit_compile.adapters.inputs import pixels_per_token
 from edit_compile.adapters.load_model import load_model
 from edit_compile.api import plan_and_convert, plan_of, repeated_blocks, teacher, transformer_of
-from edit_compile.bench.flops import block_keys, count_flops
+from edit_compile.bench.flops import block_keys, count_flops, telling_of_too_many_tokens
 from edit_compile.bench.prediction import Prediction, count_traffic, predict
 from edit_compile.bench.roofline import Roofline, known_rates
 from edit_compile.bench.site_parts import layouts_noted, parts_by_site
@@ -141,7 +141,8 @@ def cost(
     errors: dict[str, str] = {}
     for size in sizes if sizes is not None else usual_sizes(structure):
         try:
-            costs.append(_cost(structure, size, maker.at(size, text), keys, rates))
+            with telling_of_too_many_tokens(size_in_words(size)):
+                costs.append(_cost(structure, size, maker.at(size, text), keys, rates))
         except GridError as error:
             errors[size_in_words(size)] = str(error)
     costs.sort(key=lambda cost: cost.image)

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from edit_compile.errors import GridError
 from edit_compile.passes.native_attention import native_attention
 from edit_compile.passes.structural_hash import structural_hash
 
@@ -33,6 +34,17 @@ class FlopCount:
     total: int
     parts: Mapping[str, int]
     ran: Mapping[str, str] = field(compare=False)
+
+
+@contextmanager
+def telling_of_too_many_tokens(size: str) -> Iterator[None]:
+    """Raise GridError where a size in words has more numbers in a tensor than torch can count, inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "size calculation overflowed" not in str(error):
+            raise
+        raise GridError(f"{size} px is too large: its attention has more numbers than fit into 64 bits") from error
 
 
 def block_keys(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from edit_compile.adapters.family import Extent, lookup_family
 from edit_compile.adapters.inputs import ImageInputs, default_sizes, inputs_for_size
 from edit_compile.adapters.random_model import random_model
 from edit_compile.bench.conversion_cost import size_in_words
+from edit_compile.bench.flops import telling_of_too_many_tokens
 from edit_compile.bench.high_water import free_memory, measured_peak
 from edit_compile.bench.latency import Timing
 from edit_compile.bench.machine import machine_in_words
@@ -165,17 +166,17 @@ class Bench:
         with working("measuring how fast this machine is"):
             rates = roofline(self.device, self.dtype)
         for size in sizes if sizes is not None else default_sizes(self.subjects[0].model):
+            words = size_in_words(size)
             try:
-                inputs = self._inputs(size, torch.device("meta"))
+                with working(f"{words} px: counting FLOPs and memory"), telling_of_too_many_tokens(words):
+                    at_size = _SizeBench(self, size, self._inputs(size, torch.device("meta")), rates)
             except GridError as error:
-                impossible[size_in_words(size)] = str(error)
+                impossible[words] = str(error)
                 continue
-            with working(f"{size_in_words(size)} px: counting FLOPs and memory"):
-                at_size = _SizeBench(self, size, inputs, rates)
             try:
                 rows += at_size.rows(runs, warmup, profiled, limit)
             except torch.OutOfMemoryError as error:  # of parts, or of subjects that fitted one by one: other sizes may fit
-                impossible[size_in_words(size)] = f"{size_in_words(size)} px: {_out_of_memory(error)}"
+                impossible[words] = f"{words} px: {_out_of_memory(error)}"
         how = (str(self.device), str(self.dtype).removeprefix("torch."), self.compiled, runs)
         return BenchReport(self.source, self.blocks, *how, machine_in_words(), torch.__version__, tuple(rows), impossible)
 

@@ -51,7 +51,9 @@ bench demo/mm-dit --resolutions 64 --profile""",
 @click.option("--runs", type=click.IntRange(min=1), default=7, show_default=True, help="timed rounds")
 @click.option("--limit", type=click.FloatRange(min=0), metavar="SECONDS", help="do not try forwards that should take longer")
 @click.option("--profile", "profiled", is_flag=True, help="show which part of a site takes which share of the time, too")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="an image of seconds over image tokens, to write")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="an image of seconds over image tokens, to write"
+)
 def bench(
     model: str,
     sizes: tuple[tuple[int, ...], ...] | None,

@@ -144,6 +144,26 @@ def test_sizes_that_cannot_be_made_say_why(made):
     assert "multiples of" in report.impossible["33 x 33"]
 
 
+def test_a_size_that_is_too_large_to_be_counted_is_said(made):
+    assert made.run([(2**27, 2**27)]).impossible["134217728 x 134217728"] == (
+        "134217728 x 134217728 px is too large: its attention has more numbers than fit into 64 bits"
+    )
+
+
+def test_what_a_compiler_says_is_told_of_the_subject_alone(made, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such instruction\nat all")
+
+    monkeypatch.setattr(made.subjects[1].model, "forward", fail)
+    teacher, edit, *_ = made.run([(16, 16)], runs=1, warmup=1).rows
+    assert edit.problem == "failed: RuntimeError: no such instruction"
+    assert teacher.seconds is not None
+
+
+def test_a_limit_holds_for_all(made):
+    assert [row.problem is not None for row in made.run([(16, 16)], limit=0).rows] == [True] * 4
+
+
 def test_the_command_fails_where_no_size_can_be_measured():
     done = invoke("demo/dit", "--blocks", 1, "--resolutions", 33, "--designs", "edit")
     assert done.exit_code == 1
@@ -156,6 +176,7 @@ def test_the_command_fails_where_no_size_can_be_measured():
     [
         (("--designs", "edt"), "unknown design 'edt'; did you mean edit"),
         (("--designs", ""), "names no design"),
+        (("--plot", "."), "File '.' is a directory"),
         (("--device", "nowhere"), "there is no device 'nowhere'"),
         (("--resolutions", "big"), "'big' is neither PX nor HEIGHTxWIDTH"),
     ],
