@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,11 +65,14 @@ class SiteCompiler:
     probes: tuple[torch.dtype | None, ...] | None = None
     records: list[PassRecord] = field(default_factory=list)
     _arguments: CallArguments = field(default_factory=lambda: CallArguments({}, PROBE_DTYPE))
+    _shared: frozenset[str] = frozenset()  # paths of one module each, with another path
     _done: dict[Any, _Compiled] = field(default_factory=dict)
 
     def prepare(self, paths: Iterable[str]) -> None:
         """Find out, in one forward on the meta device, what each site's module receives."""
         wanted = set(paths)
+        uses = Counter(self.model.get_submodule(path) for path in wanted)
+        self._shared = frozenset(path for path in wanted if uses[self.model.get_submodule(path)] > 1)
         if wanted:
             self._arguments = call_arguments(self.model, self.inputs, wanted, self.probes)
 
@@ -92,6 +96,8 @@ class SiteCompiler:
         if arguments is None or isinstance(arguments, Refusal):
             never_called = Refusal(reason="the module's own forward is not called")
             return _Compiled(None, (("", _for_equal_sites(arguments or never_called, plan.path)),))
+        if plan.path in self._shared:
+            return _Compiled(None, (("", Refusal(reason="one module, with one set of weights, is this site and others")),))
         try:
             spec = str(input_spec.encode(arguments))
         except PlanError as error:

@@ -102,6 +102,14 @@ def test_sites_that_are_given_other_functions_are_other_structures(functions, st
     assert len({record.graph for record in plan.passes if record.graph != "model"}) == structures
 
 
+def test_a_block_that_runs_twice_is_left_as_it_is():
+    model = toy.Toy(blocks=3)
+    model.blocks[2] = model.blocks[0]
+    first, alone, again = ec.plan(model, example_inputs=toy.inputs())
+    assert first.reason == again.reason == "one module, with one set of weights, is this site and others"
+    assert (first.action, alone.action, again.action) == ("keep", "edit", "keep")
+
+
 def test_plans_that_are_made_at_once_leave_torch_as_it_was():
     before, plans = dict(vars(ShapeEnv)), []
     threads = [threading.Thread(target=lambda: plans.append(ec.plan(toy.Toy(blocks=1), example_inputs=toy.inputs()))) for _ in range(2)]
