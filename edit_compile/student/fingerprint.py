@@ -52,8 +52,8 @@ def _samples(tensor: Tensor) -> tuple[float, ...]:
 def checksum(tensor: Tensor) -> int:
     """Add up a tensor's bits as 64-bit whole numbers, each mixed and weighted by its place, which comes out the same on every device."""
     flat = tensor.detach().flatten()
-    if flat.storage_offset():
-        flat = flat.clone()  # or it might not be aligned for wider numbers
+    if flat.storage_offset() or not flat.is_contiguous():
+        flat = flat.clone(memory_format=torch.contiguous_format)  # or it might not be aligned for wider numbers, or repeat one
     size = flat.numel() * flat.itemsize
     words = flat.view(next(kind for kind in _WHOLE if size % kind.itemsize == 0))
     weights = torch.arange(1, 2 * min(len(words), _CHUNK) + 1, 2, device=tensor.device).mul_(_MIX)

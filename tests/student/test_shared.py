@@ -31,6 +31,7 @@ class Counted(toy.Toy):
         super().__init__(joint=True)
         self.register_buffer("level", torch.full((12,), 0.5))
         self.register_buffer("table", torch.ones(4), persistent=False)
+        self.register_buffer("repeated", torch.ones(1).expand(4, 4), persistent=False)
 
     def forward(self, x, text=None, text_mask=None):
         return super().forward(x, text, text_mask) * self.level.mean() * self.table.sum()
