@@ -106,9 +106,9 @@ def test_a_process_that_is_dead_or_stopped_ends_the_other(tmp_path, number, lost
         left = processes[1 - lost]
         output = left.communicate(timeout=60)[0]
     assert left.returncode == LOST == 75, output
-    (line,) = (line for line in output.splitlines() if line.startswith("Error:"))
+    (line,) = (line for line in output.splitlines() if line.startswith("error:"))
     assert re.fullmatch(
-        rf"Error: process {lost} on \S+ gave its last sign of life \d+ s ago: it is dead or hangs; "
+        rf"error: process {lost} on \S+ gave its last sign of life \d+ s ago: it is dead or hangs; "
         "the last good checkpoint is 00000007",
         line,
     )
@@ -120,7 +120,7 @@ def test_a_process_that_fails_ends_the_other_with_its_reason(tmp_path):
         (tmp_path / "fail").touch()
         outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
-    assert re.search(r"^Error: process 1 on \S+ ended: no more data; the last good checkpoint is 00000007$", outputs[0], re.MULTILINE)
+    assert re.search(r"^error: process 1 on \S+ ended: no more data; the last good checkpoint is 00000007$", outputs[0], re.MULTILINE)
 
 
 def test_a_process_whose_main_thread_alone_hangs_ends_both(tmp_path):
@@ -129,9 +129,9 @@ def test_a_process_whose_main_thread_alone_hangs_ends_both(tmp_path):
         (tmp_path / "hang").touch()
         outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [LOST, LOST], outputs
-    (line,) = (line for output in outputs for line in output.splitlines() if line.startswith("Error:"))
+    (line,) = (line for output in outputs for line in output.splitlines() if line.startswith("error:"))
     assert re.fullmatch(
-        r"Error: process 1 on \S+ stands still at \S+two_processes.py:\d+ \(meet\) while others wait for it: it hangs; "
+        r"error: process 1 on \S+ stands still at \S+two_processes.py:\d+ \(meet\) while others wait for it: it hangs; "
         "the last good checkpoint is 00000007",
         line,
     )

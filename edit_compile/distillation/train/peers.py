@@ -164,7 +164,7 @@ class Peers:
 
 def _say(reason: str) -> None:
     with suppress(OSError, ValueError):
-        sys.stderr.write(f"Error: {reason}\n")
+        sys.stderr.write(f"error: {reason}\n")
         sys.stderr.flush()
 
 
