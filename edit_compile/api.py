@@ -254,7 +254,8 @@ def teacher(student: Any, students: Iterable[str] = (), *, adapters: bool = Fals
             without `unshare`, as by fusing LoRA or quantization; a cache across sampling steps is on; or, at a call, the weights that were
             trained there are sharded or offloaded.
     """
-    model, conversion, kept = unwrap(student), conversion_of(student), frozenset(students)
+    model, conversion = unwrap(student), conversion_of(student)
+    kept = frozenset((students,) if isinstance(students, str) else students)
     known = [site.path for site in conversion.plan.rewritten]
     if unknown := sorted(kept.difference(known)):
         near = get_close_matches(unknown[0], known, 3, 0)

@@ -64,7 +64,7 @@ def add_lora(student: Any, rank: int, alpha: float | None = None, targets: Itera
     if model.edit_conversion.lora is not None:
         raise EditCompileError("the converted model has LoRA already: merge it with edit_compile.merge_lora, or go on training it")
     known = _linears(model)
-    globs = tuple(targets)
+    globs = (targets,) if isinstance(targets, str) else tuple(targets)
     for glob in globs:
         if not any(fnmatchcase(path, glob) for path in known):
             raise ConfigError(f"lora.targets: {glob!r} matches no Linear outside the converted sites; there are: {some_of(known)}")

@@ -189,7 +189,7 @@ def own_weights(model: ConvertedModel, include: Iterable[str] = ("*",), *, read_
     """
     sites = tuple(f"{path}." for path in converted_sites(model))
     shared = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point() and not n.startswith(sites)]
-    for glob in (globs := tuple(include)):
+    for glob in (globs := (include,) if isinstance(include, str) else tuple(include)):
         if not any(fnmatchcase(name, glob) for name, _ in shared):
             raise ConfigError(f"{glob!r} matches no weight outside the converted sites; there are: {some_of(n for n, _ in shared)}")
     if lora_layers(model):

@@ -105,6 +105,14 @@ def test_a_copys_checkpointed_blocks_run_again_in_the_copys_calls(student):
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
+def test_one_name_stands_for_a_list_of_it(student):
+    with ec.teacher(student, students="blocks.0.attn"):
+        pass
+    assert ec.add_lora(student, 1, targets="blocks.0.ff.0") == ["blocks.0.ff.0"]
+    ec.merge_lora(student)
+    assert {"out.bias", "out.weight"} <= set(ec.unshare(student, "out.*"))
+
+
 WRAPPERS = {
     "PEFT": with_adapters,
     "compiled": compiled,
