@@ -196,6 +196,26 @@ def test_kernels(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_compiled_code_has_the_softmax_kernel_that_was_preferred(tmp_path: Path):
+    """Torch keeps compiled code by a graph in which attention has no kernel yet, and would give out that of another one."""
+    program = (
+        "import torch, torch.nn.functional as F\n"
+        "from torch.nn.attention import SDPBackend, sdpa_kernel\n"
+        "from torch.profiler import profile\n"
+        "q = torch.randn(1, 2, 64, 32)\n"
+        "for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):\n"
+        "    torch.compiler.reset()\n"
+        "    with sdpa_kernel(kernel), torch.no_grad():\n"
+        "        attend = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q) + 1)\n"
+        "        attend(q)\n"
+        "        with profile() as found: attend(q)\n"
+        "    print(any('flash_attention' in each.key for each in found.key_averages()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=scheduler._environment(tmp_path), capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.split() if line in ("True", "False")] == ["True", "False"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["pixart-sigma", "flux-dev"])
 def test_the_latency_table(model: str, tmp_path: Path):
     results, rows = rehearsed(f"latency-{model}", tmp_path)

@@ -32,12 +32,14 @@ class Format(ABC):
         suffix: of its files' names.
         for_torch: torch runs its files.
         bounded: its files need to know the largest sizes.
+        lacks: types of numbers in which its files cannot be run from here.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
     for_torch: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
+    lacks: ClassVar[tuple[torch.dtype, ...]] = ()
 
     @abstractmethod
     def write(self, program: Program, path: Path, described: str) -> None:
@@ -79,7 +81,7 @@ class Pt2(Format):
 class Onnx(Format):
     """A graph of ONNX's operators, which onnxruntime and others run, on any machine."""
 
-    name, suffix = "onnx", ".onnx"
+    name, suffix, lacks = "onnx", ".onnx", (torch.bfloat16,)  # which numpy does not have
 
     def check_packages(self) -> None:
         need("export", "an ONNX file")

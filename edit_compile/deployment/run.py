@@ -106,7 +106,7 @@ def export(
         raise ExportError(f"code of blocks is for torch: a .pt2 file, not {kind.name}")
     check_target(path, overwrite)
     kind.check_packages()
-    _check_model(model)
+    _check_model(model, kind)
     asked = set(dynamic or ())
 
     def make_cases() -> Cases:
@@ -189,7 +189,7 @@ def dynamic_names(dynamic: Sequence[str] | None) -> set[str]:
     return set(DEFAULT if dynamic is None else dynamic)
 
 
-def _check_model(model: ConvertedModel) -> None:
+def _check_model(model: ConvertedModel, kind: Format) -> None:
     if (cache := step_cache_of(model)) is not None:
         raise ExportError(
             f"{type(model).__name__} has a cache of sampling steps ({cache}), which no file can hold: take it off, as by disable_cache()"
@@ -199,6 +199,11 @@ def _check_model(model: ConvertedModel) -> None:
             raise ExportError(f"{name} is sharded, offloaded or without values: load the student whole, and export that")
         if is_quantized(tensor):
             raise ExportError(f"{name} is quantized ({type(tensor).__name__}): export the student before it is quantized")
+        if tensor.dtype in kind.lacks:
+            number_type = str(tensor.dtype).removeprefix("torch.")
+            raise ExportError(
+                f"{kind.name} files are not run in {number_type}: export the student in float32, student.float() or --dtype float32"
+            )
 
 
 def _refuse_fixed(asked: set[str], fixed: Mapping[str, str], model: ConvertedModel) -> None:

@@ -282,6 +282,13 @@ def test_a_file_that_is_there_is_not_replaced_unasked(students, tmp_path):
     assert (tmp_path / "student.pt2").read_text() == "mine"
 
 
+def test_a_type_of_numbers_that_a_format_is_not_run_in_is_refused_at_once(students, tmp_path):
+    needed("onnx")
+    student = copy.deepcopy(students("pixart")).to(torch.bfloat16)
+    with pytest.raises(ec.ExportError, match=r"onnx files are not run in bfloat16: export the student in float32"):
+        ec.export(student, tmp_path / "student.onnx")
+
+
 def test_what_cannot_vary_is_said_in_one_line(students, tmp_path):
     with pytest.raises(ec.ConfigError, match=r"dynamic=\['hight'\]: a list of names, of batch, frames, height, width, text"):
         ec.export(students("pixart"), tmp_path / "student.pt2", dynamic=["hight"])
