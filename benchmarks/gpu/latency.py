@@ -68,7 +68,8 @@ _NOISE = 0.02  # of a kernel's time
 
 def units(name: str, tiny: bool) -> list[Unit]:
     sides = _TINY_SIDES if tiny else SIDES
-    return [Unit(_SOFTMAX, partial(_softmax_kernels, name)), *(Unit(f"{side} px", partial(_at_size, name, side)) for side in sides)]
+    timed = [Unit(f"{side} px", partial(_at_size, name, side)) for side in sides]
+    return [Unit(_SOFTMAX, partial(_softmax_kernels, name)), *timed[:2], Unit("int8", partial(_int8, name)), *timed[2:]]
 
 
 # ------------------------------------------------------------------ softmax kernels
@@ -183,20 +184,11 @@ def _preferring(kernel: str | None, work: Work) -> Iterator[None]:
 
 def _at_size(name: str, side: int, work: Work) -> list[Row]:
     """Time a model and its conversions at a size; the model in rounds with the conversions."""
-    import gc
-
-    import torch
-
     model = MODELS[name]
     blocks = 1 if work.tiny else model.blocks.get(side)
     kernel = _best_backend(name, side, work)
     with _preferring(kernel, work):
-        if work.kept.get("blocks", blocks) != blocks:
-            work.kept.pop("bench", None)
-            torch.compiler.reset()
-            gc.collect()
-        work.kept["blocks"] = blocks
-        bench = work.kept_as("bench", partial(_make, model, blocks, work))
+        bench = _bench(model, blocks, work)
         report = bench.run([(side, side)], runs=2 if work.tiny else _ROUNDS[side], warmup=1)
         used = _kernels_used(bench, side, work) if not work.tiny and report.rows else None
     if not report.rows:
@@ -220,6 +212,62 @@ def _at_size(name: str, side: int, work: Work) -> list[Row]:
             found |= {"softmax": kernel, "kernels seen": used}
         rows.append(found)
     return rows
+
+
+def _int8(name: str, work: Work) -> list[Row]:
+    """Time the model and its first conversion with torchao's int8 weights and activations too, in turns with both as they are."""
+    import copy
+
+    import torch
+
+    from edit_compile.api import block_options, repeated_blocks
+    from edit_compile.bench.latency import Timing
+    from edit_compile.bench.turns import time_in_turns
+
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError:
+        return [{"model": "int8", "problem": "torchao is not installed"}]
+    rows: list[Row] = []
+    sides = (_TINY_SIDES if work.tiny else SIDES)[:2]
+    with _preferring(_best_backend(name, sides[0], work), work):
+        bench = _bench(MODELS[name], 1 if work.tiny else None, work)
+        models = {subject.name: subject.model for subject in bench.subjects[:2]}
+        blocks = repeated_blocks(bench.subjects[1].model)
+        for title, model in list(models.items()):
+            models[f"{title}, int8"] = made = copy.deepcopy(model)
+            quantize_(made, Int8DynamicActivationInt8WeightConfig())
+            for path in blocks if bench.compiled else ():
+                made.get_submodule(path).compile(**block_options())
+        for side in sides:
+            found: dict[str, Row] = {title: {"model": title, "side": side} for title in models}
+            calls: dict[str, Callable[[], Any]] = {}
+            for title, model in models.items():
+                call = partial(model, **bench.real_inputs((side, side)))
+                with problem_in(found[title], any_error=True), torch.no_grad():
+                    call()
+                    calls[title] = call
+            seconds = time_in_turns(calls, work.device, runs=2 if work.tiny else _ROUNDS[side], warmup=1)
+            for title, times in seconds.items():
+                found[title]["ms"] = in_ms(Timing.of(times).median)
+                if title != "teacher" and "teacher" in seconds:
+                    found[title]["teacher / it"] = short(Timing.of([a / b for a, b in zip(seconds["teacher"], times, strict=True)]).median)
+            rows += found.values()
+    return rows
+
+
+def _bench(model: Model, blocks: int | None, work: Work) -> Any:
+    """Return the model and its conversions, compiled, which units keep for each other as long as they want as many blocks."""
+    import gc
+
+    import torch
+
+    if work.kept.get("blocks", blocks) != blocks:
+        work.kept.pop("bench", None)
+        torch.compiler.reset()
+        gc.collect()
+    work.kept["blocks"] = blocks
+    return work.kept_as("bench", partial(_make, model, blocks, work))
 
 
 def _make(model: Model, blocks: int | None, work: Work) -> Any:
