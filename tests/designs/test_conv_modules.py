@@ -39,6 +39,27 @@ def test_conv_fusion_sees_rows_and_columns_of_the_grid():
     assert torch.equal(changed, expected)
 
 
+@pytest.fixture
+def two_threads():
+    """With one, torch chooses no backend by an image's size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_graph_holds_for_small_images_and_large_ones(two_threads):
+    """A convolution of one image in float32 has another backend from 20,480 numbers on."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    fusion = ConvFusion(96, 4, identity=False).requires_grad_(False)
+    compiled = torch.compile(fusion, dynamic=True, fullgraph=True, backend="eager")
+    for side in (16, 40, 24):
+        x = torch.randn(1, 96, side, side)
+        torch.testing.assert_close(compiled(x), x + fusion.restore(fusion.activation(fusion.norm(fusion.reduce(x)))), atol=1e-5, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("module", [ConvFusion(8, 2), SpatialCompressor(8)])
 def test_a_grid_that_does_not_fit_is_refused(module: torch.nn.Module):
     with pytest.raises(ValueError, match=r"12 image tokens do not fill a grid of 3 x 5"):

@@ -73,6 +73,18 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, (B, C, h, w) to (B, C', h, w), as the product of matrices that it is: the backend of a convolution, and with it
+    the compiled graph, would depend on the image's size.
+    """
+
+    def __init__(self, channels: int, made: int) -> None:
+        super().__init__(channels, made, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 def _temporal(channels: int, temporal: Temporal, *, stride: int = 1, identity: bool) -> TemporalKernel | None:
     return TemporalKernel(channels, temporal, stride=stride, identity=identity) if temporal != "none" else None
 
@@ -93,11 +105,11 @@ class ConvFusion(nn.Module):
             raise ConfigError(f"reduction={reduction} does not divide the {channels} channels of this site")
         hidden = channels // reduction
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels) if separable else None
-        self.reduce = nn.Conv2d(channels, hidden, 1) if separable else nn.Conv2d(channels, hidden, 3, padding=1)
+        self.reduce = PointwiseConv(channels, hidden) if separable else nn.Conv2d(channels, hidden, 3, padding=1)
         self.temporal = _temporal(hidden, temporal, identity=identity)
         self.norm = GroupNorm(group_count(hidden), hidden)
         self.activation = nn.LeakyReLU(0.01)
-        self.restore = nn.Conv2d(hidden, channels, 1)
+        self.restore = PointwiseConv(hidden, channels)
         if identity:
             for parameter in self.restore.parameters():
                 nn.init.zeros_(parameter)
