@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from edit_compile.bench import peak_memory
 
@@ -63,3 +67,22 @@ def test_the_meta_device_counts_as_the_cpu():
         model(torch.ones(50, 8, device=device)).square().sum().backward()
 
     assert peak_memory(lambda: call("meta")) == pytest.approx(peak_memory(lambda: call("cpu")), rel=0.05)
+
+
+def test_attention_is_as_it_was_after_counts_in_two_threads():
+    """One that begins while another runs, and ends after it."""
+    own, begun = F.scaled_dot_product_attention, threading.Event()
+
+    def first() -> None:
+        peak_memory(lambda: (begun.set(), time.sleep(0.2)))
+
+    def second() -> None:
+        begun.wait()
+        peak_memory(lambda: time.sleep(0.4))
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert F.scaled_dot_product_attention is own
