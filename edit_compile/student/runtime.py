@@ -5,7 +5,7 @@ synchronous, so that neither another thread nor another asyncio task can come be
 inside (`edit_compile.teacher`, `edit_compile.grid`) lasts longer, and is in a context variable, which tasks do not share.
 
 Sites read the grid as the shape of a zero-stride tensor, which torch.compile keeps symbolic where integers would recompile at
-every resolution. A frame in a plain `threading.local` of the conversion costs no graph: new threads, new frames and deep copies
+every resolution. A frame in a `threading.local` of the conversion costs no graph: new threads, new frames and deep copies
 of the model reuse those of the first call. Traced code must not ask whose frame it is, for torch.compile does not guard identity.
 """
 
@@ -90,14 +90,20 @@ class Statement:
         self.holds = True
 
 
+class _Local(threading.local):
+    """What a thread holds, from its first look on: torch.compile guards on whether the attribute is there, and would compile anew."""
+
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+
+
 class Runtime:
     """How the calls of one converted model find their grid and mode; its sites hold it too."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.source = grid_source(plan)
-        self.local = threading.local()  # plain, and read with a default: see the module's docstring
-        self.local.frame = None  # torch.compile guards on whether there is one; in other threads, there is none before the first call
+        self.local = _Local()
         self.statements: ContextVar[tuple[Statement, ...]] = ContextVar("edit_statements", default=())
         disable: Any = torch.compiler.disable
         self._grids_eagerly: Callable[..., tuple[Grids, ...]] = disable(self._grids, reason=self.source.untraceable_reason)
@@ -196,7 +202,7 @@ class Runtime:
 
     def frame(self) -> Frame | None:
         """Tell the frame of the call that is running in this thread; not one of a backward pass that failed, which nothing took back."""
-        frame: Frame | None = getattr(self.local, "frame", None)
+        frame = self.local.frame
         if frame is None or torch.compiler.is_compiling():
             return frame
         return frame if getattr(self.local, "backward", NO_BACKWARD) in (NO_BACKWARD, backward_id()) else None

@@ -78,16 +78,21 @@ def test_threads_of_two_shapes_and_a_teacher(student, often_switched, how):
     if how == "blocks":
         ec.compile(student, backend="eager")
     elif how == "whole":
-        model = torch.compile(student, dynamic=True, fullgraph=True, backend="eager")
+        # Guards of a whole model fail where threads change within one: torch compiles again up to its limit, where fullgraph is an error.
+        model = torch.compile(student, dynamic=True, backend="eager")
     for inputs, mode, _ in work:  # dynamo compiles in one thread at a time
         with mode():
             call(model, inputs)
 
-    def serve(inputs, mode, expected):
+    def serve(inputs, mode, expected, forwards=FORWARDS):
         with mode():
-            return sum(not torch.allclose(call(model, inputs), expected, atol=1e-5) for _ in range(FORWARDS))
+            return sum(not torch.allclose(call(model, inputs), expected, atol=1e-5) for _ in range(forwards))
 
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for each in work:  # a new thread each
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(serve, *each, 1).result() == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     with ThreadPoolExecutor(3 * len(work)) as pool:
         assert list(pool.map(serve, *zip(*3 * work, strict=True))) == 9 * [0]
     if how == "blocks":
