@@ -228,7 +228,8 @@ def transformer_of(model: Any) -> nn.Module:
 
 @contextmanager
 def teacher(student: Any, students: Iterable[str] = (), *, adapters: bool = False) -> Iterator[Any]:
-    """Run the original attention with its original weights in the calls inside, bit for bit the original model.
+    """Run the original attention with its original weights in the calls inside: bit for bit the original model, with its weights frozen
+    as the student's are, for torch chooses some kernels by whether weights are trained.
 
     LoRA that PEFT or diffusers put on the student is left out, unless asked for.
 

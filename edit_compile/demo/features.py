@@ -71,7 +71,7 @@ def classifier() -> GroupClassifier:
     """Load the trained classifier."""
     from safetensors.torch import load_file
 
-    model = from_config(json.loads((FOLDER / "config.json").read_text()))
+    model = from_config(json.loads((FOLDER / "config.json").read_bytes()))
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval().requires_grad_(False)
 

@@ -276,7 +276,7 @@ def write_standalone(student: Any, folder: Path) -> None:
     """
     model, name = unwrap(student), None if isinstance(student, nn.Module) else denoiser_name(student)
     place = folder if name is None else folder / name
-    if (place / _CONFIG).is_file() and "auto_map" not in json.loads((place / _CONFIG).read_text()):
+    if (place / _CONFIG).is_file() and "auto_map" not in json.loads((place / _CONFIG).read_bytes()):
         raise CheckpointError(f"{place} holds another model already; choose another folder")
     source = check_standalone(model)
     if name is not None:
