@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edit_compile.bench.roofline import Roofline
 from edit_compile.designs.ops.parts import Part, Softmax
 from edit_compile.passes.native_attention import native_attention
+from edit_compile.torch_internals import attention_replaced
 
 FUSED = 3 / 4  # of what operations read and write one by one, where torch.compile fuses them: fits benchmarks/results/2026-11-26-floor.md
 
@@ -113,9 +113,9 @@ class _Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def _attention_noted(model: nn.Module, sites: Sequence[str], found: Traffic) -> Iterator[None]:
     """Note softmax attention on the meta device instead of computing it inside; elsewhere, as in other threads, it is computed."""
-    own, inside = F.scaled_dot_product_attention, [""]
+    inside = [""]
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def attention(own: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not query.is_meta:
             return own(query, key, value, *args, **kwargs)
         *batch, queries, channels = query.shape
@@ -133,10 +133,9 @@ def _attention_noted(model: nn.Module, sites: Sequence[str], found: Traffic) -> 
     for path in sites:
         module = model.get_submodule(path)
         hooks += [module.register_forward_pre_hook(entering(path)), module.register_forward_hook(leaving)]
-    F.scaled_dot_product_attention = attention
     try:
-        yield
+        with attention_replaced(attention):
+            yield
     finally:
-        F.scaled_dot_product_attention = own
         for hook in hooks:
             hook.remove()
