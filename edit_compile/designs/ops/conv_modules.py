@@ -74,12 +74,9 @@ class GroupNorm(nn.GroupNorm):
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, (B, C, h, w) to (B, C', h, w), as the product of matrices that it is: the backend of a convolution, and with it
-    the compiled graph, would depend on the image's size.
+    """A convolution of kernel size 1, (B, C, h, w) to (B, C', h, w), as the product of matrices that it is: the backend of a convolution,
+    and with it the compiled graph, would depend on the image's size.
     """
-
-    def __init__(self, channels: int, made: int) -> None:
-        super().__init__(channels, made, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
@@ -105,11 +102,11 @@ class ConvFusion(nn.Module):
             raise ConfigError(f"reduction={reduction} does not divide the {channels} channels of this site")
         hidden = channels // reduction
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels) if separable else None
-        self.reduce = PointwiseConv(channels, hidden) if separable else nn.Conv2d(channels, hidden, 3, padding=1)
+        self.reduce = PointwiseConv(channels, hidden, 1) if separable else nn.Conv2d(channels, hidden, 3, padding=1)
         self.temporal = _temporal(hidden, temporal, identity=identity)
         self.norm = GroupNorm(group_count(hidden), hidden)
         self.activation = nn.LeakyReLU(0.01)
-        self.restore = PointwiseConv(hidden, channels)
+        self.restore = PointwiseConv(hidden, channels, 1)
         if identity:
             for parameter in self.restore.parameters():
                 nn.init.zeros_(parameter)
