@@ -71,6 +71,7 @@ def test_blocks_compiled_one_by_one(any_pair):
     check(student, inputs, outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 def test_all_that_a_block_is_compiled_for_fits_in_one_process():
     """Blocks with a second attention, without, and the last one; trained, run, run as the teacher and below `min_tokens`: more than

@@ -240,10 +240,11 @@ def test_captions_that_no_tokenizer_takes_are_named(tmp_path, fields, reason):
     assert json.loads((tmp_path / "unreadable.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["\ud83d.png", "a" * 5000 + ".png", "a\0b.png", "x/" * 2000 + "y.png"])
+@pytest.mark.parametrize("name", ["\ud83d.png", "a" * 5000 + ".png", "a\0b.png", "x/" * 2000 + "y.png", None])
 def test_metadata_that_names_what_no_file_can_be_called(tmp_path, name):
     folder = data_files.folder_of(tmp_path / "images", SIZES[:3])
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    longest = "x/" * ((4088 - len(str(folder))) // 2) + "y.png"  # beside it, metadata would have too long a name
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": longest if name is None else name, "text": "x"}))
     data = source(folder, held_out=1)
     assert data.fingerprint()
     data.batch(SQUARE)

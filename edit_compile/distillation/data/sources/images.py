@@ -108,8 +108,9 @@ class ImageFolder:
         return Record(self.name(index), file, captions_in({"caption": decoded_text(_beginning(beside))}))
 
     def fingerprint(self) -> str:
-        metadata = {file.parent / name for file in self.files for name in METADATA if name == METADATA[0] or (file.parent / name).is_file()}
-        files = [*self.files, *(file.with_suffix(".txt") for file in self.files), *sorted(metadata)]
+        named = {file.parent / name for file in self.files for name in METADATA}
+        metadata = sorted(file for file in named if file.name == METADATA[0] or _size(file) is not None)
+        files = [*self.files, *(file.with_suffix(".txt") for file in self.files), *metadata]
         return fingerprint_of((os.path.relpath(file, self.path), _size(file)) for file in files)
 
     def _read_metadata(self, file: Path, skipped: dict[str, str]) -> None:
