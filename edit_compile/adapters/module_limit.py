@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-MOST_MODULES = 20_000  # models have thousands; so many take seconds
+MOST_MODULES = 50_000  # models have thousands, those of many experts more; so many take ten seconds
 
 
 @contextmanager
