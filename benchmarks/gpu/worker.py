@@ -49,11 +49,11 @@ def run_units(step: Step, results: Results, work: Work) -> bool:
 
 
 def _forget(work: Work) -> None:
-    """Give back the memory of what nothing refers to any more, as models, which refer to themselves: the next unit may need all of it."""
+    """Give back a GPU's memory of what nothing refers to any more, as models, which refer to themselves: the next unit may need all."""
     import torch
 
-    gc.collect()
     if work.device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
