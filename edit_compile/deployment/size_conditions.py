@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ast
+import operator
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator
 from torch import Tensor
 
-_ALLOWED = (
-    *(ast.Expression, ast.Compare, ast.Eq, ast.BinOp, ast.UnaryOp, ast.Load),
-    *(ast.Add, ast.Sub, ast.USub, ast.Mult, ast.FloorDiv, ast.Mod),
-)
+from edit_compile.errors import GridError
+from edit_compile.ir.size_expressions import OPERATORS, Evaluator, evaluator
+
+_OPERATORS = {**OPERATORS, ast.Mod: operator.mod}
 _SIZE = re.compile(r"\bx(\d+)_(\d+)\b")
 
 
@@ -23,17 +24,23 @@ def size_name(number: int, dim: int) -> str:
 
 
 def is_equation(text: str) -> bool:
-    """Say whether text is a Python expression of `size_name`s and whole numbers, in which nothing can be called."""
+    """Say whether text equates two expressions of `size_name`s and whole numbers, in which nothing can be called."""
     try:
-        return all(map(_is_allowed, ast.walk(ast.parse(text, mode="eval"))))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        _sides(text)
+    except GridError:
         return False
+    return True
 
 
-def _is_allowed(node: ast.AST) -> bool:
-    if isinstance(node, ast.Constant):
-        return type(node.value) is int
-    return isinstance(node, _ALLOWED) or (isinstance(node, ast.Name) and _SIZE.fullmatch(node.id) is not None)
+def _sides(text: str) -> tuple[Evaluator, Evaluator]:
+    """Compile both sides of an equation.
+
+    Raises:
+        GridError: it is none.
+    """
+    left, _, right = text.partition("==")
+    symbols = {found[0] for found in _SIZE.finditer(text)}
+    return evaluator(left.strip(), symbols, _OPERATORS), evaluator(right.strip(), symbols, _OPERATORS)
 
 
 def _equation(text: str) -> str:
@@ -49,19 +56,20 @@ class SizeConditions:
     """Equations of sizes, which tensors can be held to."""
 
     def __init__(self, equations: Sequence[str]) -> None:
-        self._equations = [(each, compile(_equation(each), "<sizes>", "eval")) for each in equations]
+        self._equations = [(each, _sides(_equation(each))) for each in equations]
 
     def broken(self, tensors: Sequence[Tensor], names: Sequence[str]) -> str | None:
         """Return an equation that does not hold for tensors of these names, in words; None if all do."""
         if not self._equations:
             return None
         sizes = {size_name(number, dim): size for number, tensor in enumerate(tensors) for dim, size in enumerate(tensor.shape)}
-        broken = min((text for text, code in self._equations if not _holds(code, sizes)), key=len, default=None)
+        broken = min((text for text, sides in self._equations if not _holds(sides, sizes)), key=len, default=None)
         return broken and _SIZE.sub(lambda found: f"{names[int(found[1])]}.shape[{found[2]}]", broken)
 
 
-def _holds(code: Any, sizes: dict[str, int]) -> bool:
+def _holds(sides: tuple[Evaluator, Evaluator], sizes: dict[str, int]) -> bool:
+    left, right = sides
     try:
-        return bool(eval(code, {"__builtins__": {}}, sizes))
+        return left(sizes) == right(sizes)
     except ZeroDivisionError:
         return False

@@ -10,7 +10,9 @@ from edit_compile.errors import GridError
 
 MAX_LENGTH = 500  # of an expression in characters: a hand-made plan must not exhaust the parser
 
-_OPERATORS: dict[type[ast.AST], Callable[..., int]] = {
+Operators = Mapping[type[ast.AST], Callable[..., int]]
+
+OPERATORS: Operators = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -24,8 +26,11 @@ _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37)
 Evaluator = Callable[[Mapping[str, int]], int]
 
 
-def evaluator(expression: str, symbols: set[str]) -> Evaluator:
-    """Compile an arithmetic expression over sizes to a function of them. Nothing but + - * //, numbers and symbols is accepted.
+def evaluator(expression: str, symbols: set[str], operators: Operators = OPERATORS) -> Evaluator:
+    """Compile an arithmetic expression over sizes to a function of them. Nothing but operators, numbers and symbols is accepted.
+
+    Args:
+        operators: by their nodes; default: + - * //.
 
     Raises:
         GridError: anything else is in it, or it is longer than `MAX_LENGTH`.
@@ -33,7 +38,7 @@ def evaluator(expression: str, symbols: set[str]) -> Evaluator:
     if len(expression) > MAX_LENGTH:
         raise GridError(f"a size expression has {len(expression)} characters, more than {MAX_LENGTH}: {expression[:40]}...")
     try:
-        return _compiled(ast.parse(expression, mode="eval").body, symbols)
+        return _compiled(ast.parse(expression, mode="eval").body, symbols, operators)
     except (SyntaxError, KeyError, ValueError, RecursionError, MemoryError) as error:
         raise GridError(f"{expression!r} is not a size expression over {sorted(symbols)}: {error}") from None
 
@@ -57,7 +62,7 @@ def same_value(a: str, b: str) -> bool:
         return True
 
 
-def _compiled(node: ast.AST, symbols: set[str]) -> Evaluator:
+def _compiled(node: ast.AST, symbols: set[str], operators: Operators) -> Evaluator:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         number = node.value
         return lambda sizes: number
@@ -65,9 +70,9 @@ def _compiled(node: ast.AST, symbols: set[str]) -> Evaluator:
         name = node.id
         return lambda sizes: sizes[name]
     if isinstance(node, ast.BinOp):
-        apply, left, right = _OPERATORS[type(node.op)], _compiled(node.left, symbols), _compiled(node.right, symbols)
+        apply, (left, right) = operators[type(node.op)], (_compiled(side, symbols, operators) for side in (node.left, node.right))
         return lambda sizes: apply(left(sizes), right(sizes))
     if isinstance(node, ast.UnaryOp):
-        apply_one, operand = _OPERATORS[type(node.op)], _compiled(node.operand, symbols)
+        apply_one, operand = operators[type(node.op)], _compiled(node.operand, symbols, operators)
         return lambda sizes: apply_one(operand(sizes))
     raise KeyError(ast.dump(node))
